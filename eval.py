@@ -1,0 +1,327 @@
+"""Evaluate one checkpoint, or two on the same problems.
+
+    python eval.py runs/grpo-hard-gf11                          # the run's newest checkpoint
+    python eval.py runs/sft-mixed-gf11 runs/grpo-hard-gf11      # side by side, with paired differences
+
+pass@1 is the share of sampled responses that are right, averaged over problems; pass@k is the unbiased estimate of
+Chen et al. (arXiv 2107.03374, equation 1). Intervals are 95% over problems: Wilson's for a pass rate, which is
+conservative when there are several samples a problem, and the normal one for a paired difference.
+"""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from checkpoint import check_tokenizer, decode, encode, find_checkpoint, load_model, load_training, stop_tokens
+from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task, reward
+from model import Transformer
+from rollout import sample
+from runtime import World, parse_flags, refusals, require, start, stream, torch_stream
+from strategies import MIXED, NONE, fits, tag
+
+
+@dataclass
+class EvalConfig:
+    checkpoints: list = field(default_factory=list)  # one or two checkpoints or run folders
+    difficulty: Literal["easy", "hard", "extreme"] = "hard"  # easy (2-5 steps), hard (6-9) or extreme (6-15)
+    steps: str = ""  # such as 3-7, instead of --difficulty
+    parts: str = "1"  # parts of a problem, such as 2-3: two or more make a composition
+    problems: int = 256  # validation problems
+    samples: int = 4  # responses to each
+    temperature: float = 1.0  # of the sampling
+    greedy: bool = False  # the likeliest token always, one response a problem
+    seed: int = 0  # of the problems and of the sampling
+    json: str = ""  # write the figures to this file
+    plot: str = ""  # draw accuracy and strategies to this PNG
+
+
+@dataclass(frozen=True)
+class Response:
+    """What is kept of a response."""
+
+    kind: str  # the problem's type
+    steps: int
+    strategy: str
+    fits: bool
+    correct: bool
+    error: str | None  # the kind of the first wrong line
+    stopped: bool
+
+
+def token_budget(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> int:
+    """Room for the longest solution of these problems in either strategy, and a line more."""
+    longest = max(problems, key=lambda problem: (problem.steps, len(problem.parts)))
+    return max(len(encode(tokenizer, longest.solution(strategy))) for strategy in (FORWARD, BACKWARD)) + 8
+
+
+def judge(problem: Problem, response: str, stopped: bool) -> Response:
+    found = tag(problem, response)
+    correct = bool(reward(problem, response))
+    error = found.error.kind if found.error else None
+    return Response(problem.kind, problem.steps, found.strategy, fits(problem, found), correct, error, stopped)
+
+
+def evaluate(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[Problem],
+    samples: int,
+    temperature: float,
+    seed: int,
+) -> list[list[Response]]:
+    """Sample and judge `samples` responses to each problem."""
+    rollout = sample(
+        model,
+        [encode(tokenizer, problem.prompt()) for problem in problems],
+        stop_tokens(tokenizer),
+        torch_stream(seed, "evaluation sampling"),
+        group=samples,
+        max_new_tokens=token_budget(tokenizer, problems),
+        temperature=temperature,
+    )
+    texts, stopped = decode(tokenizer, rollout.responses()), rollout.stopped.tolist()
+    judged = [judge(problems[i // samples], text, stopped[i]) for i, text in enumerate(texts)]
+    return [judged[i : i + samples] for i in range(0, len(judged), samples)]
+
+
+def validation_problems(task: Task, n: int, seed: int) -> list[Problem]:
+    """n distinct validation problems, or as many as a long search finds."""
+    rng, chosen = stream(seed, "validation problems"), {}
+    for _ in range(50 * n):
+        problem = task.sample(rng, "validation")
+        chosen.setdefault((problem.field, problem.parts), problem)
+        if len(chosen) == n:
+            break
+    return list(chosen.values())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n responses, c of them right, hold a right one."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
+    """Wilson's score interval of a rate over n problems."""
+    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def pass_rate(responses: list[Response]) -> float:
+    return fmean(r.correct for r in responses)
+
+
+def cell(judged: list[list[Response]]) -> dict:
+    """The figures of some problems' responses."""
+    responses = [r for group in judged for r in group]
+    samples = len(judged[0])
+    strategies = Counter(r.strategy for r in responses)
+    fitting = [r.correct for r in responses if r.fits]
+    mean = fmean(map(pass_rate, judged))
+    figures = {"pass@1": mean, "ci95": wilson(mean, len(judged)), "problems": len(judged), "samples": samples}
+    for k in (2**i for i in range(1, samples.bit_length())):
+        figures[f"pass@{k}"] = fmean(pass_at_k(samples, sum(r.correct for r in group), k) for group in judged)
+    for strategy in (FORWARD, BACKWARD, MIXED, NONE):
+        figures[f"{strategy}_share"] = strategies[strategy] / len(responses)
+    figures["fit_share"] = len(fitting) / len(responses)
+    figures["accuracy_given_fit"] = fmean(fitting) if fitting else None
+    figures["stopped_share"] = fmean(r.stopped for r in responses)
+    figures["errors"] = dict(Counter(r.error for r in responses if r.error))
+    return figures
+
+
+def group_by(judged: list[list[Response]], key: str) -> dict[str, list[list[Response]]]:
+    """Problems by an attribute that all responses to one share, sorted."""
+    values = sorted({getattr(group[0], key) for group in judged})
+    return {str(value): [group for group in judged if getattr(group[0], key) == value] for value in values}
+
+
+def summarise(judged: list[list[Response]]) -> dict:
+    """All figures: overall, by type, by number of steps, by both, and by strategy (of responses, not problems)."""
+    by_strategy = {}
+    for strategy in (FORWARD, BACKWARD, MIXED, NONE):
+        correct = [r.correct for group in judged for r in group if r.strategy == strategy]
+        if correct:
+            by_strategy[strategy] = {"responses": len(correct), "accuracy": fmean(correct)}
+    by_type = group_by(judged, "kind")
+    return {
+        "overall": cell(judged),
+        "by_type": {kind: cell(groups) for kind, groups in by_type.items()},
+        "by_steps": {steps: cell(groups) for steps, groups in group_by(judged, "steps").items()},
+        "by_type_and_steps": {
+            kind: {steps: cell(some) for steps, some in group_by(groups, "steps").items()}
+            for kind, groups in by_type.items()
+        },
+        "by_strategy": by_strategy,
+    }
+
+
+def paired_difference(before: list[list[Response]], after: list[list[Response]]) -> dict:
+    """Change of pass@1 on the same problems, with its 95% interval."""
+    changes = [pass_rate(b) - pass_rate(a) for a, b in zip(before, after, strict=True)]
+    mean, half = fmean(changes), 1.96 * stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else 1.0
+    return {"pass@1": mean, "ci95": [max(-1.0, mean - half), min(1.0, mean + half)], "problems": len(changes)}
+
+
+def compare(before: list[list[Response]], after: list[list[Response]]) -> dict:
+    """Paired differences overall, by type and by number of steps."""
+    differences: dict = {"overall": paired_difference(before, after)}
+    for name, key in (("by_type", "kind"), ("by_steps", "steps")):
+        a, b = group_by(before, key), group_by(after, key)
+        differences[name] = {value: paired_difference(a[value], b[value]) for value in a}
+    return differences
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Table and plots
+
+
+def rows_of(summary: dict) -> list[tuple[str, dict]]:
+    steps = [(f"{n} step{'s' * (n != '1')}", c) for n, c in summary["by_steps"].items()]
+    return [("all", summary["overall"]), *summary["by_type"].items(), *steps]
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def table(summaries: dict[str, dict], difference: dict | None = None) -> str:
+    """The figures of checkpoints, in percent, as text."""
+    top = max(int(key[5:]) for key in next(iter(summaries.values()))["overall"] if key.startswith("pass@"))
+    ks = [1] if top == 1 else [1, top]
+    head = [*(f"pass@{k}" for k in ks), "95% interval", "forward", "backward", "right if fit", "problems"]
+    text = ""
+    for name, summary in summaries.items():
+        text += f"\n{name}\n{'':14}" + "".join(f"{word:>14}" for word in head) + "\n"
+        for row, c in rows_of(summary):
+            figures = [percent(c[f"pass@{k}"]) for k in ks] + ["{} - {}".format(*map(percent, c["ci95"]))]
+            figures += [percent(c[key]) for key in ("forward_share", "backward_share", "accuracy_given_fit")]
+            text += f"{row:14}" + "".join(f"{x:>14}" for x in [*figures, str(c["problems"])]) + "\n"
+    if difference:
+        text += "\nchange of pass@1, paired by problem\n"
+        for row, c in rows_of(difference):
+            low, high = c["ci95"]
+            text += f"{row:14}{100 * c['pass@1']:>+14.1f}{f'{100 * low:+.1f} to {100 * high:+.1f}':>18}\n"
+    return text
+
+
+COLOURS = {"evaluation": "tab:blue", "inversion": "tab:orange", "composition": "tab:green"}
+SHADES = {FORWARD: "tab:blue", BACKWARD: "tab:orange", MIXED: "tab:purple", NONE: "lightgrey"}
+
+
+def _figure(width: float, panels: int):
+    import matplotlib  # only where a plot is asked for: the import takes a second
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=(width, 4), layout="constrained")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(0, 1.02)
+    return figure, axes
+
+
+def plot_evaluation(summaries: dict[str, dict], path: Path) -> None:
+    """Accuracy by number of steps and type; strategy shares by type."""
+    figure, (left, right) = _figure(11, 2)
+    labels = []
+    for i, (name, summary) in enumerate(summaries.items()):
+        style = "-" if i == len(summaries) - 1 else "--"
+        for kind, by_steps in summary["by_type_and_steps"].items():
+            cells = list(by_steps.values())
+            mean = np.array([c["pass@1"] for c in cells])
+            low, high = np.array([c["ci95"] for c in cells]).T
+            x = np.array([int(n) for n in by_steps]) + 0.06 * (i - 0.5 * (len(summaries) - 1))
+            bars = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
+            left.errorbar(x, mean, bars, fmt=f"o{style}", color=COLOURS[kind], capsize=2, label=f"{kind}, {name}")
+            base = 0.0
+            for strategy, shade in SHADES.items():
+                share = summary["by_type"][kind][f"{strategy}_share"]
+                right.bar(len(labels), share, bottom=base, color=shade, label=strategy if not labels else None)
+                base += share
+            labels.append(f"{kind}\n{name}")
+    left.set(xlabel="number of steps", ylabel="pass@1", title="Accuracy, with 95% intervals")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(fontsize=8)
+    right.set(xticks=range(len(labels)), ylabel="share of responses", title="Strategies")
+    right.set_xticklabels(labels, fontsize=8)
+    right.legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=110)
+
+
+def plot_training(rows: list[dict], path: Path) -> None:
+    """Accuracy and strategy shares by type over the updates of a GRPO run, from its metrics.jsonl."""
+    figure, (left, right) = _figure(11, 2)
+    for kind in (k for k in COLOURS if any(f"accuracy/{k}" in row for row in rows)):
+        seen = [row for row in rows if f"accuracy/{kind}" in row]
+        updates = [row["update"] for row in seen]
+        left.plot(updates, [row[f"accuracy/{kind}"] for row in seen], color=COLOURS[kind], alpha=0.8, label=kind)
+        if kind == COMPOSITION:
+            continue
+        for strategy, style in ((FORWARD, "-"), (BACKWARD, "--")):
+            shares = [row[f"{strategy}/{kind}"] for row in seen]
+            right.plot(updates, shares, style, color=COLOURS[kind], alpha=0.8, label=f"{strategy} on {kind}")
+    left.set(xlabel="update", ylabel="reward of the sampled responses", title="Accuracy by problem type")
+    right.set(xlabel="update", ylabel="share of responses", title="Strategy by problem type")
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def check(config: EvalConfig) -> None:
+    require(len(config.checkpoints) <= 2, "name one checkpoint, or two to compare")
+    require(config.problems >= 1, "--problems must be at least 1")
+    require(config.samples >= 1, "--samples must be at least 1")
+    require(config.temperature > 0, "--temperature must be above 0; for the likeliest tokens there is --greedy")
+    for name in (config.json, config.plot):
+        require(not name or Path(name).parent.is_dir(), f"there is no folder for {name}")
+
+
+def main(config: EvalConfig, world: World) -> None:
+    check(config)
+    paths = [find_checkpoint(Path(name)) for name in config.checkpoints]
+    fields = [(training.get("field", 11), training.get("relabel", "fixed")) for training in map(load_training, paths)]
+    require(fields[0] == fields[-1], "the two checkpoints were trained on different fields or namings")
+    with refusals():
+        task = Task.from_flags(config.difficulty, config.steps, *fields[0], config.parts)
+    problems = validation_problems(task, config.problems, config.seed)
+    samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
+
+    judged = {}
+    for path in paths:
+        model, tokenizer = load_model(path, world.device)
+        check_tokenizer(tokenizer, task.p)
+        judged[str(path)] = evaluate(model, tokenizer, problems, samples, temperature, config.seed)
+    summaries = {name: summarise(groups) for name, groups in judged.items()}
+    difference = compare(*judged.values()) if len(judged) == 2 else None
+
+    low, high = task.steps
+    how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
+    print(f"{len(problems)} validation problems of {low}-{high} steps in GF({task.p}), {how}; figures in %")
+    print(table(summaries, difference))
+    if config.json:
+        result = next(iter(summaries.values()))
+        if difference:
+            result = dict(zip(("before", "after"), summaries.values()), difference=difference)
+        Path(config.json).write_text(json.dumps({"checkpoints": list(judged), **result}, indent=2) + "\n")
+    if config.plot:
+        plot_evaluation(dict(zip(("before", "after") if difference else ("",), summaries.values())), Path(config.plot))
+
+
+if __name__ == "__main__":
+    main(parse_flags(EvalConfig, __doc__, positional="checkpoints"), start())

@@ -1,0 +1,150 @@
+"""What the scripts share while they run: flags, one-line refusals, the process group and random streams."""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import os
+import random
+import re
+import sys
+import types
+import typing
+from typing import Literal, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Config = TypeVar("Config")
+
+
+def fail(message: str) -> NoReturn:
+    """One line on stderr, exit status 2: what a user can mend."""
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        fail(message)
+
+
+@contextlib.contextmanager
+def refusals():
+    """Turns an error that says what cannot be done into a refusal."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def parse_flags(config_class: type[Config], description: str, positional: str | None = None) -> Config:
+    """Flags from a data class: one a field, its type from the annotation, its help from the comment on its line.
+
+    The field named `positional` takes the arguments that are not flags, one or more.
+    """
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(config_class), re.M))
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(config_class):
+        kind, options = typing.get_type_hints(config_class)[field.name], {}
+        if isinstance(kind, types.UnionType):  # `int | None`
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if kind is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        else:
+            options["type"] = str if kind is list else kind
+        if field.name == positional:
+            parser.add_argument(positional, nargs="+", metavar=positional.upper(), help=comments[field.name], type=str)
+            continue
+        shown = "" if field.default in (None, False, "") else f" [{field.default}]"
+        help_text = (comments[field.name] + shown).replace("%", "%%")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=help_text, **options)
+    return config_class(**vars(parser.parse_args()))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Process group: one process per GPU, or any number of them on the CPU (gloo)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Add up the gradients of all processes; where a process has none, it counts as zero."""
+        if self.size == 1:
+            return
+        weights = [w for w in model.parameters() if w.requires_grad]
+        for w in weights:
+            if w.grad is None:
+                w.grad = torch.zeros_like(w)
+        flat = torch.cat([w.grad.flatten() for w in weights])
+        dist.all_reduce(flat)
+        for w, piece in zip(weights, flat.split([w.numel() for w in weights])):
+            w.grad.copy_(piece.view_as(w))
+
+    def gather(self, rows: list) -> list:
+        """The rows of all processes, in the order of the ranks."""
+        if self.size == 1:
+            return rows
+        everyone: list[list] = [[] for _ in range(self.size)]
+        dist.all_gather_object(everyone, rows)
+        return [row for one in everyone for row in one]
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start() -> World:
+    """Join the process group that torchrun describes in the environment, if any, and pick the device."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Randomness: a stream for each purpose, made anew from its key, so that resuming needs no stored state
+
+
+def stream(*key: int | str) -> random.Random:
+    """Python's generator for a key such as (seed, "problems", update, rank)."""
+    return random.Random(repr(key))
+
+
+def torch_stream(*key: int | str) -> torch.Generator:
+    """PyTorch's generator (on the CPU) for a key."""
+    return torch.Generator().manual_seed(stream(*key).getrandbits(63))
+
+
+def clip_gradient(model: nn.Module, largest: float) -> Tensor:
+    """Scale the gradient down to norm `largest` where it is longer; its norm before."""
+    return nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], largest)

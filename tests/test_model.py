@@ -1,0 +1,137 @@
+"""The transformer against transformers' Qwen2ForCausalLM, and packing against one sequence at a time."""
+
+import pytest
+import torch
+from conftest import small_model
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from checkpoint import hf_config, load_model, save_checkpoint
+from model import pack, packed_attention, pad, response_log_probs
+from rollout import Cache
+
+SHAPES = {
+    "grouped keys": {"num_key_value_heads": 2},
+    "one key head": {"num_key_value_heads": 1},
+    "a key head each": {"num_key_value_heads": 4},
+    "untied": {"tie_word_embeddings": False},
+    "theta 1e4": {"rope_theta": 1e4},
+}
+
+
+def twin(model, tokenizer) -> Qwen2ForCausalLM:
+    """transformers' model with the same weights."""
+    reference = Qwen2ForCausalLM(Qwen2Config(**hf_config(model.config, tokenizer))).eval()
+    missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and not unexpected
+    return reference
+
+
+def random_rows(vocabulary: int, lengths: list[int], seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_equal_those_of_transformers(shape, tokenizer):
+    model = small_model(**shape)
+    reference = twin(model, tokenizer)
+    rows = random_rows(model.config.vocab_size, [1, 7, 19, 12])
+    prompts, lengths = pad(rows)
+    none = lengths[:0]
+    batch = pack(prompts, lengths, none[:, None], none, none)
+    ours = model.logits(model(batch.tokens, batch.positions, packed_attention(batch))).split(lengths.tolist())
+    for row, logits in zip(rows, ours):
+        expected = reference(torch.tensor([row])).logits[0]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_prefill_and_decode_equal_transformers(shape, tokenizer):
+    """Ragged prompts in groups of two, decoded with the cache, against whole sequences."""
+    model = small_model(**shape)
+    reference = twin(model, tokenizer)
+    prompts = random_rows(model.config.vocab_size, [5, 1, 9])
+    responses = random_rows(model.config.vocab_size, [6] * 6, seed=2)
+    cache = Cache(model, prompts, (2, 6), torch.device("cpu"))
+    steps = [model.logits(cache.prefill(model)).repeat_interleave(2, 0)]
+    for t in range(5):
+        steps.append(model.logits(cache.step(model, torch.tensor([r[t] for r in responses]), t)))
+        if t == 2:  # the second group leaves
+            cache.keep(torch.tensor([True, False, True]))
+            responses = [r for i, r in enumerate(responses) if i not in (2, 3)]
+            prompts = [prompts[0], prompts[2]]
+            steps = [s[[0, 1, 4, 5]] for s in steps]
+    for i, response in enumerate(responses):
+        prompt = prompts[i // 2]
+        expected = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(torch.stack([s[i] for s in steps]), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_saved_checkpoint_loads_in_transformers_and_here(tmp_path, model, tokenizer):
+    optimizer = torch.optim.AdamW(model.parameters())
+    folder = save_checkpoint(tmp_path, 3, model, tokenizer, optimizer, {})
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    again, tokenizer_again = load_model(folder)
+    assert tokenizer_again.get_vocab() == tokenizer.get_vocab()
+    tokens = torch.tensor([random_rows(model.config.vocab_size, [11])[0]])
+    expected = twin(model, tokenizer)(tokens).logits
+    torch.testing.assert_close(reference(tokens).logits, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(twin(again, tokenizer)(tokens).logits, expected, atol=0, rtol=0)
+    assert reference.generation_config.eos_token_id == [tokenizer.eos_token_id]
+
+
+def one_by_one(model, reference, prompts, responses, parents, temperature):
+    """Log-probs of the responses from whole sequences, by transformers."""
+    values = []
+    for response, parent in zip(responses, parents):
+        prompt = prompts[parent]
+        logits = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        values.append(logits.log_softmax(-1)[range(len(response)), response])
+    return torch.cat(values)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_response_log_probs_equal_transformers(model, tokenizer, temperature):
+    """Ragged prompts shared by groups of any size, a response of one token among them; and their gradients."""
+    reference = twin(model, tokenizer)
+    prompts = random_rows(model.config.vocab_size, [4, 9, 1])
+    responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
+    parents = [0, 0, 2, 1, 2]
+    batch = pack(*pad(prompts), *pad(responses), torch.tensor(parents))
+    log_probs, entropy = response_log_probs(model, batch, temperature, chunk=4)
+    expected = one_by_one(model, reference, prompts, responses, parents, temperature)
+    torch.testing.assert_close(log_probs, expected, atol=2e-5, rtol=0)
+    assert entropy.shape == log_probs.shape and not entropy.requires_grad
+
+    weights = torch.linspace(-1, 1, len(expected))
+    (log_probs * weights).sum().backward()
+    (expected * weights).sum().backward()
+    theirs = dict(reference.named_parameters())
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, theirs[name].grad, atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
+    batch = pack(*pad([[3, 4, 5]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 0]))
+    results = []
+    for chunk in (1, 3, 100):
+        model.zero_grad()
+        log_probs, entropy = response_log_probs(model, batch, chunk=chunk)
+        log_probs.sum().backward()
+        results.append((log_probs.detach(), entropy, model.lm_head.weight.grad.clone()))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_gap_moves_responses_only(model):
+    prompts, responses = pad([[3, 4], [5]]), pad([[6, 1], [7, 8]])
+    parents = torch.arange(2)
+    plain = pack(*prompts, *responses, parents)
+    moved = pack(*prompts, *responses, parents, torch.tensor([10, 0]))
+    assert plain.positions.tolist() == [0, 1, 0, 2, 1]
+    assert moved.positions.tolist() == [0, 1, 0, 12, 1]

@@ -1,0 +1,144 @@
+"""The tagger: every generated solution is what it says, every change is found, no text raises."""
+
+import random
+
+import pytest
+
+from data.finite_field import BACKWARD, EVALUATION, FITTING, FORWARD, INVERSION, Part, Problem, Task, make_field, vocabulary
+from strategies import ARITHMETIC, FORMAT, MIXED, NO_ANSWER, NONE, OPERAND, ORDER, SKIPPED, fits, read, tag
+
+TASKS = {
+    "easy": Task((2, 5)),
+    "one step": Task((1, 1)),
+    "extreme": Task((6, 15)),
+    "gf13": Task((2, 5), p=13),
+    "shown": Task((2, 5), relabel="shown"),
+    "composition": Task((2, 4), parts=(2, 5)),
+}
+
+
+def problems(task: Task, n: int = 60):
+    rng = random.Random(0)
+    return [task.sample(rng, "train") for _ in range(n)], rng
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_solution_is_tagged_as_what_it_is(task):
+    for problem in problems(task)[0]:
+        for strategy in (FORWARD, BACKWARD):
+            found = tag(problem, problem.solution(strategy))
+            assert found.strategy == strategy and found.error is None
+            assert found.steps_right == problem.steps
+            assert found.answer == problem.answer
+            assert found.guessed == tuple(FITTING[part.kind] != strategy for part in problem.parts)
+            assert fits(problem, found) == all(FITTING[part.kind] == strategy for part in problem.parts)
+
+
+def test_a_composition_is_split_into_its_parts():
+    for problem in problems(TASKS["composition"])[0]:
+        strategies = [FITTING[part.kind] for part in problem.parts]
+        found = tag(problem, problem.solution(strategies))
+        assert found.parts == tuple(strategies) and found.error is None and fits(problem, found)
+        assert found.strategy == (strategies[0] if len(set(strategies)) == 1 else MIXED)
+
+
+def test_a_wrong_guess_carried_through_is_no_error():
+    problems_, rng = problems(TASKS["composition"])
+    for problem in problems_:
+        guesses = [rng.randrange(11) for _ in problem.parts]
+        found = tag(problem, problem.solution(FORWARD, guesses))
+        assert found.error is None and found.strategy == FORWARD
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_one_changed_symbol_is_found_where_it_is(task):
+    """Change each symbol of each step to another word of the vocabulary, and to another of its own kind."""
+    words = vocabulary(task.p)
+    for problem in problems(task, 8)[0]:
+        for strategy in (FORWARD, BACKWARD):
+            lines = problem.solution(strategy).split("\n")
+            rng = random.Random(1)
+            for i, line in enumerate(lines):
+                if ":" not in line:
+                    continue
+                symbols = line.split()
+                for j, symbol in enumerate(symbols):
+                    alike = [w for w in words if w[0] == symbol[0] and w[-1:].isdigit() == symbol[-1:].isdigit()]
+                    for word in (rng.choice(words), rng.choice(alike or words)):
+                        if word == symbol:
+                            continue
+                        changed = " ".join(symbols[:j] + [word] + symbols[j + 1 :])
+                        found = tag(problem, "\n".join(lines[:i] + [changed] + lines[i + 1 :]))
+                        assert found.error is not None
+                        assert (found.error.line, found.error.label) == (i, int(symbols[0][:-1])), changed
+                        assert found.strategy in (strategy, NONE, MIXED)
+                        if task is TASKS["easy"]:
+                            assert found.strategy == strategy
+
+
+@pytest.fixture
+def example() -> Problem:
+    """start e0, + 1, * 2, + 3 -> 5, in GF(11) under names that are the values themselves."""
+    field = make_field(11).__class__(11, tuple(range(11)))
+    return Problem(field, (Part(EVALUATION, 0, (("+", 1), ("*", 2), ("+", 3)), 5),), first_label=7)
+
+
+GOOD = ["start e0", "7: e0 + e1 = e1", "8: e1 * e2 = e2", "9: e2 + e3 = e5", "end e5", "answer e5"]
+
+
+@pytest.mark.parametrize(
+    "line, text, kind",
+    [
+        (2, "8: e1 * e2 = e3", ARITHMETIC),
+        (2, "8: e4 * e2 = e8", OPERAND),
+        (2, "8: e1 * e3 = e3", OPERAND),
+        (2, "8: e1 + e2 = e3", OPERAND),
+        (2, "9: e1 + e3 = e4", SKIPPED),
+        (2, "7: e1 + e1 = e2", ORDER),
+        (2, "30: e1 * e2 = e2", ORDER),
+        (2, "8: e1 * e2 e2", FORMAT),
+        (0, "start e4", OPERAND),
+        (4, "end e6", OPERAND),
+        (4, "answer e5", SKIPPED),
+        (5, "answer e6", OPERAND),
+    ],
+)
+def test_kinds_of_error(example, line, text, kind):
+    assert tag(example, "\n".join(GOOD)).error is None
+    found = tag(example, "\n".join(GOOD[:line] + [text] + GOOD[line + 1 :]))
+    assert (found.error.kind, found.error.line) == (kind, line)
+
+
+def test_what_is_cut_off_or_added(example):
+    for n in range(1, len(GOOD)):
+        found = tag(example, "\n".join(GOOD[:n]))
+        assert (found.error.kind, found.error.line) == (NO_ANSWER, n)
+        assert found.steps_right == max(0, min(3, n - 1))
+    assert tag(example, "\n".join([*GOOD, "answer e5"])).error.kind == ORDER
+    assert tag(example, "\n".join([*GOOD, "so there"])).error.kind == FORMAT
+    assert tag(example, "").strategy == NONE
+
+
+def test_a_part_that_goes_both_ways_is_mixed(example):
+    both = "start e0\n7: e0 + e1 = e1\n9: e5 - e3 = e2\n8: e2 / e2 = e1\nend e5\nanswer e5"
+    assert tag(example, both).strategy == MIXED
+
+
+def test_an_inversion_solved_forward_does_not_fit(example):
+    part = example.parts[0]
+    inversion = Problem(example.field, (Part(INVERSION, part.start, part.steps, part.end),), 7)
+    found = tag(inversion, inversion.solution(FORWARD))
+    assert found.guessed == (True,) and not fits(inversion, found) and found.error is None
+
+
+def test_line_breaks_do_not_matter(example):
+    assert read("\n".join(GOOD)) == read(" ".join(GOOD))
+
+
+def test_random_text_never_raises():
+    problems_, rng = problems(TASKS["composition"], 20)
+    words = [*vocabulary(11), "e99", "99999:", "answer", "\n", "é", "", "start end", "0:"]
+    for problem in problems_:
+        for _ in range(100):
+            tag(problem, " ".join(rng.choices(words, k=rng.randrange(60))))
+        tag(problem, "".join(chr(rng.randrange(1, 0x3000)) for _ in range(300)))

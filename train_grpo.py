@@ -1,0 +1,380 @@
+"""Stage 2: reinforce an SFT model on problems it does not solve yet, by GRPO with an outcome reward alone.
+
+    torchrun train_grpo.py --difficulty hard                        # the main job
+    torchrun --nproc-per-node 8 train_grpo.py --difficulty hard     # one process a GPU
+    python train_grpo.py --init runs/sft-forward-gf11 --out runs/forward
+
+Without an SFT checkpoint at its default place, one is trained first. Each update: draw prompts, sample a group of
+responses to each, reward those that end in the right answer, compare each with its group, take one step.
+
+What is and what is not in it, against DeepSeekMath (arXiv 2402.03300): group advantages, clipped ratios and the k3
+estimate of the KL divergence are there; bounds may differ below and above (DAPO, arXiv 2503.14476); the loss is the
+mean over the *tokens* of the whole batch and not of each response (DAPO; no bias to short answers); a group whose
+rewards are all equal has no advantage and is not trained on at all, not even towards the reference.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import train_sft
+from checkpoint import (
+    Log,
+    check_tokenizer,
+    decode,
+    encode,
+    find_checkpoint,
+    load_model,
+    load_optimizer,
+    load_training,
+    newest_checkpoint,
+    open_run,
+    read_log,
+    save_checkpoint,
+    stop_tokens,
+    write_json,
+)
+from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Task
+from eval import (
+    Response,
+    compare,
+    evaluate,
+    judge,
+    plot_evaluation,
+    plot_training,
+    summarise,
+    table,
+    token_budget,
+    validation_problems,
+)
+from model import Packed, Transformer, pack, pad, response_log_probs
+from rollout import Rollout, sample
+from runtime import World, clip_gradient, parse_flags, refusals, require, start, stream, torch_stream
+
+
+@dataclass
+class GrpoConfig:
+    init: str = ""  # SFT checkpoint or run [runs/sft-mixed-gfFIELD, trained first where it is missing]
+    out: str = ""  # run folder [runs/grpo-DIFFICULTY-gfFIELD]
+    difficulty: Literal["easy", "hard", "extreme"] = "hard"  # easy (2-5 steps), hard (6-9) or extreme (6-15)
+    steps: str = ""  # such as 3-7, instead of --difficulty
+    parts: str = "1"  # parts of a problem, such as 3-5: two or more make a composition
+    field: int = 11  # number of elements of the field, a prime
+    relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
+    evaluation_share: float = 0.5  # share of evaluation among the problems; the rest is inversion
+    updates: int = 150  # optimizer steps
+    prompts: int = 32  # problems an update, over all processes
+    group: int = 8  # responses to each
+    lr: float = 3e-4  # learning rate of AdamW
+    warmup: int = 10  # updates to reach it
+    beta: float = 0.0  # weight of the KL divergence from the SFT model
+    clip_low: float = 0.2  # ratios below 1 - this get no gradient
+    clip_high: float = 0.2  # ratios above 1 + this get no gradient
+    clip_gradient: float = 1.0  # longest gradient
+    advantage: Literal["z-score", "mean"] = "z-score"  # rewards minus the group's mean, divided by its deviation or not
+    temperature: float = 1.0  # of the sampling
+    max_new_tokens: int = 0  # longest response [0: the longest solution and a little more]
+    micro_tokens: int = 16384  # tokens of a forward pass
+    seed: int = 0  # of problems, sampling and everything else
+    eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
+    eval_problems: int = 256  # validation problems of an evaluation, 4 samples each
+    save_every: int = 25  # updates between checkpoints
+    resume: bool = False  # continue the newest checkpoint of the run folder
+
+
+def complete(config: GrpoConfig) -> GrpoConfig:
+    """The config with its places filled in, and checked."""
+    where = config.steps or config.difficulty
+    config.out = config.out or f"runs/grpo-{where}-gf{config.field}{'-shown' if config.relabel == 'shown' else ''}"
+    require(config.updates >= 1, "--updates must be at least 1")
+    require(config.prompts >= 1, "--prompts must be at least 1")
+    require(config.group >= 2, "--group must be at least 2: a response is compared with the others of its group")
+    require(0 < config.lr < 1, "--lr must lie between 0 and 1")
+    require(config.warmup >= 0 and config.beta >= 0, "--warmup and --beta must not be negative")
+    require(0 <= config.clip_low < 1, "--clip-low must lie between 0 and 1")
+    require(config.clip_high >= 0, "--clip-high must not be negative")
+    require(config.clip_gradient > 0, "--clip-gradient must be above 0")
+    require(config.temperature > 0, "--temperature must be above 0")
+    require(config.max_new_tokens >= 0, "--max-new-tokens must not be negative")
+    require(config.micro_tokens >= 1, "--micro-tokens must be at least 1")
+    require(config.eval_every >= 0, "--eval-every must not be negative")
+    require(config.eval_problems >= 1 and config.save_every >= 1, "--eval-problems and --save-every start at 1")
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
+    """Rewards (P, G) relative to their group: minus its mean and, for "z-score", over its standard deviation.
+
+    A group of equal rewards gets zeros. Source: DeepSeekMath, section 4.1.2; "mean": Dr. GRPO, arXiv 2503.20783.
+    """
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if kind == "z-score":
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
+    return advantages
+
+
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) of each token; all (M,). Source: PPO, arXiv 1707.06347, eq. 7."""
+    ratio = (log_probs - old_log_probs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def kl_divergence(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's estimate k3 of KL(policy || reference), of each token (M,): unbiased and never negative."""
+    difference = reference - log_probs
+    return difference.exp() - difference - 1
+
+
+def micro_batches(prompt_lengths: Tensor, response_lengths: Tensor, chosen: Tensor, budget: int) -> Iterator[Tensor]:
+    """Split the groups `chosen` into runs of at most `budget` tokens; a larger group stands alone.
+
+    prompt_lengths (P,), response_lengths (P, G), chosen indices into P; yields indices.
+    """
+    costs = (prompt_lengths + response_lengths.sum(1))[chosen].tolist()
+    first, total = 0, 0
+    for i, cost in enumerate(costs):
+        if total + cost > budget and i > first:
+            yield chosen[first:i]
+            first, total = i, 0
+        total += cost
+    if first < len(costs):
+        yield chosen[first:]
+
+
+def pack_groups(prompts: Tensor, prompt_lengths: Tensor, rollout: Rollout, groups: Tensor) -> tuple[Packed, Tensor]:
+    """Pack some groups: prompts (P, Tp) and the P * G responses of the rollout.
+
+    Also the mask (b, T), for the b rows of these groups, that takes what is kept of each token to the batch's order.
+    """
+    P, Tp = len(prompts), int(prompt_lengths[groups].max())
+    rows = torch.arange(len(rollout.tokens), device=prompts.device).view(P, -1)[groups]  # (p, G)
+    lengths = rollout.lengths[rows.flatten()]
+    T = int(lengths.max())
+    parents = torch.arange(len(groups), device=prompts.device).repeat_interleave(rows.shape[1])
+    tokens = rollout.tokens[rows.flatten(), :T]
+    batch = pack(prompts[groups, :Tp], prompt_lengths[groups], tokens, lengths, parents)
+    return batch, rows.flatten()
+
+
+def update_policy(
+    model: Transformer,
+    reference: Transformer | None,
+    optimizer: torch.optim.Optimizer,
+    prompts: tuple[Tensor, Tensor],
+    rollout: Rollout,
+    rewards: Tensor,
+    config: GrpoConfig,
+    world: World,
+) -> dict[str, float]:
+    """One GRPO step on prompts (P, Tp) with their lengths (P,), their rollout and rewards (P, G); its figures."""
+    P, G = rewards.shape
+    advantages = group_advantages(rewards, config.advantage).flatten()
+    chosen = (rewards != rewards[:, :1]).any(1).nonzero()[:, 0]  # groups with a signal
+    # The mean is over all response tokens of the batch, on every process and in every micro-batch. Those of groups
+    # without signal count, though their share of the loss is zero and they are never forwarded.
+    n_tokens, n_groups, n_chosen = world.sum(int(rollout.lengths.sum()), P, len(chosen))
+
+    sums = dict.fromkeys(("loss", "kl", "entropy", "ratio", "clipped", "trained"), 0.0)
+    worst = 0.0
+    for groups in micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, config.micro_tokens):
+        batch, rows = pack_groups(*prompts, rollout, groups)
+        mask = torch.arange(rollout.tokens.shape[1], device=rows.device) < rollout.lengths[rows, None]  # (b, T)
+        old = rollout.log_probs[rows][mask]
+        token_advantages = advantages[rows].repeat_interleave(rollout.lengths[rows])
+        log_probs, entropy = response_log_probs(model, batch, config.temperature)
+        losses = policy_loss(log_probs, old, token_advantages, config.clip_low, config.clip_high)
+        if reference is not None:
+            with torch.no_grad():
+                reference_log_probs, _ = response_log_probs(reference, batch, config.temperature)
+            kl = kl_divergence(log_probs, reference_log_probs)
+            losses = losses + config.beta * kl
+            sums["kl"] += kl.sum().item()
+        (losses.sum() / n_tokens).backward()
+
+        with torch.no_grad():
+            ratio = (log_probs - old).exp()
+            outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
+            worst = max(worst, (log_probs - old).abs().max().item())
+            for name, value in (("loss", losses), ("entropy", entropy), ("ratio", ratio), ("clipped", outside)):
+                sums[name] += value.sum().item()
+            sums["trained"] += len(losses)
+
+    totals = dict(zip(sums, world.sum(*sums.values())))
+    norm = 0.0
+    if n_chosen:
+        world.sum_gradients(model)
+        norm = clip_gradient(model, config.clip_gradient).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = max(1.0, totals["trained"])
+    figures = {
+        "loss": totals["loss"] / n_tokens,
+        "gradient_norm": norm,
+        "groups_without_signal": 1 - n_chosen / n_groups,
+        "entropy": totals["entropy"] / trained,
+        "ratio": totals["ratio"] / trained,
+        "clipped_share": totals["clipped"] / trained,
+        "logprob_difference": max(world.gather([worst])),
+        "trained_tokens": totals["trained"],
+    }
+    if reference is not None:
+        figures["kl"] = totals["kl"] / trained
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def behaviour(responses: list[Response]) -> dict[str, float]:
+    """Accuracy and strategy shares by type, from the responses of an update."""
+    figures = {}
+    for kind in sorted({r.kind for r in responses}):
+        some = [r for r in responses if r.kind == kind]
+        strategies = Counter(r.strategy for r in some)
+        figures[f"accuracy/{kind}"] = fmean(r.correct for r in some)
+        fitting = [r.correct for r in some if r.fits]
+        figures[f"accuracy_given_fit/{kind}"] = fmean(fitting) if fitting else None
+        if kind != COMPOSITION:
+            figures |= {f"{strategy}/{kind}": strategies[strategy] / len(some) for strategy in (FORWARD, BACKWARD)}
+    return figures
+
+
+def find_or_train_sft(config: GrpoConfig, world: World) -> Path:
+    """The checkpoint to start from; trains one, or goes on training it, where the default place has none finished."""
+    if config.init:
+        return find_checkpoint(Path(config.init))
+    place = train_sft.default_place("mixed", config.field, config.relabel)
+    found = newest_checkpoint(place)
+    training = load_training(found) if found else {}
+    if found and training["update"] == training["total"]:
+        return found
+    if world.leads:
+        print(f"There is no finished SFT checkpoint in {place}: training one first (train_sft.py, mixed strategies).")
+    sft = train_sft.SftConfig(field=config.field, relabel=config.relabel, resume=found is not None)
+    return train_sft.main(sft, world)
+
+
+def main(config: GrpoConfig, world: World) -> None:
+    config = complete(config)
+    require(config.prompts >= world.size, f"--prompts must be at least the number of processes, {world.size}")
+    with refusals():
+        flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts, config.evaluation_share)
+        task = Task.from_flags(*flags)
+    run = Path(config.out)
+    begin = open_run(run, config, world)
+    init = find_or_train_sft(config, world)
+
+    source = newest_checkpoint(run) if begin else init
+    model, tokenizer = load_model(source, world.device)
+    check_tokenizer(tokenizer, config.field)
+    known = load_training(init)
+    for name in ("field", "relabel"):
+        given = getattr(config, name)
+        require(known.get(name, given) == given, f"{init} was trained with --{name} {known.get(name)}, not {given}")
+    reference = load_model(init, world.device)[0].requires_grad_(False) if config.beta else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if begin:
+        load_optimizer(source, optimizer)
+
+    problems = validation_problems(task, config.eval_problems, config.seed)
+    max_new_tokens = config.max_new_tokens or token_budget(tokenizer, problems)
+    log = Log(run, begin) if world.leads else None
+    bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
+    for update in bar:
+        clock = time.perf_counter()
+        rng = stream(config.seed, "problems", update)
+        drawn = [task.sample(rng, "train") for _ in range(config.prompts)][world.rank :: world.size]
+        prompts = [encode(tokenizer, problem.prompt()) for problem in drawn]
+        rollout = sample(
+            model,
+            prompts,
+            stop_tokens(tokenizer),
+            torch_stream(config.seed, "sampling", update, world.rank),
+            config.group,
+            max_new_tokens,
+            config.temperature,
+        )
+        sampled = time.perf_counter()
+        texts, stopped = decode(tokenizer, rollout.responses()), rollout.stopped.tolist()
+        judged = [judge(drawn[i // config.group], text, stopped[i]) for i, text in enumerate(texts)]
+        rewards = torch.tensor([float(r.correct) for r in judged], device=world.device).view(-1, config.group)
+
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = config.lr * min(1.0, (update + 1) / max(1, config.warmup))
+        padded = pad(prompts, world.device)
+        figures = update_policy(model, reference, optimizer, padded, rollout, rewards, config, world)
+        done = time.perf_counter()
+
+        (n_sampled,) = world.sum(int(rollout.lengths.sum()))
+        responses = world.gather(judged)
+        row = {"update": update + 1, "reward": fmean(r.correct for r in responses)}
+        row |= behaviour(responses) | figures
+        row["response_length"] = n_sampled / len(responses)
+        row["truncated_share"] = fmean(not r.stopped for r in responses)
+        row["rollout_tokens_per_second"] = n_sampled / (sampled - clock)
+        row["training_tokens_per_second"] = row.pop("trained_tokens") / (done - sampled)
+        row["peak_memory_gb"] = peak_memory(world)
+        last = update + 1 == config.updates
+        if world.leads:
+            if config.eval_every and (update + 1) % config.eval_every == 0:
+                judged = evaluate(model, tokenizer, problems, 1, config.temperature, config.seed)
+                row |= {f"validation/{kind}": c["pass@1"] for kind, c in summarise(judged)["by_type"].items()}
+            log.write(row)
+            bar.set_postfix(progress(row))
+            if (update + 1) % config.save_every == 0 or last:
+                training = asdict(config) | {"stage": "grpo", "total": config.updates, "init": str(init)}
+                save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
+        world.wait()
+    if world.leads:
+        report(init, run, model, tokenizer, problems, config, world)
+
+
+def progress(row: dict) -> dict[str, str]:
+    """What the progress bar shows."""
+    shown = {"reward": f"{row['reward']:.2f}"}
+    shown |= {kind.split("/")[1]: f"{row[kind]:.2f}" for kind in row if kind.startswith("accuracy/")}
+    return shown | {"no signal": f"{row['groups_without_signal']:.2f}", "norm": f"{row['gradient_norm']:.2f}"}
+
+
+def report(init: Path, run: Path, model: Transformer, tokenizer, problems: list, config: GrpoConfig, world: World) -> None:
+    """Evaluate the start and the end of the run on the same problems; print, write and draw it."""
+    before, _ = load_model(init, world.device)
+    judged = [evaluate(m, tokenizer, problems, 4, config.temperature, config.seed) for m in (before, model)]
+    summaries = {f"before: {init}": summarise(judged[0]), f"after: {newest_checkpoint(run)}": summarise(judged[1])}
+    difference = compare(*judged)
+    write_json(run / "evaluation.json", dict(zip(("before", "after"), summaries.values()), difference=difference))
+    plot_evaluation(dict(zip(("SFT", "RL"), summaries.values())), run / "evaluation.png")
+    plot_training(read_log(run / "metrics.jsonl"), run / "training.png")
+    print(f"\n{len(problems)} validation problems, 4 samples each at temperature {config.temperature}; figures in %")
+    print(table(summaries, difference))
+    print(f"checkpoint  {newest_checkpoint(run)}\nlog         {run / 'metrics.jsonl'}")
+    print(f"plots       {run / 'training.png'}\n            {run / 'evaluation.png'}")
+
+
+def peak_memory(world: World) -> float:
+    """Largest memory this process has held so far, in GB: the GPU's, or else the machine's."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
+
+
+if __name__ == "__main__":
+    main(parse_flags(GrpoConfig, __doc__), start())
