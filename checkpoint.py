@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from data.finite_field import vocabulary
 from model import ModelConfig, Transformer, init_weights
@@ -127,7 +127,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Transf
     except RuntimeError as error:
         fail(f"the weights in {folder} are not those of its config.json: {str(error)[:300]}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # AutoTokenizer would put Qwen2's own BPE in the place of whatever tokenizer.json says.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
     require(len(tokenizer) <= config.vocab_size, f"the tokenizer in {folder} has more words than the model")

@@ -68,6 +68,13 @@ def judge(problem: Problem, response: str, stopped: bool) -> Response:
     return Response(problem.kind, problem.steps, found.strategy, fits(problem, found), correct, error, stopped)
 
 
+def judge_groups(problems: list[Problem], texts: list[str], stopped: list[bool]) -> list[list[Response]]:
+    """Judge a rollout's responses: those to each problem follow one another."""
+    group = len(texts) // len(problems)
+    judged = [judge(problems[i // group], text, stopped[i]) for i, text in enumerate(texts)]
+    return [judged[i : i + group] for i in range(0, len(judged), group)]
+
+
 def evaluate(
     model: Transformer,
     tokenizer: PreTrainedTokenizerFast,
@@ -86,9 +93,7 @@ def evaluate(
         max_new_tokens=token_budget(tokenizer, problems),
         temperature=temperature,
     )
-    texts, stopped = decode(tokenizer, rollout.responses()), rollout.stopped.tolist()
-    judged = [judge(problems[i // samples], text, stopped[i]) for i, text in enumerate(texts)]
-    return [judged[i : i + samples] for i in range(0, len(judged), samples)]
+    return judge_groups(problems, decode(tokenizer, rollout.responses()), rollout.stopped.tolist())
 
 
 def validation_problems(task: Task, n: int, seed: int) -> list[Problem]:

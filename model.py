@@ -124,21 +124,42 @@ class Transformer(nn.Module):
 
 
 def init_weights(model: Transformer, generator: torch.Generator) -> None:
-    """Normal weights of standard deviation 0.02, those that write to the residual stream scaled down (GPT-2)."""
-    residual_std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
+    """Normal weights, those that write to the residual stream scaled down (GPT-2), and previous-token heads.
+
+    Much of a small transformer's training goes into finding heads that look a fixed number of tokens back, on which
+    everything else then builds (induction heads, arXiv 2209.11895). Qwen2's query and key biases can express such a
+    head outright, so the first layer is born with them: with biases of length b in a rotated pair of frequency f,
+    turned by f * back, the score b^2 cos(f * (distance - back)) is largest `back` tokens away.
+    """
+    config, std = model.config, 0.06
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(weight)
         elif weight.ndim == 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(weight, std=residual_std if residual else 0.02, generator=generator)
+            scale = 1 / math.sqrt(2 * config.num_hidden_layers) if residual else 1.0
+            nn.init.normal_(weight, std=std * scale, generator=generator)
+
+    pairs, length = 4, 5.0  # only the fastest pairs tell neighbouring tokens apart; content shall weigh little
+    frequencies = rope_frequencies(config, weight.device)[:pairs]
+    first = model.model.layers[0].self_attn
+    with torch.no_grad():
+        first.q_proj.weight.mul_(0.25), first.k_proj.weight.mul_(0.25)
+        first.k_proj.bias.view(-1, 2, config.head_dim // 2)[:, 0, :pairs] = length
+        for head, back in zip(first.q_proj.bias.view(-1, 2, config.head_dim // 2), (1, 2, 3, 5)):
+            head[0, :pairs] = length * torch.cos(frequencies * back)
+            head[1, :pairs] = -length * torch.sin(frequencies * back)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Radians a position, (d/2,), of the rotated pairs. Source: RoFormer, arXiv 2104.09864."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    return config.rope_theta**-exponents
 
 
 def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (N, 1, d/2) each, of the rotation angles at positions (N,). Source: RoFormer, arXiv 2104.09864."""
-    d = config.head_dim
-    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
-    angles = positions[:, None, None].float() * frequencies
+    """cos and sin, (N, 1, d/2) each, of the rotation angles at positions (N,)."""
+    angles = positions[:, None, None].float() * rope_frequencies(config, positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -187,11 +208,11 @@ def pack(
     responses: Tensor,
     response_lengths: Tensor,
     parents: Tensor,
-    gaps: Tensor | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
 ) -> Packed:
     """Pack prompts (P, Tp) and responses (B, Tr), both padded on the right, with `parents` (B,) the prompts' rows.
 
-    `gaps` (B,) moves the positions of each response that far away from its prompt.
+    `positions` (P, Tp) and (B, Tr), for RoPE, are consecutive unless given.
     """
     device, (P, Tp), (B, Tr) = prompts.device, prompts.shape, responses.shape
     prompt_mask = torch.arange(Tp, device=device) < prompt_lengths[:, None]  # (P, Tp)
@@ -202,10 +223,9 @@ def pack(
     read_index = (read_mask.flatten().cumsum(0) - 1).view(B, Tr) + n_prompt
 
     Tq, Tk = max(Tp, Tr), Tp + Tr
-    prompt_positions = torch.arange(Tp, device=device).expand(P, Tp)
-    read_positions = prompt_lengths[parents][:, None] + torch.arange(Tr, device=device)
-    if gaps is not None:
-        read_positions = read_positions + gaps[:, None]
+    if positions is None:
+        after = prompt_lengths[parents][:, None]
+        positions = torch.arange(Tp, device=device).expand(P, Tp), after + torch.arange(Tr, device=device)
 
     query_mask = torch.zeros(P + B, Tq, dtype=torch.bool, device=device)
     query_mask[:P, :Tp], query_mask[P:, :Tr] = prompt_mask, read_mask
@@ -224,7 +244,7 @@ def pack(
     sources = torch.cat((last_prompt, read_index[:, :-1]), 1)[target_mask]
     return Packed(
         tokens=torch.cat((prompts[prompt_mask], responses[read_mask])),
-        positions=torch.cat((prompt_positions[prompt_mask], read_positions[read_mask])),
+        positions=torch.cat((positions[0][prompt_mask], positions[1][read_mask])),
         queries=query_mask.flatten().nonzero()[:, 0],
         keys=keys,
         bias=bias,

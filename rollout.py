@@ -71,7 +71,10 @@ def sample(
 
     T = int(out.lengths.max())
     return Rollout(
-        out.tokens.flatten(0, 1)[:, :T], out.lengths.flatten(), out.log_probs.flatten(0, 1)[:, :T], out.stopped.flatten()
+        out.tokens.flatten(0, 1)[:, :T],
+        out.lengths.flatten(),
+        out.log_probs.flatten(0, 1)[:, :T],
+        out.stopped.flatten(),
     )
 
 
@@ -168,7 +171,9 @@ class Cache:
             own = (q * d**-0.5).view(B, K, H // K, d)
             shared = own.view(P, self.group, K, -1, d).transpose(1, 2).reshape(P, K, -1, d)  # (P, K, G * H/K, d)
             to_prompt = shared @ prompt_k.transpose(2, 3) + self.bias
-            to_prompt = to_prompt.view(P, K, self.group, -1, to_prompt.shape[-1]).transpose(1, 2).reshape(B, K, H // K, -1)
+            to_prompt = (
+                to_prompt.view(P, K, self.group, -1, to_prompt.shape[-1]).transpose(1, 2).reshape(B, K, H // K, -1)
+            )
             to_response = own @ response_k.transpose(2, 3)
             weights = torch.cat((to_prompt, to_response), -1).float().softmax(-1).to(v.dtype)
 

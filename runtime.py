@@ -14,7 +14,7 @@ from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 Config = TypeVar("Config")
 
@@ -145,6 +145,6 @@ def torch_stream(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(stream(*key).getrandbits(63))
 
 
-def clip_gradient(model: nn.Module, largest: float) -> Tensor:
+def clip_gradient(model: nn.Module, largest: float) -> float:
     """Scale the gradient down to norm `largest` where it is longer; its norm before."""
-    return nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], largest)
+    return nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], largest).item()

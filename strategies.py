@@ -146,7 +146,9 @@ def strategy_of(chunk: list[Line]) -> str:
 # Checking: the lines against those of a faultless solution in the same strategies, with the same guesses
 
 
-def check(problem: Problem, lines: list[Line], chunks: list[list[Line]], parts: tuple[str, ...]) -> tuple[int, Error | None]:
+def check(
+    problem: Problem, lines: list[Line], chunks: list[list[Line]], parts: tuple[str, ...]
+) -> tuple[int, Error | None]:
     """Number of steps done right before the first error, and that error."""
     directions, guesses = [], []
     for chunk, strategy, part in zip(chunks, parts, problem.parts):

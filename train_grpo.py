@@ -13,7 +13,6 @@ mean over the *tokens* of the whole batch and not of each response (DAPO; no bia
 rewards are all equal has no advantage and is not trained on at all, not even towards the reference.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ from eval import (
     Response,
     compare,
     evaluate,
-    judge,
+    judge_groups,
     plot_evaluation,
     plot_training,
     summarise,
@@ -71,10 +70,10 @@ class GrpoConfig:
     field: int = 11  # number of elements of the field, a prime
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
     evaluation_share: float = 0.5  # share of evaluation among the problems; the rest is inversion
-    updates: int = 150  # optimizer steps
+    updates: int = 100  # optimizer steps
     prompts: int = 32  # problems an update, over all processes
     group: int = 8  # responses to each
-    lr: float = 3e-4  # learning rate of AdamW
+    lr: float = 1.5e-4  # learning rate of AdamW
     warmup: int = 10  # updates to reach it
     beta: float = 0.0  # weight of the KL divergence from the SFT model
     clip_low: float = 0.2  # ratios below 1 - this get no gradient
@@ -157,31 +156,28 @@ def micro_batches(prompt_lengths: Tensor, response_lengths: Tensor, chosen: Tens
 
 
 def pack_groups(prompts: Tensor, prompt_lengths: Tensor, rollout: Rollout, groups: Tensor) -> tuple[Packed, Tensor]:
-    """Pack some groups: prompts (P, Tp) and the P * G responses of the rollout.
-
-    Also the mask (b, T), for the b rows of these groups, that takes what is kept of each token to the batch's order.
-    """
-    P, Tp = len(prompts), int(prompt_lengths[groups].max())
-    rows = torch.arange(len(rollout.tokens), device=prompts.device).view(P, -1)[groups]  # (p, G)
-    lengths = rollout.lengths[rows.flatten()]
-    T = int(lengths.max())
-    parents = torch.arange(len(groups), device=prompts.device).repeat_interleave(rows.shape[1])
-    tokens = rollout.tokens[rows.flatten(), :T]
-    batch = pack(prompts[groups, :Tp], prompt_lengths[groups], tokens, lengths, parents)
-    return batch, rows.flatten()
+    """Pack the groups `groups` of prompts (P, Tp) and their rollout; also which rows (b,) of the rollout they are."""
+    rows = torch.arange(len(rollout.tokens), device=groups.device).view(len(prompts), -1)[groups]  # (p, G)
+    parents = torch.arange(len(groups), device=groups.device).repeat_interleave(rows.shape[1])
+    rows = rows.flatten()
+    Tp, T = prompt_lengths[groups].max(), rollout.lengths[rows].max()
+    batch = pack(prompts[groups, :Tp], prompt_lengths[groups], rollout.tokens[rows, :T], rollout.lengths[rows], parents)
+    return batch, rows
 
 
-def update_policy(
+def add_gradient(
     model: Transformer,
     reference: Transformer | None,
-    optimizer: torch.optim.Optimizer,
     prompts: tuple[Tensor, Tensor],
     rollout: Rollout,
     rewards: Tensor,
     config: GrpoConfig,
     world: World,
 ) -> dict[str, float]:
-    """One GRPO step on prompts (P, Tp) with their lengths (P,), their rollout and rewards (P, G); its figures."""
+    """Add this process's share of the gradient of the GRPO loss to the model's; the figures of the whole batch.
+
+    prompts (P, Tp) with their lengths (P,), the rollout of P * G responses, rewards (P, G).
+    """
     P, G = rewards.shape
     advantages = group_advantages(rewards, config.advantage).flatten()
     chosen = (rewards != rewards[:, :1]).any(1).nonzero()[:, 0]  # groups with a signal
@@ -215,16 +211,9 @@ def update_policy(
             sums["trained"] += len(losses)
 
     totals = dict(zip(sums, world.sum(*sums.values())))
-    norm = 0.0
-    if n_chosen:
-        world.sum_gradients(model)
-        norm = clip_gradient(model, config.clip_gradient).item()
-        optimizer.step()
-        optimizer.zero_grad()
     trained = max(1.0, totals["trained"])
     figures = {
         "loss": totals["loss"] / n_tokens,
-        "gradient_norm": norm,
         "groups_without_signal": 1 - n_chosen / n_groups,
         "entropy": totals["entropy"] / trained,
         "ratio": totals["ratio"] / trained,
@@ -282,11 +271,11 @@ def main(config: GrpoConfig, world: World) -> None:
 
     source = newest_checkpoint(run) if begin else init
     model, tokenizer = load_model(source, world.device)
-    check_tokenizer(tokenizer, config.field)
     known = load_training(init)
     for name in ("field", "relabel"):
         given = getattr(config, name)
         require(known.get(name, given) == given, f"{init} was trained with --{name} {known.get(name)}, not {given}")
+    check_tokenizer(tokenizer, config.field)
     reference = load_model(init, world.device)[0].requires_grad_(False) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if begin:
@@ -294,6 +283,9 @@ def main(config: GrpoConfig, world: World) -> None:
 
     problems = validation_problems(task, config.eval_problems, config.seed)
     max_new_tokens = config.max_new_tokens or token_budget(tokenizer, problems)
+    longest = max(len(encode(tokenizer, problem.prompt())) for problem in problems) + max_new_tokens
+    limit = model.config.max_position_embeddings
+    require(longest <= limit, f"prompt and response may take {longest} tokens; the model has {limit} positions")
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
     for update in bar:
@@ -311,18 +303,21 @@ def main(config: GrpoConfig, world: World) -> None:
             config.temperature,
         )
         sampled = time.perf_counter()
-        texts, stopped = decode(tokenizer, rollout.responses()), rollout.stopped.tolist()
-        judged = [judge(drawn[i // config.group], text, stopped[i]) for i, text in enumerate(texts)]
-        rewards = torch.tensor([float(r.correct) for r in judged], device=world.device).view(-1, config.group)
+        judged = judge_groups(drawn, decode(tokenizer, rollout.responses()), rollout.stopped.tolist())
+        rewards = torch.tensor([[float(r.correct) for r in group] for group in judged], device=world.device)
 
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = config.lr * min(1.0, (update + 1) / max(1, config.warmup))
-        padded = pad(prompts, world.device)
-        figures = update_policy(model, reference, optimizer, padded, rollout, rewards, config, world)
+        figures = add_gradient(model, reference, pad(prompts, world.device), rollout, rewards, config, world)
+        world.sum_gradients(model)
+        figures["gradient_norm"] = clip_gradient(model, config.clip_gradient)
+        if figures["groups_without_signal"] < 1:
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = config.lr * min(1.0, (update + 1) / max(1, config.warmup))
+            optimizer.step()
+        optimizer.zero_grad()
         done = time.perf_counter()
 
         (n_sampled,) = world.sum(int(rollout.lengths.sum()))
-        responses = world.gather(judged)
+        responses = world.gather([r for group in judged for r in group])
         row = {"update": update + 1, "reward": fmean(r.correct for r in responses)}
         row |= behaviour(responses) | figures
         row["response_length"] = n_sampled / len(responses)
@@ -352,7 +347,9 @@ def progress(row: dict) -> dict[str, str]:
     return shown | {"no signal": f"{row['groups_without_signal']:.2f}", "norm": f"{row['gradient_norm']:.2f}"}
 
 
-def report(init: Path, run: Path, model: Transformer, tokenizer, problems: list, config: GrpoConfig, world: World) -> None:
+def report(
+    init: Path, run: Path, model: Transformer, tokenizer, problems: list, config: GrpoConfig, world: World
+) -> None:
     """Evaluate the start and the end of the run on the same problems; print, write and draw it."""
     before, _ = load_model(init, world.device)
     judged = [evaluate(m, tokenizer, problems, 4, config.temperature, config.seed) for m in (before, model)]

@@ -25,7 +25,6 @@ from checkpoint import (
     encode,
     load_model,
     load_optimizer,
-    load_training,
     new_model,
     newest_checkpoint,
     open_run,
@@ -50,12 +49,12 @@ class SftConfig:
     examples: int | None = None  # distinct problems, 0 for fresh ones always [tiny 0, pretrained 2048]
     epochs: int | None = None  # passes over the examples [pretrained 20]
     updates: int | None = None  # instead of --epochs [tiny 800]
-    batch_size: int | None = None  # examples an update, over all processes [tiny 64, pretrained 16]
-    lr: float | None = None  # peak learning rate of AdamW [tiny 2e-3, pretrained 2e-4]
+    batch_size: int | None = None  # examples an update, over all processes [tiny 32, pretrained 16]
+    lr: float | None = None  # peak learning rate of AdamW [tiny 3e-3, pretrained 2e-4]
     weight_decay: float = 0.01  # of AdamW
-    warmup: int = 50  # updates to reach the peak; a cosine leads down to zero
+    warmup: int = 100  # updates to reach the peak; a cosine leads down to zero
     clip_gradient: float = 1.0  # longest gradient
-    position_gap: int | None = None  # longest gap between prompt and response in positions [tiny 100, pretrained 0]
+    position_gap: int | None = None  # longest sum of random gaps in the positions [tiny 130, pretrained 0]
     seed: int = 0  # of weights, problems and everything else
     eval_every: int = 200  # updates between validations
     save_every: int = 400  # updates between checkpoints
@@ -70,7 +69,7 @@ def default_place(strategy: str, field: int, relabel: str) -> Path:
 def complete(config: SftConfig) -> SftConfig:
     """The config with the defaults that depend on the model, and checked."""
     tiny = config.model == "tiny"
-    defaults = {"examples": 0, "updates": 800, "batch_size": 64, "lr": 2e-3, "position_gap": 100}
+    defaults = {"examples": 0, "updates": 800, "batch_size": 32, "lr": 3e-3, "position_gap": 130}
     if not tiny:
         defaults = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "position_gap": 0}
         if config.updates is None:
@@ -120,17 +119,45 @@ def draw_examples(config: SftConfig, task: Task, update: int) -> list[tuple[Prob
 
 
 def make_batch(
-    tokenizer: PreTrainedTokenizerFast, examples: list[tuple[Problem, str]], gaps: Tensor | None, device: torch.device
+    tokenizer: PreTrainedTokenizerFast,
+    examples: list[tuple[Problem, str]],
+    device: torch.device,
+    longest_gap: int = 0,
+    generator: torch.Generator | None = None,
 ) -> Packed:
-    """Pack prompts and solutions. `gaps` (B,) moves each response that many positions away from its prompt.
-
-    A model that learns on short chains finds the steps in its prompt by their distance, and fails on longer ones;
-    gaps between prompt and response make it go by the labels instead.
-    """
-    prompts, prompt_lengths = pad([encode(tokenizer, problem.prompt()) for problem, _ in examples], device)
+    """Pack prompts and solutions; with `longest_gap`, over positions that `spread` chooses."""
+    prompts, prompt_lengths = pad([encode(tokenizer, problem.prompt()) for problem, _ in examples])
     stop = stop_tokens(tokenizer)[:1]
-    responses, lengths = pad([encode(tokenizer, solution) + stop for _, solution in examples], device)
-    return pack(prompts, prompt_lengths, responses, lengths, torch.arange(len(examples), device=device), gaps)
+    responses, lengths = pad([encode(tokenizer, solution) + stop for _, solution in examples])
+    positions = None
+    if longest_gap:
+        starts = torch.tensor(
+            [i for word, i in tokenizer.get_vocab().items() if word in ("start", "end") or word[-1] == ":"]
+        )
+        positions = spread(prompts, prompt_lengths, responses, starts, longest_gap, generator)
+        positions = tuple(x.to(device) for x in positions)
+    parents = torch.arange(len(examples), device=device)
+    return pack(*(x.to(device) for x in (prompts, prompt_lengths, responses, lengths)), parents, positions)
+
+
+def spread(
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    responses: Tensor,
+    starts: Tensor,
+    longest: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Positions (B, Tp) and (B, Tr) with random gaps, up to `longest` in all, before tokens that start a line.
+
+    A model that learns on short chains finds the steps of its prompt by their distance and counts lines to know when
+    to stop, and fails on longer chains. With gaps it must go by the labels. (Randomised positions: arXiv 2305.16843.)
+    """
+    (B, Tp), Tr = prompts.shape, responses.shape[1]
+    weights = torch.rand(B, Tp + Tr, generator=generator) * torch.isin(torch.cat((prompts, responses), 1), starts)
+    total = torch.rand(B, 1, generator=generator) * longest
+    gaps = (weights.cumsum(1) / weights.sum(1, keepdim=True) * total).long()
+    return torch.arange(Tp) + gaps[:, :Tp], prompt_lengths[:, None] + torch.arange(Tr) + gaps[:, Tp:]
 
 
 def loss_sum(model: Transformer, batch: Packed) -> Tensor:
@@ -153,7 +180,7 @@ def validate(
     """Loss on validation solutions; accuracy of one sampled response each."""
     rng = stream(config.seed, "validation strategies")
     examples = [(p, p.solution(choose_strategies(p, config.strategy, rng))) for p in problems]
-    batch = make_batch(tokenizer, examples, None, model.lm_head.weight.device)
+    batch = make_batch(tokenizer, examples, model.lm_head.weight.device)
     figures = summarise(evaluate(model, tokenizer, problems, 1, 1.0, config.seed))["overall"]
     return {
         "validation_loss": loss_sum(model, batch).item() / len(batch.targets),
@@ -187,14 +214,12 @@ def main(config: SftConfig, world: World) -> Path:
     problems = validation_problems(task, 128, config.seed)
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, updates), initial=begin, total=updates, desc="SFT", disable=not world.leads)
-    figures: dict = {}
+    shown: dict[str, str] = {}  # accuracy in percent, as last measured
     for update in bar:
         clock = time.perf_counter()
         examples = draw_examples(config, task, update)[world.rank :: world.size]
-        gaps = torch.randint(
-            0, config.position_gap + 1, (len(examples),), generator=torch_stream(config.seed, "gaps", update, world.rank)
-        )
-        batch = make_batch(tokenizer, examples, gaps.to(world.device), world.device)
+        generator = torch_stream(config.seed, "gaps", update, world.rank)
+        batch = make_batch(tokenizer, examples, world.device, config.position_gap, generator)
         (n_tokens,) = world.sum(len(batch.targets))
         loss = loss_sum(model, batch) / n_tokens
         loss.backward()
@@ -206,18 +231,16 @@ def main(config: SftConfig, world: World) -> Path:
         optimizer.zero_grad()
 
         (total_loss,) = world.sum(loss.item())
-        row = {"update": update + 1, "loss": total_loss, "gradient_norm": norm.item()}
+        row = {"update": update + 1, "loss": total_loss, "gradient_norm": norm}
         row |= {"lr": optimizer.param_groups[0]["lr"], "tokens_per_second": n_tokens / (time.perf_counter() - clock)}
         last = update + 1 == updates
         if world.leads:
             if (update + 1) % config.eval_every == 0 or last:
                 figures = validate(model, tokenizer, config, problems)
-            log.write(row | (figures if "validation_loss" in figures else {}))
-            shown = {"loss": f"{total_loss:.3f}"}
-            if figures:
-                shown["right"] = percent(figures["accuracy"]) + "%"
-                shown["right if fit"] = percent(figures["accuracy_given_fit"]) + "%"
-            bar.set_postfix(shown)
+                shown = {"right": percent(figures["accuracy"]), "right if fit": percent(figures["accuracy_given_fit"])}
+                row |= figures
+            log.write(row)
+            bar.set_postfix({"loss": f"{total_loss:.3f}"} | shown)
             if (update + 1) % config.save_every == 0 or last:
                 training = asdict(config) | {"stage": "sft", "total": updates}
                 save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)

@@ -257,18 +257,20 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print problems with both solutions.")
-    parser.add_argument("--difficulty", choices=DIFFICULTY, default="easy")
+    parser = argparse.ArgumentParser(description="Print problems with both solutions.", exit_on_error=False)
+    parser.add_argument("--difficulty", choices=DIFFICULTY, default="easy", help="steps of a part: %(choices)s")
     parser.add_argument("--steps", default="", help="such as 3-7, instead of --difficulty")
     parser.add_argument("--parts", default="1", help="such as 2-3: compositions of so many parts")
-    parser.add_argument("--field", type=int, default=11)
-    parser.add_argument("--relabel", choices=("fixed", "shown"), default="fixed")
-    parser.add_argument("--n", type=int, default=3)
+    parser.add_argument("--field", type=int, default=11, help="number of elements, a prime")
+    parser.add_argument("--relabel", choices=("fixed", "shown"), default="fixed", help="naming of the elements")
+    parser.add_argument("--n", type=int, default=3, help="number of problems")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
     try:
+        args = parser.parse_args()
         task = Task.from_flags(args.difficulty, args.steps, args.field, args.relabel, args.parts)
-    except ValueError as error:
+        if args.n < 1:
+            raise ValueError("--n must be at least 1")
+    except (ValueError, argparse.ArgumentError) as error:
         print(f"finite_field.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     rng = random.Random(args.seed)

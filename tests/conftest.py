@@ -1,5 +1,7 @@
 """A small random model that every test can afford."""
 
+import socket
+
 import pytest
 import torch
 
@@ -26,3 +28,14 @@ def model() -> Transformer:
 @pytest.fixture
 def tokenizer():
     return word_tokenizer(11)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def same_weights(a: Transformer, b: Transformer) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

@@ -6,7 +6,7 @@ from conftest import small_model
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from checkpoint import hf_config, load_model, save_checkpoint
-from model import pack, packed_attention, pad, response_log_probs
+from model import ModelConfig, Transformer, init_weights, pack, packed_attention, pad, response_log_probs
 from rollout import Cache
 
 SHAPES = {
@@ -128,10 +128,29 @@ def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_a_gap_moves_responses_only(model):
+def test_positions_are_consecutive_unless_given(model):
     prompts, responses = pad([[3, 4], [5]]), pad([[6, 1], [7, 8]])
     parents = torch.arange(2)
-    plain = pack(*prompts, *responses, parents)
-    moved = pack(*prompts, *responses, parents, torch.tensor([10, 0]))
-    assert plain.positions.tolist() == [0, 1, 0, 2, 1]
-    assert moved.positions.tolist() == [0, 1, 0, 12, 1]
+    assert pack(*prompts, *responses, parents).positions.tolist() == [0, 1, 0, 2, 1]
+    given = torch.tensor([[0, 3], [2, 9]]), torch.tensor([[7, 9], [4, 9]])
+    assert pack(*prompts, *responses, parents, given).positions.tolist() == [0, 3, 2, 7, 4]
+
+
+@torch.no_grad()
+def test_the_new_model_is_born_with_previous_token_heads():
+    """In the first layer each head looks its own number of tokens back, wherever it stands."""
+    model = Transformer(ModelConfig(vocab_size=100))
+    init_weights(model, torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, 100, (40,), generator=torch.Generator().manual_seed(1))
+    seen = {}
+
+    def attend(layer, q, k, v):
+        seen.setdefault(layer, (q, k))
+        return torch.zeros_like(q)
+
+    model(tokens, torch.arange(40), attend)
+    q, k = seen[0]
+    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(2, 1))
+    for head, back in enumerate((1, 2, 3, 5)):
+        for i in (10, 25, 39):
+            assert scores[head, i, : i + 1].argmax() == i - back

@@ -4,7 +4,18 @@ import random
 
 import pytest
 
-from data.finite_field import BACKWARD, EVALUATION, FITTING, FORWARD, INVERSION, Part, Problem, Task, make_field, vocabulary
+from data.finite_field import (
+    BACKWARD,
+    EVALUATION,
+    FITTING,
+    FORWARD,
+    INVERSION,
+    Part,
+    Problem,
+    Task,
+    make_field,
+    vocabulary,
+)
 from strategies import ARITHMETIC, FORMAT, MIXED, NO_ANSWER, NONE, OPERAND, ORDER, SKIPPED, fits, read, tag
 
 TASKS = {

@@ -1,0 +1,184 @@
+"""Whatever a user gets wrong ends in one line on stderr and status 2, before any work, with nothing overwritten."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_model
+
+import eval as evaluation
+import train_grpo
+import train_sft
+from checkpoint import Log, read_log, save_checkpoint, word_tokenizer
+from runtime import parse_flags, start
+
+SCRIPTS = {
+    "sft": (train_sft, train_sft.SftConfig, None),
+    "grpo": (train_grpo, train_grpo.GrpoConfig, None),
+    "eval": (evaluation, evaluation.EvalConfig, "checkpoints"),
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working folder with a checkpoint in `good/step-3`."""
+    monkeypatch.chdir(tmp_path)
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    training = {"stage": "sft", "field": 11, "relabel": "fixed", "total": 3, "lr": 0.003}
+    save_checkpoint(tmp_path / "good", 3, model, word_tokenizer(11), optimizer, training)
+    return tmp_path
+
+
+def refused(script: str, flags: str, monkeypatch, capsys) -> str:
+    """Run a script in this process; the line it refuses with."""
+    module, config, positional = SCRIPTS[script]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        module.main(parse_flags(config, "", positional), start())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1, err
+    assert not [p for p in set(Path().rglob("*")) - set(before) if p.is_file()], "nothing is written"
+    return err
+
+
+@pytest.mark.parametrize(
+    "script, flags, says",
+    [
+        ("sft", "--lr -1", "--lr"),
+        ("sft", "--lr nan", "--lr"),
+        ("sft", "--batch-size 0", "--batch-size"),
+        ("sft", "--updates 0", "--updates"),
+        ("sft", "--epochs 3", "--examples"),
+        ("sft", "--epochs 3 --updates 3 --examples 9", "not both"),
+        ("sft", "--field 12", "12 is not prime"),
+        ("sft", "--steps 5-2", "steps"),
+        ("sft", "--steps five", "range"),
+        ("sft", "--parts 0", "parts"),
+        ("sft", "--steps 30-50", "labels"),
+        ("sft", "--strategy sideways", "sideways"),
+        ("sft", "--nonsense 1", "--nonsense"),
+        ("sft", "--model nowhere", "nowhere"),
+        ("sft", "--resume --out nowhere", "nowhere"),
+        ("sft", "--out good", "holds a run already"),
+        ("sft", "--out good --resume --lr 0.1", "--lr"),
+        ("grpo", "--group 1", "--group"),
+        ("grpo", "--group x", "--group"),
+        ("grpo", "--temperature 0", "--temperature"),
+        ("grpo", "--clip-low 1.5", "--clip-low"),
+        ("grpo", "--beta -1", "--beta"),
+        ("grpo", "--evaluation-share 2", "evaluation share"),
+        ("grpo", "--init nowhere", "nowhere"),
+        ("grpo", "--init good --field 13", "--field"),
+        ("grpo", "--init good --relabel shown", "--relabel"),
+        ("grpo", "--init good --out good", "holds a run already"),
+        ("grpo", "--init good --max-new-tokens 5000", "positions"),
+        ("eval", "nowhere", "nowhere"),
+        ("eval", ".", "no checkpoint"),
+        ("eval", "", "CHECKPOINTS"),
+        ("eval", "good good good", "one checkpoint, or two"),
+        ("eval", "good --problems 0", "--problems"),
+        ("eval", "good --temperature 0", "--greedy"),
+        ("eval", "good --json nowhere/a.json", "nowhere"),
+        ("eval", "good --difficulty none", "none"),
+    ],
+)
+def test_flags(script, flags, says, place, monkeypatch, capsys):
+    assert says in refused(script, flags, monkeypatch, capsys)
+
+
+def spoil(folder: Path, how: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    if how == "architecture":
+        config["model_type"] = "gpt2"
+    elif how == "shape":
+        config["hidden_size"] = 64
+    elif how == "scaled rope":
+        config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e6}
+    elif how == "fields":
+        del config["hidden_size"]
+    (folder / "config.json").write_text("{" if how == "json" else json.dumps(config))
+    weights = folder / "model.safetensors"
+    if how == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif how == "missing":
+        weights.unlink()
+    elif how == "empty tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    elif how == "tokenizer":
+        word_tokenizer(2).save_pretrained(folder)
+
+
+HOW = ["architecture", "shape", "scaled rope", "fields", "json", "cut", "missing", "empty tokenizer", "tokenizer"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("script, flag", [("eval", ""), ("grpo", "--init")])
+def test_spoiled_checkpoints(how, script, flag, place, monkeypatch, capsys):
+    spoil(place / "good" / "step-3", how)
+    refused(script, f"{flag} good", monkeypatch, capsys)
+
+
+def test_a_spoiled_optimizer_is_refused_on_resume(place, monkeypatch, capsys):
+    (place / "good" / "step-3" / "training_state.pt").write_bytes(b"PK")
+    assert "optimizer" in refused("sft", "--resume --out good", monkeypatch, capsys)
+
+
+def test_a_checkpoint_cannot_run_code(place, monkeypatch, capsys):
+    import os
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, ("trapped",)
+
+    torch.save({"state": Trap()}, place / "good" / "step-3" / "training_state.pt")
+    refused("sft", "--resume --out good", monkeypatch, capsys)
+    assert not Path("trapped").exists()
+
+
+def test_checkpoints_of_different_fields_are_not_compared(place, monkeypatch, capsys):
+    shutil.copytree("good", "other")
+    (place / "other" / "step-3" / "training.json").write_text('{"field": 13}')
+    assert "different fields" in refused("eval", "good other", monkeypatch, capsys)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(place, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    model = small_model()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        save_checkpoint(place / "good", 9, model, word_tokenizer(11), torch.optim.AdamW(model.parameters()), {})
+    assert stop.value.code == 2 and "No space left" in capsys.readouterr().err
+    assert [p.name for p in (place / "good").iterdir()] == ["step-3"]
+
+
+def test_a_log_cut_short_is_mended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n{"update": 2}\n{"update": 3}\n{"upd')
+    log = Log(tmp_path, 2)
+    log.write({"update": 3, "again": True})
+    assert read_log(tmp_path / "metrics.jsonl") == [{"update": 1}, {"update": 2}, {"update": 3, "again": True}]
+
+
+def test_the_real_command_refuses_too(place):
+    script = Path(evaluation.__file__)
+    done = subprocess.run([sys.executable, str(script), "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == "eval.py: there is no folder nowhere\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_line_of_help(script, monkeypatch, capsys):
+    _, config, positional = SCRIPTS[script]
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        parse_flags(config, "", positional)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in config.__dataclass_fields__:
+        assert (f"--{name.replace('_', '-')}" if name != positional else name) in text

@@ -1,0 +1,145 @@
+"""Figures against counts made by hand, intervals against simulation, tables and files."""
+
+import itertools
+import json
+import random
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import small_model
+
+from checkpoint import save_checkpoint, word_tokenizer
+from data.finite_field import BACKWARD, EVALUATION, FITTING, FORWARD, Task, is_validation
+from eval import (
+    EvalConfig,
+    cell,
+    compare,
+    judge,
+    judge_groups,
+    main,
+    paired_difference,
+    pass_at_k,
+    summarise,
+    table,
+    token_budget,
+    validation_problems,
+    wilson,
+)
+from runtime import World
+
+ONE = World(0, 1, torch.device("cpu"))
+
+
+def test_pass_at_k_is_the_mean_over_all_choices():
+    """Against every choice of k among n responses."""
+    for n, c, k in [(4, 1, 2), (5, 2, 3), (6, 0, 2), (6, 6, 1), (5, 3, 5)]:
+        outcomes = [True] * c + [False] * (n - c)
+        expected = fmean(any(chosen) for chosen in itertools.combinations(outcomes, k))
+        assert pass_at_k(n, c, k) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("p", [0.02, 0.5, 0.9, 0.99])
+def test_intervals_hold_the_truth_in_95_of_100_cases(p):
+    rng, n, held = random.Random(0), 200, 0
+    for _ in range(2000):
+        low, high = wilson(fmean(rng.random() < p for _ in range(n)), n)
+        held += low <= p <= high
+    assert 0.92 < held / 2000 < 0.99
+    assert wilson(1.0, 100)[1] == pytest.approx(1.0) and wilson(1.0, 100)[0] < 0.97
+
+
+def responses(seed: int = 0, n: int = 60, samples: int = 4):
+    """Half the problems solved in the fitting strategy, the others in the other with a wrong guess."""
+    rng = random.Random(seed)
+    problems = [Task().sample(rng, "validation") for _ in range(n)]
+    texts = []
+    for i, problem in enumerate(problems):
+        fitting = FITTING[problem.kind]
+        other = BACKWARD if fitting == FORWARD else FORWARD
+        wrong = (problem.parts[0].asked + 1) % 11
+        for j in range(samples):
+            good = (i + j) % 2 == 0
+            texts.append(problem.solution(fitting) if good else problem.solution(other, [wrong]))
+    return problems, texts
+
+
+def test_figures_are_those_counted_by_hand():
+    problems, texts = responses()
+    summary = summarise(judge_groups(problems, texts, [True] * len(texts)))
+    overall = summary["overall"]
+    assert overall["pass@1"] == overall["fit_share"] == 0.5 and overall["accuracy_given_fit"] == 1.0
+    assert overall["pass@2"] == pytest.approx(1 - 1 / 6) and overall["pass@4"] == 1.0
+    assert (overall["problems"], overall["samples"]) == (60, 4) and overall["errors"] == {}
+    for kind, c in summary["by_type"].items():
+        assert c["problems"] == sum(problem.kind == kind for problem in problems)
+        assert c["forward_share"] == c["backward_share"] == 0.5
+    assert set(summary["by_steps"]) == {str(p.steps) for p in problems}
+    n_evaluation = 4 * sum(p.kind == EVALUATION for p in problems)
+    forward = summary["by_strategy"][FORWARD]
+    assert forward["responses"] == 120 and forward["accuracy"] == pytest.approx(n_evaluation / 240)
+    low, high = overall["ci95"]
+    assert low < 0.5 < high and high - low < 0.26
+
+
+def test_no_fitting_response_means_no_accuracy():
+    problem = validation_problems(Task(), 1, 0)[0]
+    other = BACKWARD if problem.kind == EVALUATION else FORWARD
+    assert cell([[judge(problem, problem.solution(other), True)]])["accuracy_given_fit"] is None
+    assert "-" in table({"x": summarise([[judge(problem, "", True)]])})
+
+
+def test_pairs_are_compared_problem_by_problem():
+    problems, texts = responses(samples=2)
+    right = [problem.solution(FITTING[problem.kind]) for problem in problems for _ in range(2)]
+    before = judge_groups(problems, texts, [True] * len(texts))
+    after = judge_groups(problems, right, [True] * len(right))
+    change = compare(before, after)["overall"]
+    assert change["pass@1"] == 0.5 and change["ci95"] == [0.5, 0.5], "every problem gains exactly one half"
+    assert paired_difference(after, after)["ci95"] == [0.0, 0.0]
+    assert compare(before, after)["by_type"].keys() == summarise(before)["by_type"].keys()
+
+
+def test_validation_problems_are_distinct_and_of_their_stream():
+    problems = validation_problems(Task((2, 2)), 200, 0)
+    assert len({(p.field, p.parts) for p in problems}) == 200 and all(map(is_validation, problems))
+    assert problems == validation_problems(Task((2, 2)), 200, 0) != validation_problems(Task((2, 2)), 200, 1)
+    few = validation_problems(Task((1, 1), p=3), 200, 0)
+    assert 0 < len(few) < 200, "a small task has no 200 problems"
+
+
+def test_every_solution_fits_the_token_budget(tokenizer):
+    for task in (Task((6, 9)), Task((2, 5), parts=(1, 4))):
+        problems = validation_problems(task, 100, 0)
+        budget = token_budget(tokenizer, problems)
+        longest = max(len(tokenizer.encode(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD))
+        assert longest < budget <= longest + 12
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    for update in (2, 10):
+        model = small_model(update)
+        save_checkpoint(run, update, model, word_tokenizer(11), torch.optim.AdamW(model.parameters()), {"field": 11})
+    return run
+
+
+def test_command_evaluates_the_newest_checkpoint_and_writes_files(checkpoints, tmp_path, capsys):
+    files = {"json": str(tmp_path / "a.json"), "plot": str(tmp_path / "a.png")}
+    main(EvalConfig([str(checkpoints)], problems=12, samples=2, steps="1-2", **files), ONE)
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert figures["checkpoints"] == [str(checkpoints / "step-10")]
+    for c in (figures["overall"], figures["by_type"]["evaluation"], figures["by_steps"]["2"]):
+        assert {"pass@1", "ci95", "problems", "forward_share", "backward_share", "accuracy_given_fit"} <= c.keys()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "step-10" in capsys.readouterr().out
+
+
+def test_command_compares_two(checkpoints, tmp_path, capsys):
+    both = [str(checkpoints / "step-2"), str(checkpoints)]
+    main(EvalConfig(both, problems=8, steps="1-2", greedy=True, json=str(tmp_path / "b.json")), ONE)
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert figures["before"]["overall"]["samples"] == 1
+    assert figures["difference"]["overall"]["problems"] == 8
+    assert "paired" in capsys.readouterr().out

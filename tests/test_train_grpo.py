@@ -1,0 +1,247 @@
+"""The GRPO loss: each test is a bug that a public trainer has had."""
+
+import dataclasses
+import os
+import random
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import small_model
+
+from checkpoint import encode, word_tokenizer
+from data.finite_field import Task
+from eval import judge_groups
+from model import pad, response_log_probs
+from rollout import Rollout, sample
+from runtime import World, start
+from train_grpo import (
+    GrpoConfig,
+    add_gradient,
+    group_advantages,
+    kl_divergence,
+    micro_batches,
+    pack_groups,
+    policy_loss,
+)
+
+ONE = World(0, 1, torch.device("cpu"))
+CONFIG = GrpoConfig(temperature=0.8, beta=0.05)
+
+
+def gradient(model) -> torch.Tensor:
+    return torch.cat([w.grad.flatten() for w in model.parameters()])
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+class Batch:
+    """Six ragged prompts, groups of four sampled from a slightly different model, rewards at odds with each other."""
+
+    def __init__(self):
+        self.model = small_model(0)
+        self.reference = small_model(1).requires_grad_(False)
+        rng = random.Random(0)
+        self.rows = [[rng.randrange(3, 60) for _ in range(rng.randrange(1, 9))] for _ in range(6)]
+        generator = torch.Generator().manual_seed(0)
+        sampler = small_model(0)
+        with torch.no_grad():
+            for w in sampler.parameters():
+                w.add_(0.02 * torch.randn(w.shape, generator=generator))
+        stops = list(range(1, 30))  # so that lengths differ
+        self.rollout = sample(sampler, self.rows, stops, generator, 4, 20, CONFIG.temperature)
+        self.rewards = torch.tensor(
+            [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
+        )
+
+    def gradient(self, config=CONFIG, world=ONE, order=range(6), groups=slice(None)) -> torch.Tensor:
+        """The gradient with the groups in another order, or of some groups alone (as a process has them)."""
+        order = list(order)[groups]
+        rows = torch.arange(24).view(6, 4)[order].flatten()
+        r = self.rollout
+        rollout = Rollout(r.tokens[rows], r.lengths[rows], r.log_probs[rows], r.stopped[rows])
+        self.model.zero_grad()
+        prompts = pad([self.rows[i] for i in order])
+        self.figures = add_gradient(self.model, self.reference, prompts, rollout, self.rewards[order], config, world)
+        world.sum_gradients(self.model)
+        return gradient(self.model)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return Batch()
+
+
+def plain_gradient(batch: Batch) -> torch.Tensor:
+    """The loss written out: one response at a time, padded by nothing, normalised by all response tokens."""
+    batch.model.zero_grad()
+    total = sum(batch.rollout.lengths.tolist())
+    advantages = (batch.rewards - batch.rewards.mean(1, keepdim=True)) / (batch.rewards.std(1, keepdim=True) + 1e-6)
+    for i in range(24):
+        if batch.rewards[i // 4].unique().numel() == 1:
+            continue
+        n = int(batch.rollout.lengths[i])
+        groups = torch.tensor([i // 4])
+        one = Rollout(*(getattr(batch.rollout, f.name)[i : i + 1] for f in dataclasses.fields(Rollout)))
+        packed, _ = pack_groups(*pad([batch.rows[i // 4]]), one, groups * 0)
+        log_probs, _ = response_log_probs(batch.model, packed, CONFIG.temperature)
+        with torch.no_grad():
+            reference, _ = response_log_probs(batch.reference, packed, CONFIG.temperature)
+        for t in range(n):
+            ratio = (log_probs[t] - batch.rollout.log_probs[i, t]).exp()
+            a = advantages.flatten()[i]
+            clipped = ratio.clamp(1 - CONFIG.clip_low, 1 + CONFIG.clip_high)
+            kl = (reference[t] - log_probs[t]).exp() - (reference[t] - log_probs[t]) - 1
+            ((-torch.min(ratio * a, clipped * a) + CONFIG.beta * kl) / total).backward(retain_graph=True)
+    return gradient(batch.model)
+
+
+def test_gradient_is_that_of_the_loss_written_out(batch):
+    assert relative_difference(batch.gradient(), plain_gradient(batch)) < 1e-6
+    assert batch.figures["groups_without_signal"] == pytest.approx(2 / 6)
+    assert 0 < batch.figures["clipped_share"] < 0.5, "the test needs clipped and unclipped tokens"
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 60, 150])
+def test_micro_batches_leave_the_gradient_as_it_is(batch, micro_tokens):
+    """Bug: token counts taken for each micro-batch (nano-aha-moment, trl #3021)."""
+    whole, figures = batch.gradient(), batch.figures
+    split = batch.gradient(dataclasses.replace(CONFIG, micro_tokens=micro_tokens))
+    assert relative_difference(split, whole) < 1e-6
+    for name, value in figures.items():
+        assert batch.figures[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_packing_order_leaves_the_gradient_as_it_is(batch, seed):
+    """Bug: rewards lined up with the wrong prompt (nanoGRPO): a group must keep its advantages wherever it lies."""
+    order = random.Random(seed).sample(range(6), 6)
+    assert relative_difference(batch.gradient(order=order), batch.gradient()) < 1e-6
+
+
+def _process(rank: int, size: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = start()
+    batch = Batch()
+    torch.save((batch.gradient(world=world, groups=slice(rank, None, size)), batch.figures), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, size, free_port):
+    """Bug: token counts taken on each process (trl #3231, open-instruct #1161)."""
+    mp.start_processes(_process, (size, free_port, str(tmp_path)), nprocs=size, start_method="spawn")
+    whole, figures = batch.gradient(), batch.figures
+    for rank in range(size):
+        theirs, their_figures = torch.load(tmp_path / str(rank))
+        assert relative_difference(theirs, whole) < 1e-6
+        assert their_figures == pytest.approx(figures, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, slope",
+    [
+        (0.5, 1.0, -0.5, -0.5),  # good but less likely than before: pushed up, unclipped
+        (1.5, 1.0, -1.3, 0.0),  # good and already likelier: clipped above
+        (0.5, -1.0, 0.8, 0.0),  # bad and already less likely: clipped below
+        (1.5, -1.0, 1.5, 1.5),  # bad but likelier: pushed down, unclipped
+        (1.0, 1.0, -1.0, -1.0),
+        (1.0, -1.0, 1.0, 1.0),
+    ],
+)
+def test_clipping(ratio, advantage, loss, slope):
+    """Bug: the clip inverted for negative advantages. Bounds 0.2 below and 0.3 above."""
+    log_probs = torch.tensor([ratio]).log().requires_grad_()
+    value = policy_loss(log_probs, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.3)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss) and log_probs.grad.item() == pytest.approx(slope)
+
+
+def test_the_stop_token_and_every_other_gets_a_gradient(batch):
+    """Bug: the stop token masked out because it looks like padding (tiny-grpo, trl #2708)."""
+    prompts = pad(batch.rows)
+    packed, rows = pack_groups(*prompts, batch.rollout, torch.arange(6))
+    assert len(packed.targets) == batch.rollout.lengths.sum()
+    ends = batch.rollout.lengths[rows].cumsum(0) - 1
+    last = batch.rollout.tokens[rows, batch.rollout.lengths[rows] - 1]
+    assert torch.equal(packed.targets[ends], last) and batch.rollout.stopped.any()
+    log_probs, _ = response_log_probs(batch.model, packed, 1.0)
+    for i in (int(ends[0]), int(ends[5])):
+        (slopes,) = torch.autograd.grad(log_probs[i], [batch.model.model.norm.weight], retain_graph=True)
+        assert slopes.abs().max() > 0
+
+
+def test_a_token_equal_to_the_padding_counts(batch):
+    """The mask is made from lengths: a response full of token 0, the padding's, is trained on like any other."""
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    rollout = Rollout(tokens, torch.tensor([5, 3]), torch.zeros(2, 5), torch.tensor([True, True]))
+    packed, _ = pack_groups(*pad([[0, 0, 3]]), rollout, torch.tensor([0]))
+    assert len(packed.targets) == 8 and len(packed.tokens) == 3 + 4 + 2
+
+
+def test_advantages():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+    z = group_advantages(rewards)
+    torch.testing.assert_close(z.mean(1), torch.zeros(3))
+    torch.testing.assert_close(z.std(1), torch.tensor([1.0, 0, 1]), atol=1e-4, rtol=0)
+    assert (z[1] == 0).all() and z[0, 0] > z[2, 0]
+    torch.testing.assert_close(group_advantages(rewards, "mean")[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+
+
+def test_kl_is_zero_at_the_reference_and_else_positive():
+    p = torch.tensor([-1.0, -2.0, -0.1])
+    assert (kl_divergence(p, p) == 0).all()
+    assert (kl_divergence(p, p + torch.tensor([0.5, -0.5, 0.01])) > 0).all()
+
+
+def test_kl_estimates_the_divergence():
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 8, generator=generator).log_softmax(-1)
+    tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
+    expected = (p.exp() * (p - q)).sum()
+    torch.testing.assert_close(kl_divergence(p[tokens], q[tokens]).mean(), expected, rtol=0.02, atol=0)
+
+
+def test_micro_batches_cover_the_chosen_groups_in_order_within_the_budget():
+    prompts, responses = torch.tensor([10, 10, 10, 500, 10]), torch.full((5, 4), 20)
+    chosen = torch.tensor([0, 2, 3, 4])
+    runs = list(micro_batches(prompts, responses, chosen, 180))
+    assert torch.cat(runs).tolist() == [0, 2, 3, 4]
+    assert [run.tolist() for run in runs] == [[0, 2], [3], [4]]
+    assert list(micro_batches(prompts, responses, chosen[:0], 180)) == []
+
+
+def test_rewards_belong_to_their_prompt():
+    """Every response answers its own problem: all are right. Among shuffled problems hardly any is."""
+    rng = random.Random(0)
+    problems = [Task().sample(rng, "train") for _ in range(20)]
+    texts = [problem.solution("forward") for problem in problems for _ in range(4)]
+    judged = judge_groups(problems, texts, [True] * 80)
+    assert len(judged) == 20 and all(r.correct and len(group) == 4 for group in judged for r in group)
+    wrong = judge_groups(problems[1:] + problems[:1], texts, [True] * 80)
+    assert sum(r.correct for group in wrong for r in group) < 30
+
+
+def test_small_updates_move_the_weights():
+    """Bug: weights in bf16 swallow small updates (tiny-grpo, AReaL #1369): master weights are fp32."""
+    model = small_model()
+    before = [w.clone() for w in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    packed, _ = pack_groups(
+        *pad([[3, 4]]), Rollout(*pad([[5, 6, 1]]), torch.zeros(1, 3), torch.ones(1)), torch.tensor([0])
+    )
+    response_log_probs(model, packed)[0].sum().backward()
+    optimizer.step()
+    for (name, w), old in zip(model.named_parameters(), before):
+        assert w.dtype == torch.float32
+        moved = (w != old)[w.grad != 0].float().mean()
+        assert moved > 0.9, name
+
+
+def test_the_prompt_of_a_problem_is_what_the_sampler_gets():
+    problem = Task().sample(random.Random(0), "train")
+    tokenizer = word_tokenizer(11)
+    assert tokenizer.decode(encode(tokenizer, problem.prompt())).split() == problem.prompt().split()

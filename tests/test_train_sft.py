@@ -1,0 +1,119 @@
+"""Supervised fine-tuning: which tokens count, which problems come, positions with gaps, and exact resume."""
+
+import math
+
+import pytest
+import torch
+from conftest import same_weights, small_model
+
+from checkpoint import encode, load_model, read_log, word_tokenizer
+from data.finite_field import Task, is_validation
+from runtime import World
+from train_sft import SftConfig, complete, draw_examples, learning_rate, loss_sum, main, make_batch, spread
+
+ONE = World(0, 1, torch.device("cpu"))
+TINY_RUN = {"steps": "1-2", "batch_size": 4, "updates": 4, "eval_every": 100, "warmup": 0, "lr": 1e-3}
+
+
+def examples(n: int = 6, **flags):
+    return draw_examples(complete(SftConfig(batch_size=n, **flags)), Task(), 0)
+
+
+def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
+    """The stop token is the last target; prompts are no targets."""
+    chosen = examples()
+    batch = make_batch(tokenizer, chosen, torch.device("cpu"))
+    expected = [encode(tokenizer, solution) + [tokenizer.eos_token_id] for _, solution in chosen]
+    assert batch.targets.tolist() == sum(expected, [])
+    assert len(batch.tokens) == sum(
+        len(encode(tokenizer, p.prompt())) + len(r) - 1 for (p, _), r in zip(chosen, expected)
+    )
+    assert loss_sum(small_model(), batch).item() / len(batch.targets) > 1
+
+
+def test_gaps_keep_lines_together_and_order(tokenizer):
+    chosen = examples(20)
+    plain = make_batch(tokenizer, chosen, torch.device("cpu"))
+    gapped = make_batch(tokenizer, chosen, torch.device("cpu"), 130, torch.Generator().manual_seed(0))
+    assert torch.equal(plain.tokens, gapped.tokens) and torch.equal(plain.targets, gapped.targets)
+    moved = gapped.positions - plain.positions
+    assert moved.min() == 0 and 100 < moved.max() <= 130
+    vocabulary = {i: word for word, i in tokenizer.get_vocab().items()}
+    first = jumps = 0  # the prompts come first, one after the other
+    for problem, _ in chosen:
+        n = len(encode(tokenizer, problem.prompt()))
+        words = [vocabulary[int(t)] for t in plain.tokens[first : first + n]]
+        steps = moved[first : first + n].diff(prepend=torch.zeros(1, dtype=torch.long))
+        assert (steps >= 0).all()
+        jumps += int((steps > 0).sum())
+        assert all(word[-1] == ":" or word in ("start", "end") for word, step in zip(words, steps) if step > 0)
+        first += n
+    assert jumps > 60
+
+
+def test_gaps_start_at_any_line_of_the_prompt_and_of_the_response():
+    prompts, responses = torch.tensor([[9, 5, 9]]), torch.tensor([[9, 5]])
+    starts = torch.tensor([9])
+    seen = set()
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        p, r = spread(prompts, torch.tensor([3]), responses, starts, 100, generator)
+        assert p[0, 1] == p[0, 0] + 1 and r[0, 1] == r[0, 0] + 1
+        seen |= {("prompt", bool(p[0, 2] > p[0, 1] + 1)), ("response", bool(r[0, 0] > p[0, 2] + 1))}
+    assert {("prompt", True), ("response", True)} <= seen
+
+
+def test_fresh_examples_never_repeat_and_a_data_set_comes_round():
+    task = Task()
+    fresh = complete(SftConfig(batch_size=8))
+    drawn = [draw_examples(fresh, task, update) for update in range(5)]
+    assert len({p.prompt() for batch in drawn for p, _ in batch}) == 40
+    assert drawn[3] == draw_examples(fresh, task, 3)
+
+    fixed = complete(SftConfig(batch_size=8, examples=20, epochs=2))
+    rounds = [e for update in range(5) for e in draw_examples(fixed, task, update)]
+    first, second = rounds[:20], rounds[20:]
+    key = lambda e: e[0].prompt() + e[1]  # noqa: E731
+    assert sorted(map(key, first)) == sorted(map(key, second)) and len(set(map(key, first))) == 20
+    assert first != second, "each epoch has its own order"
+    assert not any(is_validation(p) for p, _ in rounds)
+
+
+@pytest.mark.parametrize("strategy, guesses", [("forward", "inversion"), ("backward", "evaluation")])
+def test_one_strategy_guesses_where_it_does_not_fit(strategy, guesses):
+    for problem, solution in examples(40, strategy=strategy):
+        assert solution.startswith("guess") == (problem.kind == guesses)
+
+
+def test_learning_rate():
+    config = complete(SftConfig(lr=1.0e-3, warmup=10))
+    rates = [learning_rate(config, u, 100) for u in range(100)]
+    assert rates[0] == pytest.approx(1e-4, rel=1e-3) and max(rates) < 1e-3 and rates[99] < 1e-6 * 1e3
+    assert rates.index(max(rates)) in (9, 10) and all(math.isfinite(r) for r in rates)
+
+
+def test_paper_defaults_for_a_pretrained_model():
+    config = complete(SftConfig(model="somewhere"))
+    assert (config.examples, config.epochs, config.batch_size, config.lr) == (2048, 20, 16, 2e-4)
+    assert config.updates is None and config.position_gap == 0
+
+
+def test_resume_is_exact(tmp_path):
+    """Four updates equal two, a stop, and two more: to the last bit, in weights and log."""
+    main(SftConfig(out=str(tmp_path / "whole"), **TINY_RUN), ONE)
+    main(SftConfig(out=str(tmp_path / "parts"), save_every=2, **TINY_RUN), ONE)
+    for path in (tmp_path / "parts" / "step-4").iterdir():  # as if it had been killed after the second update
+        path.unlink()
+    (tmp_path / "parts" / "step-4").rmdir()
+    main(SftConfig(out=str(tmp_path / "parts"), resume=True, **TINY_RUN), ONE)
+    whole, parts = (load_model(tmp_path / name / "step-4")[0] for name in ("whole", "parts"))
+    assert same_weights(whole, parts)
+    rows = [[(r["update"], r["loss"]) for r in read_log(tmp_path / n / "metrics.jsonl")] for n in ("whole", "parts")]
+    assert rows[0] == rows[1] and [update for update, _ in rows[0]] == [1, 2, 3, 4]
+
+
+def test_a_tokenizer_writes_what_it_reads():
+    tokenizer = word_tokenizer(13)
+    for problem, solution in examples(10):
+        text = problem.prompt() + solution
+        assert tokenizer.decode(encode(tokenizer, text)).split() == text.split()
