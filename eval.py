@@ -241,7 +241,6 @@ def _figure(width: float, panels: int):
 def plot_evaluation(summaries: dict[str, dict], path: Path) -> None:
     """Accuracy by number of steps and type; strategy shares by type."""
     figure, (left, right) = _figure(11, 2)
-    labels = []
     for i, (name, summary) in enumerate(summaries.items()):
         style = "-" if i == len(summaries) - 1 else "--"
         for kind, by_steps in summary["by_type_and_steps"].items():
@@ -250,19 +249,22 @@ def plot_evaluation(summaries: dict[str, dict], path: Path) -> None:
             low, high = np.array([c["ci95"] for c in cells]).T
             x = np.array([int(n) for n in by_steps]) + 0.06 * (i - 0.5 * (len(summaries) - 1))
             bars = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
-            left.errorbar(x, mean, bars, fmt=f"o{style}", color=COLOURS[kind], capsize=2, label=f"{kind}, {name}")
-            base = 0.0
-            for strategy, shade in SHADES.items():
-                share = summary["by_type"][kind][f"{strategy}_share"]
-                right.bar(len(labels), share, bottom=base, color=shade, label=strategy if not labels else None)
-                base += share
-            labels.append(f"{kind}\n{name}")
+            left.errorbar(x, mean, bars, fmt=f"o{style}", color=COLOURS[kind], capsize=2, label=f"{kind} {name}")
     left.set(xlabel="number of steps", ylabel="pass@1", title="Accuracy, with 95% intervals")
     left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(fontsize=8)
-    right.set(xticks=range(len(labels)), ylabel="share of responses", title="Strategies")
-    right.set_xticklabels(labels, fontsize=8)
-    right.legend(fontsize=8, loc="lower left")
+
+    columns = [(kind, name) for kind in next(iter(summaries.values()))["by_type"] for name in summaries]
+    cells = [summaries[name]["by_type"][kind] for kind, name in columns]
+    base = np.zeros(len(cells))
+    for strategy, shade in SHADES.items():
+        share = np.array([c[f"{strategy}_share"] for c in cells])
+        if share.any():
+            right.bar(range(len(cells)), share, bottom=base, color=shade, label=strategy)
+            base += share
+    right.set(xticks=range(len(cells)), ylabel="share of responses", title="Strategies")
+    right.set_xticklabels([f"{kind}\n{name}" for kind, name in columns])
+    for axis in (left, right):
+        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.savefig(path, dpi=110)
 
 

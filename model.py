@@ -20,6 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+try:  # needs CUDA: requirements-gpu.txt
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N, H, d), k, v (N, K, d) -> (N, H, d)
 
 
@@ -197,6 +202,7 @@ class Packed:
     positions: Tensor  # (N,)
     queries: Tensor  # (N,) where each token lies in the padded (S, Tq) layout of the attention
     keys: Tensor  # (S, Tk) indices into the N tokens, 0 where padded
+    real: Tensor  # (S, Tk) which of the keys are not padding
     bias: Tensor  # (S, 1, Tq, Tk) 0 where a query may look, -inf where not
     sources: Tensor  # (M,) which token predicts each response token
     targets: Tensor  # (M,) the response tokens, in the order of the responses' own boolean mask
@@ -229,9 +235,11 @@ def pack(
 
     query_mask = torch.zeros(P + B, Tq, dtype=torch.bool, device=device)
     query_mask[:P, :Tp], query_mask[P:, :Tr] = prompt_mask, read_mask
+    real = torch.zeros(P + B, Tk, dtype=torch.bool, device=device)
+    real[:P, :Tp], real[P:] = prompt_mask, torch.cat((prompt_mask[parents], read_mask), 1)
     keys = torch.zeros(P + B, Tk, dtype=torch.long, device=device)
-    keys[:P, :Tp] = prompt_index * prompt_mask
-    keys[P:] = torch.cat((prompt_index[parents] * prompt_mask[parents], read_index * read_mask), 1)
+    keys[:P, :Tp], keys[P:] = prompt_index, torch.cat((prompt_index[parents], read_index), 1)
+    keys *= real
 
     allowed = torch.zeros(P + B, Tq, Tk, dtype=torch.bool, device=device)
     causal = torch.ones(Tq, Tq, dtype=torch.bool, device=device).tril()
@@ -247,6 +255,7 @@ def pack(
         positions=torch.cat((positions[0][prompt_mask], positions[1][read_mask])),
         queries=query_mask.flatten().nonzero()[:, 0],
         keys=keys,
+        real=real,
         bias=bias,
         sources=sources,
         targets=responses[target_mask],
@@ -254,6 +263,13 @@ def pack(
 
 
 def packed_attention(batch: Packed) -> Attend:
+    """The attention of a packed batch: flash-attn's on a GPU that has it, else PyTorch's on a padded layout."""
+    if flash_attn_varlen_func is not None and batch.tokens.is_cuda:
+        return flash_attention(batch)
+    return padded_attention(batch)
+
+
+def padded_attention(batch: Packed) -> Attend:
     S, _, Tq, Tk = batch.bias.shape
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -262,6 +278,24 @@ def packed_attention(batch: Packed) -> Attend:
         k, v = (x.index_select(0, batch.keys.flatten()).view(S, Tk, -1, d).transpose(1, 2) for x in (k, v))
         out = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, batch.bias, enable_gqa=k.shape[1] != H)
         return out.transpose(1, 2).reshape(S * Tq, H, d).index_select(0, batch.queries)
+
+    return attend
+
+
+def flash_attention(batch: Packed) -> Attend:
+    """The same without padding, in bf16, which the kernel needs.
+
+    A segment's queries are the last of its keys (a response's keys begin with its prompt's), and the kernel aligns
+    the causal mask to the end of both, so lengths are all it needs to know.
+    """
+    S, _, Tq, Tk = batch.bias.shape
+    keys = batch.keys[batch.real]
+    lengths = [torch.bincount(batch.queries // Tq, minlength=S), batch.real.sum(1)]
+    starts = [F.pad(n.cumsum(0), (1, 0)).int() for n in lengths]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        half = (x.bfloat16() for x in (q, k.index_select(0, keys), v.index_select(0, keys)))
+        return flash_attn_varlen_func(*half, *starts, Tq, Tk, causal=True).to(q.dtype)
 
     return attend
 

@@ -70,11 +70,11 @@ class GrpoConfig:
     field: int = 11  # number of elements of the field, a prime
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
     evaluation_share: float = 0.5  # share of evaluation among the problems; the rest is inversion
-    updates: int = 100  # optimizer steps
+    updates: int = 120  # optimizer steps
     prompts: int = 32  # problems an update, over all processes
     group: int = 8  # responses to each
-    lr: float = 1.5e-4  # learning rate of AdamW
-    warmup: int = 10  # updates to reach it
+    lr: float = 3e-4  # peak learning rate of AdamW
+    warmup: int = 10  # updates to reach the peak; a straight line leads down to zero
     beta: float = 0.0  # weight of the KL divergence from the SFT model
     clip_low: float = 0.2  # ratios below 1 - this get no gradient
     clip_high: float = 0.2  # ratios above 1 + this get no gradient
@@ -244,6 +244,11 @@ def behaviour(responses: list[Response]) -> dict[str, float]:
     return figures
 
 
+def learning_rate(config: GrpoConfig, update: int) -> float:
+    """Up to the peak over the warm-up, then straight down to zero."""
+    return config.lr * min((update + 1) / (config.warmup + 1), 1 - update / config.updates)
+
+
 def find_or_train_sft(config: GrpoConfig, world: World) -> Path:
     """The checkpoint to start from; trains one, or goes on training it, where the default place has none finished."""
     if config.init:
@@ -267,10 +272,9 @@ def main(config: GrpoConfig, world: World) -> None:
         task = Task.from_flags(*flags)
     run = Path(config.out)
     begin = open_run(run, config, world)
-    init = find_or_train_sft(config, world)
-
-    source = newest_checkpoint(run) if begin else init
-    model, tokenizer = load_model(source, world.device)
+    source = newest_checkpoint(run) if begin else None
+    init = Path(load_training(source)["start"]) if source else find_or_train_sft(config, world)
+    model, tokenizer = load_model(source or init, world.device)
     known = load_training(init)
     for name in ("field", "relabel"):
         given = getattr(config, name)
@@ -311,7 +315,7 @@ def main(config: GrpoConfig, world: World) -> None:
         figures["gradient_norm"] = clip_gradient(model, config.clip_gradient)
         if figures["groups_without_signal"] < 1:
             for parameters in optimizer.param_groups:
-                parameters["lr"] = config.lr * min(1.0, (update + 1) / max(1, config.warmup))
+                parameters["lr"] = learning_rate(config, update)
             optimizer.step()
         optimizer.zero_grad()
         done = time.perf_counter()
@@ -333,7 +337,7 @@ def main(config: GrpoConfig, world: World) -> None:
             log.write(row)
             bar.set_postfix(progress(row))
             if (update + 1) % config.save_every == 0 or last:
-                training = asdict(config) | {"stage": "grpo", "total": config.updates, "init": str(init)}
+                training = asdict(config) | {"stage": "grpo", "total": config.updates, "start": str(init)}
                 save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
         world.wait()
     if world.leads:

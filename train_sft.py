@@ -48,7 +48,7 @@ class SftConfig:
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
     examples: int | None = None  # distinct problems, 0 for fresh ones always [tiny 0, pretrained 2048]
     epochs: int | None = None  # passes over the examples [pretrained 20]
-    updates: int | None = None  # instead of --epochs [tiny 800]
+    updates: int | None = None  # instead of --epochs [tiny 1200]
     batch_size: int | None = None  # examples an update, over all processes [tiny 32, pretrained 16]
     lr: float | None = None  # peak learning rate of AdamW [tiny 3e-3, pretrained 2e-4]
     weight_decay: float = 0.01  # of AdamW
@@ -69,7 +69,7 @@ def default_place(strategy: str, field: int, relabel: str) -> Path:
 def complete(config: SftConfig) -> SftConfig:
     """The config with the defaults that depend on the model, and checked."""
     tiny = config.model == "tiny"
-    defaults = {"examples": 0, "updates": 800, "batch_size": 32, "lr": 3e-3, "position_gap": 130}
+    defaults = {"examples": 0, "updates": 1200, "batch_size": 32, "lr": 3e-3, "position_gap": 130}
     if not tiny:
         defaults = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "position_gap": 0}
         if config.updates is None:

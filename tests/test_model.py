@@ -6,7 +6,17 @@ from conftest import small_model
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from checkpoint import hf_config, load_model, save_checkpoint
-from model import ModelConfig, Transformer, init_weights, pack, packed_attention, pad, response_log_probs
+from model import (
+    ModelConfig,
+    Transformer,
+    flash_attention,
+    init_weights,
+    pack,
+    packed_attention,
+    pad,
+    padded_attention,
+    response_log_probs,
+)
 from rollout import Cache
 
 SHAPES = {
@@ -126,6 +136,30 @@ def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_flash_attention_is_given_the_right_segments(model, monkeypatch):
+    """The kernel needs a GPU; here stands what its documentation says of it, a segment at a time, in bf16."""
+
+    def kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, causal):
+        assert causal and starts_q.dtype == starts_k.dtype == torch.int32 and q.dtype == torch.bfloat16
+        out = torch.zeros_like(q)
+        assert starts_q[-1] == len(q) and starts_k[-1] == len(k) == len(v)
+        for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]):
+            assert b - a <= longest_q and d - c <= longest_k
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(int((d - c) - (b - a)))  # aligned to the end
+            heads = (x.transpose(0, 1)[None].float() for x in (q[a:b], k[c:d], v[c:d]))
+            one = torch.nn.functional.scaled_dot_product_attention(*heads, mask, enable_gqa=True)
+            out[a:b] = one[0].transpose(0, 1).bfloat16()
+        return out
+
+    monkeypatch.setattr("model.flash_attn_varlen_func", kernel)
+    prompts = random_rows(model.config.vocab_size, [4, 9, 1])
+    responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
+    batch = pack(*pad(prompts), *pad(responses), torch.tensor([0, 0, 2, 1, 2]))
+    with torch.no_grad():
+        padded, flash = (model(batch.tokens, batch.positions, f(batch)) for f in (padded_attention, flash_attention))
+    assert 0 < (padded - flash).abs().max() < 0.05 * padded.abs().max()
 
 
 def test_positions_are_consecutive_unless_given(model):

@@ -78,8 +78,8 @@ def test_one_changed_symbol_is_found_where_it_is(task):
                     for word in (rng.choice(words), rng.choice(alike or words)):
                         if word == symbol:
                             continue
-                        changed = " ".join(symbols[:j] + [word] + symbols[j + 1 :])
-                        found = tag(problem, "\n".join(lines[:i] + [changed] + lines[i + 1 :]))
+                        changed = " ".join([*symbols[:j], word, *symbols[j + 1 :]])
+                        found = tag(problem, "\n".join([*lines[:i], changed, *lines[i + 1 :]]))
                         assert found.error is not None
                         assert (found.error.line, found.error.label) == (i, int(symbols[0][:-1])), changed
                         assert found.strategy in (strategy, NONE, MIXED)
@@ -116,7 +116,7 @@ GOOD = ["start e0", "7: e0 + e1 = e1", "8: e1 * e2 = e2", "9: e2 + e3 = e5", "en
 )
 def test_kinds_of_error(example, line, text, kind):
     assert tag(example, "\n".join(GOOD)).error is None
-    found = tag(example, "\n".join(GOOD[:line] + [text] + GOOD[line + 1 :]))
+    found = tag(example, "\n".join([*GOOD[:line], text, *GOOD[line + 1 :]]))
     assert (found.error.kind, found.error.line) == (kind, line)
 
 

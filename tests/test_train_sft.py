@@ -23,7 +23,7 @@ def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
     """The stop token is the last target; prompts are no targets."""
     chosen = examples()
     batch = make_batch(tokenizer, chosen, torch.device("cpu"))
-    expected = [encode(tokenizer, solution) + [tokenizer.eos_token_id] for _, solution in chosen]
+    expected = [[*encode(tokenizer, solution), tokenizer.eos_token_id] for _, solution in chosen]
     assert batch.targets.tolist() == sum(expected, [])
     assert len(batch.tokens) == sum(
         len(encode(tokenizer, p.prompt())) + len(r) - 1 for (p, _), r in zip(chosen, expected)

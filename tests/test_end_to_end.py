@@ -1,0 +1,119 @@
+"""The whole road in miniature: SFT, GRPO and evaluation; resume; two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from conftest import same_weights
+
+import train_grpo
+import train_sft
+from checkpoint import find_checkpoint, load_model, read_log
+from runtime import World
+
+ONE = World(0, 1, torch.device("cpu"))
+HERE = Path(train_grpo.__file__).parent
+SMALL = {"field": 3, "steps": "1-2", "prompts": 4, "group": 4, "eval_problems": 8}
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory) -> Path:
+    """A model that solves chains of one or two steps, in either strategy, part of the time."""
+    out = tmp_path_factory.mktemp("sft")
+    train_sft.main(train_sft.SftConfig(field=3, steps="1-2", updates=250, warmup=50, out=str(out / "run")), ONE)
+    return out / "run"
+
+
+def grpo(out: Path, init: Path, **flags) -> list[dict]:
+    train_grpo.main(train_grpo.GrpoConfig(init=str(init), out=str(out), **(SMALL | flags)), ONE)
+    return read_log(out / "metrics.jsonl")
+
+
+def test_sft_learns(sft):
+    rows = read_log(sft / "metrics.jsonl")
+    assert fmean(r["loss"] for r in rows[-20:]) < 0.3 * fmean(r["loss"] for r in rows[:20])
+    assert rows[-1]["accuracy_given_fit"] > 0.5
+    assert find_checkpoint(sft).name == "step-250"
+
+
+def test_grpo_improves_and_reports(sft, tmp_path, capsys):
+    """Reward rises because the fitting strategy is chosen more often; everything promised is written."""
+    rows = grpo(tmp_path / "run", sft, updates=30, prompts=16, group=8, lr=3e-4, eval_problems=64)
+    first, last = rows[:5], rows[-5:]
+
+    def mean(some, key):
+        return fmean(row[key] for row in some)
+
+    assert mean(last, "reward") > mean(first, "reward") + 0.15
+    chosen = ("forward/evaluation", "backward/inversion")
+    assert all(mean(last, key) > mean(first, key) + 0.1 for key in chosen)
+    assert max(row["logprob_difference"] for row in rows) < 1e-4
+
+    expected = {"reward", "accuracy/evaluation", "forward/inversion", "groups_without_signal", "entropy", "ratio"}
+    expected |= {"clipped_share", "gradient_norm", "response_length", "truncated_share", "logprob_difference"}
+    expected |= {"rollout_tokens_per_second", "training_tokens_per_second", "peak_memory_gb"}
+    assert all(expected <= row.keys() for row in rows)
+
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert figures["difference"]["overall"]["pass@1"] > 0
+    for plot in ("evaluation.png", "training.png"):
+        assert (tmp_path / "run" / plot).stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "before" in out and "after" in out and str(tmp_path / "run" / "step-30") in out
+
+
+def test_resume_is_exact(sft, tmp_path):
+    """Four updates equal two, a stop, and two more; with a KL term, so that the reference is found again."""
+    flags = {"updates": 4, "beta": 0.05, "save_every": 2, "eval_every": 2}
+    whole = grpo(tmp_path / "whole", sft, **flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "step-4")
+    parts = grpo(tmp_path / "parts", sft, resume=True, **flags)
+    assert same_weights(*(load_model(tmp_path / name / "step-4")[0] for name in ("whole", "parts")))
+    for a, b in zip(whole, parts, strict=True):
+        assert (a["update"], a["reward"], a["loss"]) == (b["update"], b["reward"], b["loss"])
+    assert all(row["kl"] >= 0 for row in parts) and parts[-1]["kl"] > 0 and "validation/evaluation" in parts[-1]
+
+
+def test_two_processes(sft, tmp_path):
+    """torchrun with two processes draws the same problems and ends like one process does."""
+    flags = "--field 3 --steps 1-2 --prompts 4 --group 4 --eval-problems 8 --updates 2 --beta 0.05".split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "train_grpo.py"), "--init", str(sft), "--out", str(tmp_path / "two"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = read_log(tmp_path / "two" / "metrics.jsonl")
+    assert len(rows) == 2 and rows[0]["logprob_difference"] < 1e-4
+    assert done.stdout.count("checkpoint  ") == 1, "one process prints"
+
+
+def test_the_main_job_trains_sft_first_where_it_is_missing(tmp_path, monkeypatch, capsys):
+    """Also when an earlier one stopped half-way: it is finished, not begun again."""
+    monkeypatch.chdir(tmp_path)
+    short = train_sft.SftConfig
+
+    def quick(**flags):
+        return short(steps="1-2", updates=4, batch_size=4, save_every=2, warmup=0, **flags)
+
+    monkeypatch.setattr(train_sft, "SftConfig", quick)
+    grpo_config = train_grpo.GrpoConfig(updates=1, **SMALL)
+    train_grpo.main(grpo_config, ONE)
+    assert "training one first" in capsys.readouterr().out
+    assert Path("runs/sft-mixed-gf3/step-4").is_dir() and Path("runs/grpo-1-2-gf3/step-1").is_dir()
+
+    shutil.rmtree("runs/sft-mixed-gf3/step-4")
+    shutil.rmtree("runs/grpo-1-2-gf3")
+    train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE)
+    assert "training one first" in capsys.readouterr().out
+    assert [row["update"] for row in read_log(Path("runs/sft-mixed-gf3/metrics.jsonl"))] == [1, 2, 3, 4]
+
+    shutil.rmtree("runs/grpo-1-2-gf3")
+    train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE)
+    assert "training one first" not in capsys.readouterr().out
