@@ -41,7 +41,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> list[str]:
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return tokenizer.batch_decode(rows)
 
 
 def is_word_level(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -88,9 +88,11 @@ def hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> dict:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         fail(f"cannot read {path}: {error}")
+    require(isinstance(value, dict), f"cannot read {path}: it holds no JSON object")
+    return value
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -98,11 +100,15 @@ def read_config(folder: Path) -> ModelConfig:
     if raw.get("model_type") != "qwen2":
         fail(f"{folder} holds a {raw.get('model_type')!r} model; supported: qwen2 (Qwen2, Qwen2.5)")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default" or raw.get("use_sliding_window"):
-        fail(f"{folder} uses scaled RoPE or sliding-window attention, which are not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
+        fail(f"{folder} uses scaled RoPE, sliding-window attention or an activation other than SiLU: not supported")
     raw = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **raw}
     missing = [field.name for field in fields(ModelConfig) if field.name not in raw]
     require(not missing, f"{folder / 'config.json'} lacks {', '.join(missing)}")
+    for field in fields(ModelConfig):
+        sound = isinstance(raw[field.name], field.type | int if field.type is float else field.type)
+        require(sound and (field.type is bool or raw[field.name] > 0), f"{folder / 'config.json'}: bad {field.name}")
     return ModelConfig(**{field.name: raw[field.name] for field in fields(ModelConfig)})
 
 
@@ -112,7 +118,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Transf
     config = read_config(folder)
     shards = [folder / "model.safetensors"]
     if (index := folder / "model.safetensors.index.json").exists():
-        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     weights = {}
     for shard in shards:
         try:
@@ -129,15 +135,15 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Transf
     try:
         # AutoTokenizer would put Qwen2's own BPE in the place of whatever tokenizer.json says.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises no narrower one
         fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
     require(len(tokenizer) <= config.vocab_size, f"the tokenizer in {folder} has more words than the model")
     return model.to(device), tokenizer
 
 
-def stop_tokens(folder_tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    require(folder_tokenizer.eos_token_id is not None, "the model's tokenizer names no end-of-sequence token")
-    return [folder_tokenizer.eos_token_id]
+def stop_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    require(tokenizer.eos_token_id is not None, "the model's tokenizer names no end-of-sequence token")
+    return [tokenizer.eos_token_id]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -147,10 +153,10 @@ def stop_tokens(folder_tokenizer: PreTrainedTokenizerFast) -> list[int]:
 MAY_DIFFER = {"out", "resume", "eval_every", "save_every"}  # flags that a resumed run may change
 
 
-def open_run(run: Path, config, world: World) -> int:
+def open_run(run: Path, config, stage: str, world: World) -> int:
     """Make the run folder, or with `config.resume` find where it stopped; the number of updates done.
 
-    Refuses to start where a run already lies, and to resume it with other flags.
+    Refuses to start where a run already lies, and to resume it with other flags or on other processes.
     """
     newest = newest_checkpoint(run)
     if not config.resume:
@@ -160,6 +166,9 @@ def open_run(run: Path, config, world: World) -> int:
         return 0
     require(newest is not None, f"{run} holds no checkpoint to resume")
     training = load_training(newest)
+    require(training.get("stage") == stage, f"{newest} is no checkpoint of this script")
+    then, now = training["processes"], world.size
+    require(then == now, f"{run} was started on {then} processes and cannot go on with {now}")
     for name, value in asdict(config).items():
         if name not in MAY_DIFFER and name in training and training[name] != value:
             fail(f"{run} was started with --{name.replace('_', '-')} {training[name]}, not {value}")

@@ -55,10 +55,18 @@ class Response:
     stopped: bool
 
 
-def token_budget(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> int:
-    """Room for the longest solution of these problems in either strategy, and a line more."""
-    longest = max(problems, key=lambda problem: (problem.steps, len(problem.parts)))
-    return max(len(encode(tokenizer, longest.solution(strategy))) for strategy in (FORWARD, BACKWARD)) + 8
+def token_budget(model: Transformer, tokenizer: PreTrainedTokenizerFast, task: Task) -> int:
+    """Room for the longest solution of a task, and a line more. Refuses a model with too few positions for it."""
+    rng, longest = stream("token budget"), task.longest()
+    problems = [longest.sample(rng, "train") for _ in range(64)]
+    solutions = [problem.solution(strategy) for problem in problems for strategy in (FORWARD, BACKWARD)]
+    lines = [line for solution in solutions[:2] for line in solution.split("\n")]
+    sizes = [max(len(encode(tokenizer, text)) for text in texts) for texts in (solutions, lines)]
+    prompt = max(len(encode(tokenizer, problem.prompt())) for problem in problems)
+    limit = model.config.max_position_embeddings
+    total = prompt + sum(sizes)
+    require(total <= limit, f"problems and solutions take up to {total} tokens; the model has {limit} positions")
+    return sum(sizes)
 
 
 def judge(problem: Problem, response: str, stopped: bool) -> Response:
@@ -79,18 +87,19 @@ def evaluate(
     model: Transformer,
     tokenizer: PreTrainedTokenizerFast,
     problems: list[Problem],
+    max_new_tokens: int,
     samples: int,
     temperature: float,
     seed: int,
 ) -> list[list[Response]]:
-    """Sample and judge `samples` responses to each problem."""
+    """Sample and judge `samples` responses of at most `max_new_tokens` tokens to each problem."""
     rollout = sample(
         model,
         [encode(tokenizer, problem.prompt()) for problem in problems],
         stop_tokens(tokenizer),
         torch_stream(seed, "evaluation sampling"),
         group=samples,
-        max_new_tokens=token_budget(tokenizer, problems),
+        max_new_tokens=max_new_tokens,
         temperature=temperature,
     )
     return judge_groups(problems, decode(tokenizer, rollout.responses()), rollout.stopped.tolist())
@@ -175,7 +184,9 @@ def summarise(judged: list[list[Response]]) -> dict:
 def paired_difference(before: list[list[Response]], after: list[list[Response]]) -> dict:
     """Change of pass@1 on the same problems, with its 95% interval."""
     changes = [pass_rate(b) - pass_rate(a) for a, b in zip(before, after, strict=True)]
-    mean, half = fmean(changes), 1.96 * stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else 1.0
+    mean, half = fmean(changes), 1.0  # a single problem tells nothing about others
+    if len(changes) > 1:
+        half = 1.96 * stdev(changes) / math.sqrt(len(changes))
     return {"pass@1": mean, "ci95": [max(-1.0, mean - half), min(1.0, mean + half)], "problems": len(changes)}
 
 
@@ -283,7 +294,8 @@ def plot_training(rows: list[dict], path: Path) -> None:
     left.set(xlabel="update", ylabel="reward of the sampled responses", title="Accuracy by problem type")
     right.set(xlabel="update", ylabel="share of responses", title="Strategy by problem type")
     for axis in (left, right):
-        axis.legend(fontsize=8)
+        if axis.lines:  # compositions have no strategy of their own
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -296,24 +308,30 @@ def check(config: EvalConfig) -> None:
     require(config.samples >= 1, "--samples must be at least 1")
     require(config.temperature > 0, "--temperature must be above 0; for the likeliest tokens there is --greedy")
     for name in (config.json, config.plot):
-        require(not name or Path(name).parent.is_dir(), f"there is no folder for {name}")
+        there = Path(name).parent.is_dir() and not Path(name).is_dir()
+        require(not name or there, f"{name} cannot be written: it is a folder, or its folder is missing")
+    require(not config.plot or config.plot.endswith(".png"), "--plot writes PNG: give a name that ends in .png")
 
 
 def main(config: EvalConfig, world: World) -> None:
+    if not world.leads:
+        return
     check(config)
     paths = [find_checkpoint(Path(name)) for name in config.checkpoints]
+    require(len({path.resolve() for path in paths}) == len(paths), f"both names mean the checkpoint {paths[0]}")
     fields = [(training.get("field", 11), training.get("relabel", "fixed")) for training in map(load_training, paths)]
     require(fields[0] == fields[-1], "the two checkpoints were trained on different fields or namings")
     with refusals():
         task = Task.from_flags(config.difficulty, config.steps, *fields[0], config.parts)
-    problems = validation_problems(task, config.problems, config.seed)
+        problems = validation_problems(task, config.problems, config.seed)
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
     judged = {}
     for path in paths:
         model, tokenizer = load_model(path, world.device)
         check_tokenizer(tokenizer, task.p)
-        judged[str(path)] = evaluate(model, tokenizer, problems, samples, temperature, config.seed)
+        budget = token_budget(model, tokenizer, task)
+        judged[str(path)] = evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
     summaries = {name: summarise(groups) for name, groups in judged.items()}
     difference = compare(*judged.values()) if len(judged) == 2 else None
 

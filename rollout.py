@@ -26,7 +26,9 @@ class Rollout:
     stopped: Tensor  # (B,) False where max_new_tokens cut the response off
 
     def responses(self) -> list[list[int]]:
-        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist())]
+        """The tokens of each response, its stop token left out."""
+        lengths = (self.lengths - self.stopped.long()).tolist()
+        return [row[:n] for row, n in zip(self.tokens.tolist(), lengths)]
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """What the scripts share while they run: flags, one-line refusals, the process group and random streams."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import inspect
+import math
 import os
 import random
 import re
@@ -52,6 +54,9 @@ def parse_flags(config_class: type[Config], description: str, positional: str | 
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(config_class), re.M))
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
+        if field.name == positional:
+            parser.add_argument(positional, nargs="+", metavar=positional.upper(), help=comments[field.name])
+            continue
         kind, options = typing.get_type_hints(config_class)[field.name], {}
         if isinstance(kind, types.UnionType):  # `int | None`
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
@@ -60,11 +65,9 @@ def parse_flags(config_class: type[Config], description: str, positional: str | 
         elif typing.get_origin(kind) is Literal:
             options["choices"] = typing.get_args(kind)
         else:
-            options["type"] = str if kind is list else kind
-        if field.name == positional:
-            parser.add_argument(positional, nargs="+", metavar=positional.upper(), help=comments[field.name], type=str)
-            continue
-        shown = "" if field.default in (None, False, "") else f" [{field.default}]"
+            options["type"] = kind
+        told = field.default is None or field.default is False or field.default == "" or "[" in comments[field.name]
+        shown = "" if told else f" [{field.default}]"
         help_text = (comments[field.name] + shown).replace("%", "%%")
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=help_text, **options)
     return config_class(**vars(parser.parse_args()))
@@ -124,11 +127,22 @@ def start() -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        require(local < there, f"one process a GPU: there are {there} GPUs and more processes")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if size > 1:
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        atexit.register(dist.destroy_process_group)
     return World(rank, size, device)
+
+
+def clip_gradient(model: nn.Module, longest: float) -> float:
+    """Scale the gradient down to length `longest` where it is longer; its length before. Refuses NaN and infinity."""
+    norm = nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], longest).item()
+    require(math.isfinite(norm), "the gradient is not finite; the last checkpoint is sound. A lower --lr may help")
+    return norm
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -143,8 +157,3 @@ def stream(*key: int | str) -> random.Random:
 def torch_stream(*key: int | str) -> torch.Generator:
     """PyTorch's generator (on the CPU) for a key."""
     return torch.Generator().manual_seed(stream(*key).getrandbits(63))
-
-
-def clip_gradient(model: nn.Module, largest: float) -> float:
-    """Scale the gradient down to norm `largest` where it is longer; its norm before."""
-    return nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], largest).item()

@@ -10,7 +10,8 @@ responses to each, reward those that end in the right answer, compare each with 
 What is and what is not in it, against DeepSeekMath (arXiv 2402.03300): group advantages, clipped ratios and the k3
 estimate of the KL divergence are there; bounds may differ below and above (DAPO, arXiv 2503.14476); the loss is the
 mean over the *tokens* of the whole batch and not of each response (DAPO; no bias to short answers); a group whose
-rewards are all equal has no advantage and is not trained on at all, not even towards the reference.
+rewards are all equal has no advantage and is not trained on at all, not even towards the reference. There is one step
+a rollout, so ratios differ from 1 by rounding alone and clipping is a guard that stays idle.
 """
 
 import time
@@ -24,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 import train_sft
 from checkpoint import (
@@ -42,7 +44,7 @@ from checkpoint import (
     stop_tokens,
     write_json,
 )
-from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Task
+from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task
 from eval import (
     Response,
     compare,
@@ -70,14 +72,14 @@ class GrpoConfig:
     field: int = 11  # number of elements of the field, a prime
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
     evaluation_share: float = 0.5  # share of evaluation among the problems; the rest is inversion
-    updates: int = 120  # optimizer steps
+    updates: int = 200  # optimizer steps
     prompts: int = 32  # problems an update, over all processes
     group: int = 8  # responses to each
     lr: float = 3e-4  # peak learning rate of AdamW
     warmup: int = 10  # updates to reach the peak; a straight line leads down to zero
     beta: float = 0.0  # weight of the KL divergence from the SFT model
-    clip_low: float = 0.2  # ratios below 1 - this get no gradient
-    clip_high: float = 0.2  # ratios above 1 + this get no gradient
+    clip_low: float = 0.2  # bad responses get no gradient where their ratio is below 1 - this
+    clip_high: float = 0.2  # good responses get no gradient where their ratio is above 1 + this
     clip_gradient: float = 1.0  # longest gradient
     advantage: Literal["z-score", "mean"] = "z-score"  # rewards minus the group's mean, divided by its deviation or not
     temperature: float = 1.0  # of the sampling
@@ -85,7 +87,7 @@ class GrpoConfig:
     micro_tokens: int = 16384  # tokens of a forward pass
     seed: int = 0  # of problems, sampling and everything else
     eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
-    eval_problems: int = 256  # validation problems of an evaluation, 4 samples each
+    eval_problems: int = 256  # validation problems of an evaluation
     save_every: int = 25  # updates between checkpoints
     resume: bool = False  # continue the newest checkpoint of the run folder
 
@@ -99,8 +101,8 @@ def complete(config: GrpoConfig) -> GrpoConfig:
     require(config.group >= 2, "--group must be at least 2: a response is compared with the others of its group")
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
     require(config.warmup >= 0 and config.beta >= 0, "--warmup and --beta must not be negative")
-    require(0 <= config.clip_low < 1, "--clip-low must lie between 0 and 1")
-    require(config.clip_high >= 0, "--clip-high must not be negative")
+    require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
+    require(config.clip_high > 0, "--clip-high must be above 0")
     require(config.clip_gradient > 0, "--clip-gradient must be above 0")
     require(config.temperature > 0, "--temperature must be above 0")
     require(config.max_new_tokens >= 0, "--max-new-tokens must not be negative")
@@ -246,7 +248,8 @@ def behaviour(responses: list[Response]) -> dict[str, float]:
 
 def learning_rate(config: GrpoConfig, update: int) -> float:
     """Up to the peak over the warm-up, then straight down to zero."""
-    return config.lr * min((update + 1) / (config.warmup + 1), 1 - update / config.updates)
+    left = (config.updates - update) / max(1, config.updates - config.warmup)
+    return config.lr * min(1.0, (update + 1) / (config.warmup + 1), left)
 
 
 def find_or_train_sft(config: GrpoConfig, world: World) -> Path:
@@ -270,11 +273,13 @@ def main(config: GrpoConfig, world: World) -> None:
     with refusals():
         flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts, config.evaluation_share)
         task = Task.from_flags(*flags)
+        problems = validation_problems(task, config.eval_problems, config.seed)
     run = Path(config.out)
-    begin = open_run(run, config, world)
+    begin = open_run(run, config, "grpo", world)
     source = newest_checkpoint(run) if begin else None
     init = Path(load_training(source)["start"]) if source else find_or_train_sft(config, world)
     model, tokenizer = load_model(source or init, world.device)
+    require(init.is_dir(), f"{init}, where the run started, is gone")
     known = load_training(init)
     for name in ("field", "relabel"):
         given = getattr(config, name)
@@ -285,11 +290,9 @@ def main(config: GrpoConfig, world: World) -> None:
     if begin:
         load_optimizer(source, optimizer)
 
-    problems = validation_problems(task, config.eval_problems, config.seed)
-    max_new_tokens = config.max_new_tokens or token_budget(tokenizer, problems)
-    longest = max(len(encode(tokenizer, problem.prompt())) for problem in problems) + max_new_tokens
-    limit = model.config.max_position_embeddings
-    require(longest <= limit, f"prompt and response may take {longest} tokens; the model has {limit} positions")
+    budget = token_budget(model, tokenizer, task)
+    require(config.max_new_tokens <= budget, f"no solution takes {config.max_new_tokens} tokens; {budget} are enough")
+    max_new_tokens = config.max_new_tokens or budget
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
     for update in bar:
@@ -332,16 +335,17 @@ def main(config: GrpoConfig, world: World) -> None:
         last = update + 1 == config.updates
         if world.leads:
             if config.eval_every and (update + 1) % config.eval_every == 0:
-                judged = evaluate(model, tokenizer, problems, 1, config.temperature, config.seed)
+                judged = evaluate(model, tokenizer, problems, max_new_tokens, 1, config.temperature, config.seed)
                 row |= {f"validation/{kind}": c["pass@1"] for kind, c in summarise(judged)["by_type"].items()}
             log.write(row)
             bar.set_postfix(progress(row))
             if (update + 1) % config.save_every == 0 or last:
-                training = asdict(config) | {"stage": "grpo", "total": config.updates, "start": str(init)}
+                training = asdict(config) | {"stage": "grpo", "processes": world.size, "total": config.updates}
+                training["start"] = str(init.resolve())
                 save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
         world.wait()
     if world.leads:
-        report(init, run, model, tokenizer, problems, config, world)
+        report(init, run, model, tokenizer, problems, max_new_tokens, config, world)
 
 
 def progress(row: dict) -> dict[str, str]:
@@ -352,11 +356,18 @@ def progress(row: dict) -> dict[str, str]:
 
 
 def report(
-    init: Path, run: Path, model: Transformer, tokenizer, problems: list, config: GrpoConfig, world: World
+    init: Path,
+    run: Path,
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[Problem],
+    budget: int,
+    config: GrpoConfig,
+    world: World,
 ) -> None:
     """Evaluate the start and the end of the run on the same problems; print, write and draw it."""
     before, _ = load_model(init, world.device)
-    judged = [evaluate(m, tokenizer, problems, 4, config.temperature, config.seed) for m in (before, model)]
+    judged = [evaluate(m, tokenizer, problems, budget, 4, config.temperature, config.seed) for m in (before, model)]
     summaries = {f"before: {init}": summarise(judged[0]), f"after: {newest_checkpoint(run)}": summarise(judged[1])}
     difference = compare(*judged)
     write_json(run / "evaluation.json", dict(zip(("before", "after"), summaries.values()), difference=difference))

@@ -2,7 +2,7 @@
 
     python train_sft.py                          # the tiny model, from nothing, either strategy for either type
     python train_sft.py --strategy forward       # forward solutions only: inversion must begin with a guess
-    torchrun --nproc-per-node 2 train_sft.py     # the same gradient, from two processes
+    torchrun --nproc-per-node 2 train_sft.py     # two processes share each batch
 
 The loss is the mean of -log p over the tokens of the responses, the stop token included, prompts excluded. A tiny
 model (random at first) sees fresh problems at every update; a pretrained one sees `--examples` of them over and over.
@@ -23,6 +23,8 @@ from checkpoint import (
     Log,
     check_tokenizer,
     encode,
+    find_checkpoint,
+    is_word_level,
     load_model,
     load_optimizer,
     new_model,
@@ -32,7 +34,7 @@ from checkpoint import (
     stop_tokens,
 )
 from data.finite_field import Problem, Task, choose_strategies
-from eval import evaluate, percent, summarise, validation_problems
+from eval import evaluate, percent, summarise, token_budget, validation_problems
 from model import Packed, Transformer, pack, pad, response_log_probs
 from runtime import World, clip_gradient, parse_flags, refusals, require, start, stream, torch_stream
 
@@ -127,13 +129,11 @@ def make_batch(
 ) -> Packed:
     """Pack prompts and solutions; with `longest_gap`, over positions that `spread` chooses."""
     prompts, prompt_lengths = pad([encode(tokenizer, problem.prompt()) for problem, _ in examples])
-    stop = stop_tokens(tokenizer)[:1]
+    stop = stop_tokens(tokenizer)
     responses, lengths = pad([encode(tokenizer, solution) + stop for _, solution in examples])
     positions = None
     if longest_gap:
-        starts = torch.tensor(
-            [i for word, i in tokenizer.get_vocab().items() if word in ("start", "end") or word[-1] == ":"]
-        )
+        starts = torch.tensor([i for word, i in tokenizer.get_vocab().items() if word == "answer" or word[-1] == ":"])
         positions = spread(prompts, prompt_lengths, responses, starts, longest_gap, generator)
         positions = tuple(x.to(device) for x in positions)
     parents = torch.arange(len(examples), device=device)
@@ -175,13 +175,13 @@ def learning_rate(config: SftConfig, update: int, updates: int) -> float:
 
 @torch.no_grad()
 def validate(
-    model: Transformer, tokenizer: PreTrainedTokenizerFast, config: SftConfig, problems: list[Problem]
+    model: Transformer, tokenizer: PreTrainedTokenizerFast, config: SftConfig, problems: list[Problem], budget: int
 ) -> dict[str, float | None]:
     """Loss on validation solutions; accuracy of one sampled response each."""
     rng = stream(config.seed, "validation strategies")
     examples = [(p, p.solution(choose_strategies(p, config.strategy, rng))) for p in problems]
     batch = make_batch(tokenizer, examples, model.lm_head.weight.device)
-    figures = summarise(evaluate(model, tokenizer, problems, 1, 1.0, config.seed))["overall"]
+    figures = summarise(evaluate(model, tokenizer, problems, budget, 1, 1.0, config.seed))["overall"]
     return {
         "validation_loss": loss_sum(model, batch).item() / len(batch.targets),
         "accuracy": figures["pass@1"],
@@ -194,8 +194,10 @@ def main(config: SftConfig, world: World) -> Path:
     config = complete(config)
     with refusals():
         task = Task.from_flags(config.difficulty, config.steps, config.field, config.relabel, config.parts)
+        problems = validation_problems(task, 128, config.seed)
+    require(config.batch_size >= world.size, f"--batch-size must be at least the number of processes, {world.size}")
     run = Path(config.out)
-    begin = open_run(run, config, world)
+    begin = open_run(run, config, "sft", world)
     updates = config.updates or math.ceil(config.epochs * config.examples / config.batch_size)
 
     source = newest_checkpoint(run) if begin else None
@@ -203,7 +205,7 @@ def main(config: SftConfig, world: World) -> Path:
         model, tokenizer = new_model(config.field, config.seed)
         model.to(world.device)
     else:
-        model, tokenizer = load_model(source or Path(config.model), world.device)
+        model, tokenizer = load_model(source or find_checkpoint(Path(config.model)), world.device)
     check_tokenizer(tokenizer, config.field)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
@@ -211,7 +213,9 @@ def main(config: SftConfig, world: World) -> Path:
     if source:
         load_optimizer(source, optimizer)
 
-    problems = validation_problems(task, 128, config.seed)
+    gapped = config.position_gap == 0 or is_word_level(tokenizer)
+    require(gapped, "--position-gap needs the word-level tokenizer of the tiny model")
+    budget = token_budget(model, tokenizer, task)
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, updates), initial=begin, total=updates, desc="SFT", disable=not world.leads)
     shown: dict[str, str] = {}  # accuracy in percent, as last measured
@@ -236,13 +240,13 @@ def main(config: SftConfig, world: World) -> Path:
         last = update + 1 == updates
         if world.leads:
             if (update + 1) % config.eval_every == 0 or last:
-                figures = validate(model, tokenizer, config, problems)
+                figures = validate(model, tokenizer, config, problems, budget)
                 shown = {"right": percent(figures["accuracy"]), "right if fit": percent(figures["accuracy_given_fit"])}
                 row |= figures
             log.write(row)
             bar.set_postfix({"loss": f"{total_loss:.3f}"} | shown)
             if (update + 1) % config.save_every == 0 or last:
-                training = asdict(config) | {"stage": "sft", "total": updates}
+                training = asdict(config) | {"stage": "sft", "processes": world.size, "total": updates}
                 save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
         world.wait()
     return newest_checkpoint(run)

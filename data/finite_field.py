@@ -1,20 +1,20 @@
 """The task: arithmetic chains in GF(p) whose elements carry meaningless names.
 
-    start e3              the start is known ...          (evaluation)
-    41: + e4              a step: its label, operation and operand
-    42: * e7
-    end ?                 ... and the end is asked
+    28: start e9            the start is known ...        (an evaluation problem)
+    29: * e3                a step: its label, operation and operand
+    30: + e4
+    31: end ?               ... and the end is asked
     solution:
 
-An *inversion* problem gives the end and asks for the start. A *composition* is several such parts, each
-(after the first) given `carry`, the result of the part before. Two strategies solve a part:
+    start e9                guess end e0                  its forward and its backward solution
+    29: e9 * e3 = e3        30: e0 - e4 = e3
+    30: e3 + e4 = e0        29: e3 / e3 = e9
+    31: end e0              28: start e9
+    answer e0               answer e0
 
-    forward                       backward
-    start e3                      guess end e1            the strategy that does not fit the problem
-    41: e3 + e4 = e7              42: e1 / e7 = e7        begins with a guess of what is asked
-    42: e7 * e7 = e1              41: e7 - e4 = e3
-    end e1                        start e3
-    answer e1                     answer e1
+An *inversion* problem gives the end and asks for the start. A *composition* is several such parts, each
+(after the first) given `carry`, the result of the part before. Either strategy can solve either type; the one that
+does not fit begins with a guess of what is asked, and is right one time in p.
 
 The lines are the same for every tokenizer. Labels count up from a random number, so that a model meets every
 label during training whatever the length of the chain. A problem belongs to the training or to the validation
@@ -30,7 +30,8 @@ import random
 import re
 import sys
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 DIFFICULTY = {"easy": (2, 5), "hard": (6, 9), "extreme": (6, 15)}  # steps of a part
 MAX_LABEL = 40
@@ -121,9 +122,9 @@ class Problem:
         return self.field.name(self.parts[-1].asked)
 
     def labels(self, part: int) -> range:
-        """The labels of the steps of part number `part`."""
-        first = self.first_label + sum(len(p.steps) for p in self.parts[:part])
-        return range(first, first + len(self.parts[part].steps))
+        """The labels of part number `part`: of its start, its steps and its end."""
+        first = self.first_label + sum(len(p.steps) + 2 for p in self.parts[:part])
+        return range(first, first + len(self.parts[part].steps) + 2)
 
     def prompt(self) -> str:
         name = self.field.name
@@ -131,9 +132,10 @@ class Problem:
         for i, part in enumerate(self.parts):
             given = name(part.given) if i == 0 else "carry"
             start, end = (given, "?") if part.kind == EVALUATION else ("?", given)
-            lines.append(f"start {start}")
-            lines += [f"{label}: {op} {name(b)}" for label, (op, b) in zip(self.labels(i), part.steps)]
-            lines.append(f"end {end}")
+            first, *labels, last = self.labels(i)
+            lines.append(f"{first}: start {start}")
+            lines += [f"{label}: {op} {name(b)}" for label, (op, b) in zip(labels, part.steps)]
+            lines.append(f"{last}: end {end}")
         return "\n".join([*lines, "solution:\n"])
 
     def solution(self, strategies: str | list[str], guesses: list[int | None] | None = None) -> str:
@@ -148,20 +150,20 @@ class Problem:
         for i, (part, strategy, guess) in enumerate(
             zip(self.parts, strategies, guesses or [None] * len(self.parts), strict=True)
         ):
-            steps = list(zip(self.labels(i), part.steps))
-            first, last = "start", "end"
+            start, *labels, end = self.labels(i)
+            steps, opens, closes = list(zip(labels, part.steps)), "start", f"{end}: end"
             if strategy == BACKWARD:
                 steps = [(label, (INVERSE[op], b)) for label, (op, b) in reversed(steps)]
-                first, last = last, first
+                opens, closes = "end", f"{start}: start"
             fitting = strategy == FITTING[part.kind]
             opening = carried if fitting else part.asked if guess is None else guess
-            lines.append(f"{'' if fitting else 'guess '}{first} {field.name(opening)}")
             value = opening
+            lines.append(f"{'' if fitting else 'guess '}{opens} {field.name(value)}")
             for label, (op, b) in steps:
                 result = field.apply(op, value, b)
                 lines.append(f"{label}: {field.name(value)} {op} {field.name(b)} = {field.name(result)}")
                 value = result
-            lines.append(f"{last} {field.name(value)}")
+            lines.append(f"{closes} {field.name(value)}")
             carried = value if fitting else opening
         return "\n".join([*lines, f"answer {field.name(carried)}"])
 
@@ -187,12 +189,16 @@ class Task:
         for what, (low, high) in (("steps", self.steps), ("parts", self.parts)):
             if not 1 <= low <= high:
                 raise ValueError(f"{what} must be a range such as 2-5, from 1 upwards; {low}-{high} is not")
-        if self.steps[1] * self.parts[1] > MAX_LABEL:
-            raise ValueError(f"at most {MAX_LABEL} steps have labels; {self.parts[1]} x {self.steps[1]} is more")
+        if (self.steps[1] + 2) * self.parts[1] > MAX_LABEL:
+            raise ValueError(f"{self.parts[1]} parts of {self.steps[1]} steps need more than {MAX_LABEL} labels")
         if not 0 <= self.evaluation_share <= 1:
             raise ValueError(f"the evaluation share must lie between 0 and 1; {self.evaluation_share} does not")
         if self.relabel not in ("fixed", "shown"):
             raise ValueError(f"relabel must be fixed or shown, not {self.relabel!r}")
+
+    def longest(self) -> "Task":
+        """The problems of most parts and steps among these."""
+        return replace(self, steps=(self.steps[1],) * 2, parts=(self.parts[1],) * 2)
 
     @staticmethod
     def from_flags(
@@ -204,18 +210,19 @@ class Task:
         )
 
     def sample(self, rng: random.Random, split: str) -> Problem:
-        """Draw a problem from the stream `split`, "train" or "validation"."""
-        while True:
+        """Draw a problem from the stream `split`, "train" or "validation". Raises ValueError where that is empty."""
+        for _ in range(1000):
             field = make_field(self.p, rng if self.relabel == "shown" else None)
             parts: list[Part] = []
             for _ in range(rng.randint(*self.parts)):
                 kind = EVALUATION if rng.random() < self.evaluation_share else INVERSION
                 known = parts[-1].asked if parts else rng.randrange(self.p)
                 parts.append(_make_part(field, rng, kind, rng.randint(*self.steps), known))
-            total = sum(len(part.steps) for part in parts)
-            problem = Problem(field, tuple(parts), rng.randint(1, MAX_LABEL - total + 1), self.relabel == "shown")
+            labels = sum(len(part.steps) + 2 for part in parts)
+            problem = Problem(field, tuple(parts), rng.randint(1, MAX_LABEL - labels + 1), self.relabel == "shown")
             if is_validation(problem) == (split == "validation"):
                 return problem
+        raise ValueError(f"this task has no {split} problems, or hardly any")
 
 
 def _make_part(field: Field, rng: random.Random, kind: str, n: int, known: int) -> Part:
@@ -256,8 +263,13 @@ def parse_range(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print problems with both solutions.", exit_on_error=False)
+    parser = Parser(description="Print problems with both solutions.")
     parser.add_argument("--difficulty", choices=DIFFICULTY, default="easy", help="steps of a part: %(choices)s")
     parser.add_argument("--steps", default="", help="such as 3-7, instead of --difficulty")
     parser.add_argument("--parts", default="1", help="such as 2-3: compositions of so many parts")
@@ -270,7 +282,7 @@ def main() -> None:
         task = Task.from_flags(args.difficulty, args.steps, args.field, args.relabel, args.parts)
         if args.n < 1:
             raise ValueError("--n must be at least 1")
-    except (ValueError, argparse.ArgumentError) as error:
+    except ValueError as error:
         print(f"finite_field.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     rng = random.Random(args.seed)

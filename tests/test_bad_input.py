@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    training = {"stage": "sft", "field": 11, "relabel": "fixed", "total": 3, "lr": 0.003}
+    training = {"stage": "sft", "field": 11, "relabel": "fixed", "total": 3, "lr": 0.003, "processes": 1}
     save_checkpoint(tmp_path / "good", 3, model, word_tokenizer(11), optimizer, training)
     return tmp_path
 
@@ -77,7 +77,10 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
         ("grpo", "--init good --field 13", "--field"),
         ("grpo", "--init good --relabel shown", "--relabel"),
         ("grpo", "--init good --out good", "holds a run already"),
-        ("grpo", "--init good --max-new-tokens 5000", "positions"),
+        ("grpo", "--init good --max-new-tokens 5000", "5000"),
+        ("grpo", "--clip-high 0", "--clip-high"),
+        ("grpo", "--field 2 --steps 1 --evaluation-share 1", "no validation problems"),
+        ("grpo", "--init good --out good --resume", "no checkpoint of this script"),
         ("eval", "nowhere", "nowhere"),
         ("eval", ".", "no checkpoint"),
         ("eval", "", "CHECKPOINTS"),
@@ -85,6 +88,9 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
         ("eval", "good --problems 0", "--problems"),
         ("eval", "good --temperature 0", "--greedy"),
         ("eval", "good --json nowhere/a.json", "nowhere"),
+        ("eval", "good --json good", "folder"),
+        ("eval", "good --plot a.txt", ".png"),
+        ("eval", "good good/step-3", "both names"),
         ("eval", "good --difficulty none", "none"),
     ],
 )
@@ -100,8 +106,19 @@ def spoil(folder: Path, how: str) -> None:
         config["hidden_size"] = 64
     elif how == "scaled rope":
         config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e6}
+    elif how == "old scaled rope":
+        del config["rope_theta"]
+        config["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    elif how == "activation":
+        config["hidden_act"] = "gelu"
     elif how == "fields":
         del config["hidden_size"]
+    elif how == "type":
+        config["hidden_size"] = "many"
+    elif how == "zero":
+        config["num_attention_heads"] = 0
+    elif how == "list":
+        config = []
     (folder / "config.json").write_text("{" if how == "json" else json.dumps(config))
     weights = folder / "model.safetensors"
     if how == "cut":
@@ -110,11 +127,27 @@ def spoil(folder: Path, how: str) -> None:
         weights.unlink()
     elif how == "empty tokenizer":
         (folder / "tokenizer.json").write_text("{}")
+    elif how == "broken tokenizer":
+        (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "None"}}')
+    elif how == "index":
+        (folder / "model.safetensors.index.json").write_text("{}")
     elif how == "tokenizer":
         word_tokenizer(2).save_pretrained(folder)
 
 
-HOW = ["architecture", "shape", "scaled rope", "fields", "json", "cut", "missing", "empty tokenizer", "tokenizer"]
+HOW = [
+    "architecture",
+    "shape",
+    "scaled rope",
+    "old scaled rope",
+    "activation",
+    "fields",
+    "type",
+    "zero",
+    "list",
+    "json",
+]
+HOW += ["cut", "missing", "index", "empty tokenizer", "broken tokenizer", "tokenizer"]
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -82,15 +82,18 @@ def test_resume_is_exact(sft, tmp_path):
 
 
 def test_two_processes(sft, tmp_path):
-    """torchrun with two processes draws the same problems and ends like one process does."""
-    flags = "--field 3 --steps 1-2 --prompts 4 --group 4 --eval-problems 8 --updates 2 --beta 0.05".split()
+    """torchrun with two processes trains and reports; one of them writes and prints."""
+    flags = ["--field=3", "--steps=1-2", "--prompts=4", "--group=4", "--eval-problems=8", "--updates=2", "--beta=0.05"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(HERE / "train_grpo.py"), "--init", str(sft), "--out", str(tmp_path / "two"), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     rows = read_log(tmp_path / "two" / "metrics.jsonl")
     assert len(rows) == 2 and rows[0]["logprob_difference"] < 1e-4
+    one = grpo(tmp_path / "one", sft, updates=1)
+    kinds = [{key for key in row if key.startswith("accuracy/")} for row in (rows[0], one[0])]
+    assert kinds[0] == kinds[1], "the same problems"
     assert done.stdout.count("checkpoint  ") == 1, "one process prints"
 
 

@@ -108,12 +108,15 @@ def test_validation_problems_are_distinct_and_of_their_stream():
     assert 0 < len(few) < 200, "a small task has no 200 problems"
 
 
-def test_every_solution_fits_the_token_budget(tokenizer):
-    for task in (Task((6, 9)), Task((2, 5), parts=(1, 4))):
-        problems = validation_problems(task, 100, 0)
-        budget = token_budget(tokenizer, problems)
+def test_every_solution_fits_the_token_budget(model, tokenizer):
+    """That of the task, whichever problems come up; the longest solution and its stop token leave less than a line."""
+    for task in (Task((6, 9)), Task((2, 4), parts=(1, 4)), Task((6, 15))):
+        budget = token_budget(model, tokenizer, task)
+        problems = [task.longest().sample(random.Random(i), "train") for i in range(50)]
         longest = max(len(tokenizer.encode(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD))
-        assert longest < budget <= longest + 12
+        assert longest < budget <= longest + 8
+    with pytest.raises(SystemExit):
+        token_budget(small_model(max_position_embeddings=64), tokenizer, Task((6, 9)))
 
 
 @pytest.fixture(scope="module")

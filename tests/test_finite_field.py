@@ -7,6 +7,7 @@ import sys
 import pytest
 from sympy import GF, isprime
 
+from data import finite_field
 from data.finite_field import (
     BACKWARD,
     COMPOSITION,
@@ -15,6 +16,8 @@ from data.finite_field import (
     FORWARD,
     INVERSION,
     MAX_LABEL,
+    Part,
+    Problem,
     Task,
     choose_strategies,
     is_prime,
@@ -61,12 +64,12 @@ def follow(problem) -> list[str]:
     steps, given, asked = [], None, None
     for line in problem.prompt().splitlines():
         words = line.split()
-        if words[0] == "start":
+        if words[1:2] == ["start"]:
             steps = []
-            given = words[1]
-        elif words[0] == "end":
-            asked = "end" if words[1] == "?" else "start"
-            given = given if asked == "end" else words[1]
+            given = words[2]
+        elif words[1:2] == ["end"]:
+            asked = "end" if words[2] == "?" else "start"
+            given = given if asked == "end" else words[2]
             x = truth(problem.field.value(answers[-1] if given == "carry" else given))
             for op, operand in steps if asked == "end" else reversed(steps):
                 y = truth(problem.field.value(operand))
@@ -102,7 +105,10 @@ def test_answers_solutions_and_reward(task):
             assert reward(problem, solution) == 1.0
         assert problem.solution(FORWARD).count("guess") == sum(part.kind == INVERSION for part in problem.parts)
         labels = [label for i in range(len(problem.parts)) for label in problem.labels(i)]
-        assert labels == list(range(labels[0], labels[0] + problem.steps)) and 1 <= labels[0] <= labels[-1] <= MAX_LABEL
+        assert [line.split()[0] for line in problem.prompt().splitlines() if line[0].isdigit()] == [
+            f"{n}:" for n in labels
+        ]
+        assert labels == list(range(labels[0], labels[-1] + 1)) and 1 <= labels[0] <= labels[-1] <= MAX_LABEL
 
 
 def test_both_types_and_every_length_come_up():
@@ -174,6 +180,21 @@ def test_impossible_tasks_are_refused(bad):
         Task(**bad)
 
 
+def test_an_empty_stream_is_refused():
+    """GF(2) has six evaluation problems of one step, and none of them falls into validation."""
+    with pytest.raises(ValueError, match="no validation problems"):
+        Task((1, 1), p=2, evaluation_share=1.0).sample(random.Random(0), "validation")
+
+
+def test_the_example_in_the_docstring_is_real():
+    field = make_field(11)
+    start, three, four, end = (field.value(name) for name in ("e9", "e3", "e4", "e0"))
+    problem = Problem(field, (Part(EVALUATION, start, (("*", three), ("+", four)), end),), first_label=28)
+    text = " ".join(finite_field.__doc__.split())
+    for line in (problem.prompt() + problem.solution(FORWARD) + "\n" + problem.solution(BACKWARD)).splitlines():
+        assert line in text
+
+
 def test_ranges():
     assert parse_range("3-7") == (3, 7) and parse_range("4") == (4, 4)
     for text in ("", "a", "3-", "-3", "3-7-9", "3 7"):
@@ -191,7 +212,9 @@ def test_command_prints_problems_with_both_solutions():
     assert done.stdout.count("[forward]") == done.stdout.count("[backward]") == 3
 
 
-@pytest.mark.parametrize("flags", [("--field", "12"), ("--steps", "x"), ("--n", "-1"), ("--difficulty", "none")])
+@pytest.mark.parametrize(
+    "flags", [("--field", "12"), ("--steps", "x"), ("--n", "-1"), ("--nonsense", "1"), ("--difficulty", "none")]
+)
 def test_command_refuses_in_one_line(flags):
     done = run(*flags)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1

@@ -123,7 +123,13 @@ def test_packing_order_leaves_the_gradient_as_it_is(batch, seed):
 
 def _process(rank: int, size: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     world = start()
     batch = Batch()
     torch.save((batch.gradient(world=world, groups=slice(rank, None, size)), batch.figures), f"{folder}/{rank}")

@@ -46,7 +46,7 @@ def test_gaps_keep_lines_together_and_order(tokenizer):
         steps = moved[first : first + n].diff(prepend=torch.zeros(1, dtype=torch.long))
         assert (steps >= 0).all()
         jumps += int((steps > 0).sum())
-        assert all(word[-1] == ":" or word in ("start", "end") for word, step in zip(words, steps) if step > 0)
+        assert all(word[-1] == ":" for word, step in zip(words, steps) if step > 0)
         first += n
     assert jumps > 60
 
@@ -82,13 +82,13 @@ def test_fresh_examples_never_repeat_and_a_data_set_comes_round():
 @pytest.mark.parametrize("strategy, guesses", [("forward", "inversion"), ("backward", "evaluation")])
 def test_one_strategy_guesses_where_it_does_not_fit(strategy, guesses):
     for problem, solution in examples(40, strategy=strategy):
-        assert solution.startswith("guess") == (problem.kind == guesses)
+        assert ("guess" in solution) == (problem.kind == guesses)
 
 
 def test_learning_rate():
     config = complete(SftConfig(lr=1.0e-3, warmup=10))
     rates = [learning_rate(config, u, 100) for u in range(100)]
-    assert rates[0] == pytest.approx(1e-4, rel=1e-3) and max(rates) < 1e-3 and rates[99] < 1e-6 * 1e3
+    assert rates[0] == pytest.approx(1e-4, rel=1e-3) and 9e-4 < max(rates) <= 1e-3 and 0 < rates[99] < 1e-6
     assert rates.index(max(rates)) in (9, 10) and all(math.isfinite(r) for r in rates)
 
 
