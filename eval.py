@@ -55,8 +55,11 @@ class Response:
     stopped: bool
 
 
-def token_budget(model: Transformer, tokenizer: PreTrainedTokenizerFast, task: Task) -> int:
-    """Room for the longest solution of a task, and a line more. Refuses a model with too few positions for it."""
+def token_budget(model: Transformer, tokenizer: PreTrainedTokenizerFast, task: Task, wanted: int = 0) -> int:
+    """Tokens of a response: as many as `wanted`, or where that is 0 the longest solution of the task and a line more.
+
+    Refuses a model with too few positions for them.
+    """
     rng, longest = stream("token budget"), task.longest()
     problems = [longest.sample(rng, "train") for _ in range(64)]
     solutions = [problem.solution(strategy) for problem in problems for strategy in (FORWARD, BACKWARD)]
@@ -64,9 +67,11 @@ def token_budget(model: Transformer, tokenizer: PreTrainedTokenizerFast, task: T
     sizes = [max(len(encode(tokenizer, text)) for text in texts) for texts in (solutions, lines)]
     prompt = max(len(encode(tokenizer, problem.prompt())) for problem in problems)
     limit = model.config.max_position_embeddings
-    total = prompt + sum(sizes)
-    require(total <= limit, f"problems and solutions take up to {total} tokens; the model has {limit} positions")
-    return sum(sizes)
+    budget = wanted or sum(sizes)
+    require(
+        prompt + budget <= limit, f"prompts and responses take {prompt + budget} tokens, the model {limit} positions"
+    )
+    return budget
 
 
 def judge(problem: Problem, response: str, stopped: bool) -> Response:

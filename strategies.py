@@ -3,9 +3,8 @@
 It reads text alone, so it works on any model's responses. A response is a row of *lines*, recognised by their form
 and not by line breaks:
 
-    start e3   or   guess end e1       an opening
+    start e3, end e1, guess end e1     an opening or a closing
     8: e3 + e4 = e0                    a step
-    11: end e1                         a closing
     answer e1
     anything between                   a line of another form
 
@@ -30,7 +29,7 @@ FORMAT = "format"  # a line of another form
 NO_ANSWER = "no answer"  # the response ends before its answer
 
 LINE = re.compile(
-    r"(?:(?P<at>\d{1,4}): )?(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})(?= |$)"
+    r"(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})(?= |$)"
     r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4}) = (?P<result>e\d{1,4})(?= |$)"
     r"|answer (?P<answer>e\d{1,4})(?= |$)"
 )
@@ -58,7 +57,7 @@ class Line:
 class Error:
     kind: str
     line: int  # which line of the response, from 0
-    label: int | None  # the label of the line that was due there, None where that was the answer or nothing
+    label: int | None  # the label of the step that was due there, None where no step was
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ def read(response: str) -> list[Line]:
             lines.append(Line("other", between))
         end = found.end()
         if found["side"]:
-            anchor = {"guess": bool(found["guess"]), "side": found["side"], "label": int(found["at"] or 0)}
-            lines.append(Line("anchor", found[0], value=found["value"], **anchor))
+            lines.append(Line("anchor", found[0], bool(found["guess"]), found["side"], found["value"]))
         elif found["answer"]:
             lines.append(Line("answer", found[0], value=found["answer"]))
         else:

@@ -72,7 +72,7 @@ class GrpoConfig:
     field: int = 11  # number of elements of the field, a prime
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
     evaluation_share: float = 0.5  # share of evaluation among the problems; the rest is inversion
-    updates: int = 200  # optimizer steps
+    updates: int = 300  # optimizer steps
     prompts: int = 32  # problems an update, over all processes
     group: int = 8  # responses to each
     lr: float = 3e-4  # peak learning rate of AdamW
@@ -290,9 +290,7 @@ def main(config: GrpoConfig, world: World) -> None:
     if begin:
         load_optimizer(source, optimizer)
 
-    budget = token_budget(model, tokenizer, task)
-    require(config.max_new_tokens <= budget, f"no solution takes {config.max_new_tokens} tokens; {budget} are enough")
-    max_new_tokens = config.max_new_tokens or budget
+    max_new_tokens = token_budget(model, tokenizer, task, config.max_new_tokens)
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
     for update in bar:

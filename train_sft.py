@@ -133,7 +133,9 @@ def make_batch(
     responses, lengths = pad([encode(tokenizer, solution) + stop for _, solution in examples])
     positions = None
     if longest_gap:
-        starts = torch.tensor([i for word, i in tokenizer.get_vocab().items() if word == "answer" or word[-1] == ":"])
+        starts = torch.tensor(
+            [i for word, i in tokenizer.get_vocab().items() if word in ("start", "end") or word[-1] == ":"]
+        )
         positions = spread(prompts, prompt_lengths, responses, starts, longest_gap, generator)
         positions = tuple(x.to(device) for x in positions)
     parents = torch.arange(len(examples), device=device)
@@ -148,7 +150,7 @@ def spread(
     longest: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Positions (B, Tp) and (B, Tr) with random gaps, up to `longest` in all, before tokens that start a line.
+    """Positions (B, Tp) and (B, Tr) with random gaps, up to `longest` in all, before the tokens `starts`.
 
     A model that learns on short chains finds the steps of its prompt by their distance and counts lines to know when
     to stop, and fails on longer chains. With gaps it must go by the labels. (Randomised positions: arXiv 2305.16843.)

@@ -1,15 +1,15 @@
 """The task: arithmetic chains in GF(p) whose elements carry meaningless names.
 
-    28: start e9            the start is known ...        (an evaluation problem)
+    start e9                the start is known ...        (an evaluation problem)
     29: * e3                a step: its label, operation and operand
     30: + e4
-    31: end ?               ... and the end is asked
+    end ?                   ... and the end is asked
     solution:
 
     start e9                guess end e0                  its forward and its backward solution
     29: e9 * e3 = e3        30: e0 - e4 = e3
     30: e3 + e4 = e0        29: e3 / e3 = e9
-    31: end e0              28: start e9
+    end e0                  start e9
     answer e0               answer e0
 
 An *inversion* problem gives the end and asks for the start. A *composition* is several such parts, each
@@ -122,9 +122,9 @@ class Problem:
         return self.field.name(self.parts[-1].asked)
 
     def labels(self, part: int) -> range:
-        """The labels of part number `part`: of its start, its steps and its end."""
-        first = self.first_label + sum(len(p.steps) + 2 for p in self.parts[:part])
-        return range(first, first + len(self.parts[part].steps) + 2)
+        """The labels of the steps of part number `part`."""
+        first = self.first_label + sum(len(p.steps) for p in self.parts[:part])
+        return range(first, first + len(self.parts[part].steps))
 
     def prompt(self) -> str:
         name = self.field.name
@@ -132,10 +132,9 @@ class Problem:
         for i, part in enumerate(self.parts):
             given = name(part.given) if i == 0 else "carry"
             start, end = (given, "?") if part.kind == EVALUATION else ("?", given)
-            first, *labels, last = self.labels(i)
-            lines.append(f"{first}: start {start}")
-            lines += [f"{label}: {op} {name(b)}" for label, (op, b) in zip(labels, part.steps)]
-            lines.append(f"{last}: end {end}")
+            lines.append(f"start {start}")
+            lines += [f"{label}: {op} {name(b)}" for label, (op, b) in zip(self.labels(i), part.steps)]
+            lines.append(f"end {end}")
         return "\n".join([*lines, "solution:\n"])
 
     def solution(self, strategies: str | list[str], guesses: list[int | None] | None = None) -> str:
@@ -150,11 +149,10 @@ class Problem:
         for i, (part, strategy, guess) in enumerate(
             zip(self.parts, strategies, guesses or [None] * len(self.parts), strict=True)
         ):
-            start, *labels, end = self.labels(i)
-            steps, opens, closes = list(zip(labels, part.steps)), "start", f"{end}: end"
+            steps, opens, closes = list(zip(self.labels(i), part.steps)), "start", "end"
             if strategy == BACKWARD:
                 steps = [(label, (INVERSE[op], b)) for label, (op, b) in reversed(steps)]
-                opens, closes = "end", f"{start}: start"
+                opens, closes = closes, opens
             fitting = strategy == FITTING[part.kind]
             opening = carried if fitting else part.asked if guess is None else guess
             value = opening
@@ -189,7 +187,7 @@ class Task:
         for what, (low, high) in (("steps", self.steps), ("parts", self.parts)):
             if not 1 <= low <= high:
                 raise ValueError(f"{what} must be a range such as 2-5, from 1 upwards; {low}-{high} is not")
-        if (self.steps[1] + 2) * self.parts[1] > MAX_LABEL:
+        if self.steps[1] * self.parts[1] > MAX_LABEL:
             raise ValueError(f"{self.parts[1]} parts of {self.steps[1]} steps need more than {MAX_LABEL} labels")
         if not 0 <= self.evaluation_share <= 1:
             raise ValueError(f"the evaluation share must lie between 0 and 1; {self.evaluation_share} does not")
@@ -218,7 +216,7 @@ class Task:
                 kind = EVALUATION if rng.random() < self.evaluation_share else INVERSION
                 known = parts[-1].asked if parts else rng.randrange(self.p)
                 parts.append(_make_part(field, rng, kind, rng.randint(*self.steps), known))
-            labels = sum(len(part.steps) + 2 for part in parts)
+            labels = sum(len(part.steps) for part in parts)
             problem = Problem(field, tuple(parts), rng.randint(1, MAX_LABEL - labels + 1), self.relabel == "shown")
             if is_validation(problem) == (split == "validation"):
                 return problem

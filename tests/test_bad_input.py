@@ -77,7 +77,7 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
         ("grpo", "--init good --field 13", "--field"),
         ("grpo", "--init good --relabel shown", "--relabel"),
         ("grpo", "--init good --out good", "holds a run already"),
-        ("grpo", "--init good --max-new-tokens 5000", "5000"),
+        ("grpo", "--init good --max-new-tokens 5000", "positions"),
         ("grpo", "--clip-high 0", "--clip-high"),
         ("grpo", "--field 2 --steps 1 --evaluation-share 1", "no validation problems"),
         ("grpo", "--init good --out good --resume", "no checkpoint of this script"),

@@ -64,12 +64,12 @@ def follow(problem) -> list[str]:
     steps, given, asked = [], None, None
     for line in problem.prompt().splitlines():
         words = line.split()
-        if words[1:2] == ["start"]:
+        if words[0] == "start":
             steps = []
-            given = words[2]
-        elif words[1:2] == ["end"]:
-            asked = "end" if words[2] == "?" else "start"
-            given = given if asked == "end" else words[2]
+            given = words[1]
+        elif words[0] == "end":
+            asked = "end" if words[1] == "?" else "start"
+            given = given if asked == "end" else words[1]
             x = truth(problem.field.value(answers[-1] if given == "carry" else given))
             for op, operand in steps if asked == "end" else reversed(steps):
                 y = truth(problem.field.value(operand))
@@ -189,7 +189,7 @@ def test_an_empty_stream_is_refused():
 def test_the_example_in_the_docstring_is_real():
     field = make_field(11)
     start, three, four, end = (field.value(name) for name in ("e9", "e3", "e4", "e0"))
-    problem = Problem(field, (Part(EVALUATION, start, (("*", three), ("+", four)), end),), first_label=28)
+    problem = Problem(field, (Part(EVALUATION, start, (("*", three), ("+", four)), end),), first_label=29)
     text = " ".join(finite_field.__doc__.split())
     for line in (problem.prompt() + problem.solution(FORWARD) + "\n" + problem.solution(BACKWARD)).splitlines():
         assert line in text
