@@ -258,14 +258,14 @@ def plot_evaluation(summaries: dict[str, dict], path: Path) -> None:
     """Accuracy by number of steps and type; strategy shares by type."""
     figure, (left, right) = _figure(11, 2)
     for i, (name, summary) in enumerate(summaries.items()):
-        style = "-" if i == len(summaries) - 1 else "--"
-        for kind, by_steps in summary["by_type_and_steps"].items():
+        style = {"fmt": "o-"} if i == len(summaries) - 1 else {"fmt": "o--", "markerfacecolor": "white"}
+        for j, (kind, by_steps) in enumerate(summary["by_type_and_steps"].items()):
             cells = list(by_steps.values())
             mean = np.array([c["pass@1"] for c in cells])
             low, high = np.array([c["ci95"] for c in cells]).T
-            x = np.array([int(n) for n in by_steps]) + 0.06 * (i - 0.5 * (len(summaries) - 1))
+            x = np.array([int(n) for n in by_steps]) + 0.08 * j  # side by side where they agree
             bars = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
-            left.errorbar(x, mean, bars, fmt=f"o{style}", color=COLOURS[kind], capsize=2, label=f"{kind} {name}")
+            left.errorbar(x, mean, bars, color=COLOURS[kind], capsize=2, label=f"{kind} {name}", **style)
     left.set(xlabel="number of steps", ylabel="pass@1", title="Accuracy, with 95% intervals")
     left.xaxis.get_major_locator().set_params(integer=True)
 
