@@ -111,13 +111,12 @@ def draw_examples(config: SftConfig, task: Task, update: int) -> list[tuple[Prob
     first = update * config.batch_size
     if config.examples == 0:
         return [example("fresh", i) for i in range(first, first + config.batch_size)]
-    chosen = []
-    for i in range(first, first + config.batch_size):
-        epoch, place = divmod(i, config.examples)
-        order = list(range(config.examples))
-        stream(config.seed, "order", epoch).shuffle(order)
-        chosen.append(example("data set", order[place]))
-    return chosen
+    places = [divmod(i, config.examples) for i in range(first, first + config.batch_size)]
+    orders = {}
+    for epoch in {epoch for epoch, _ in places}:
+        orders[epoch] = list(range(config.examples))
+        stream(config.seed, "order", epoch).shuffle(orders[epoch])
+    return [example("data set", orders[epoch][place]) for epoch, place in places]
 
 
 def make_batch(

@@ -98,6 +98,16 @@ def test_paper_defaults_for_a_pretrained_model():
     assert config.updates is None and config.position_gap == 0
 
 
+def test_training_goes_on_from_a_given_checkpoint(tmp_path):
+    """As a pretrained model's does: from a data set, in epochs, at plain positions."""
+    main(SftConfig(out=str(tmp_path / "first"), **TINY_RUN), ONE)
+    flags = {"examples": 6, "epochs": 2, "batch_size": 4, "steps": "1-2", "warmup": 0}
+    main(SftConfig(model=str(tmp_path / "first"), out=str(tmp_path / "second"), **flags), ONE)
+    rows = [read_log(tmp_path / name / "metrics.jsonl") for name in ("first", "second")]
+    assert len(rows[1]) == 3, "twelve examples in batches of four"
+    assert rows[1][0]["loss"] < rows[0][0]["loss"], "it begins with what the first run learned"
+
+
 def test_resume_is_exact(tmp_path):
     """Four updates equal two, a stop, and two more: to the last bit, in weights and log."""
     main(SftConfig(out=str(tmp_path / "whole"), **TINY_RUN), ONE)
