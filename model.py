@@ -145,11 +145,12 @@ def init_weights(model: Transformer, generator: torch.Generator) -> None:
             scale = 1 / math.sqrt(2 * config.num_hidden_layers) if residual else 1.0
             nn.init.normal_(weight, std=std * scale, generator=generator)
 
-    pairs, length = 4, 5.0  # only the fastest pairs tell neighbouring tokens apart; content shall weigh little
+    pairs, length = 4, 5.0  # only the fastest pairs tell neighbouring tokens apart
     frequencies = rope_frequencies(config, weight.device)[:pairs]
     first = model.model.layers[0].self_attn
     with torch.no_grad():
-        first.q_proj.weight.mul_(0.25), first.k_proj.weight.mul_(0.25)
+        for projection in (first.q_proj, first.k_proj):  # content shall weigh little against distance
+            projection.weight.mul_(0.25)
         first.k_proj.bias.view(-1, 2, config.head_dim // 2)[:, 0, :pairs] = length
         for head, back in zip(first.q_proj.bias.view(-1, 2, config.head_dim // 2), (1, 2, 3, 5)):
             head[0, :pairs] = length * torch.cos(frequencies * back)
