@@ -15,7 +15,6 @@ a rollout, so ratios differ from 1 by rounding alone and clipping is a guard tha
 """
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,8 +46,10 @@ from checkpoint import (
 from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task
 from eval import (
     Response,
+    cell,
     compare,
     evaluate,
+    group_by,
     judge_groups,
     plot_evaluation,
     plot_training,
@@ -232,17 +233,14 @@ def add_gradient(
 # The loop
 
 
-def behaviour(responses: list[Response]) -> dict[str, float]:
+def behaviour(judged: list[list[Response]]) -> dict[str, float | None]:
     """Accuracy and strategy shares by type, from the responses of an update."""
     figures = {}
-    for kind in sorted({r.kind for r in responses}):
-        some = [r for r in responses if r.kind == kind]
-        strategies = Counter(r.strategy for r in some)
-        figures[f"accuracy/{kind}"] = fmean(r.correct for r in some)
-        fitting = [r.correct for r in some if r.fits]
-        figures[f"accuracy_given_fit/{kind}"] = fmean(fitting) if fitting else None
+    for kind, groups in group_by(judged, "kind").items():
+        c = cell(groups)
+        figures |= {f"accuracy/{kind}": c["pass@1"], f"accuracy_given_fit/{kind}": c["accuracy_given_fit"]}
         if kind != COMPOSITION:
-            figures |= {f"{strategy}/{kind}": strategies[strategy] / len(some) for strategy in (FORWARD, BACKWARD)}
+            figures |= {f"{strategy}/{kind}": c[f"{strategy}_share"] for strategy in (FORWARD, BACKWARD)}
     return figures
 
 
@@ -322,9 +320,10 @@ def main(config: GrpoConfig, world: World) -> None:
         done = time.perf_counter()
 
         (n_sampled,) = world.sum(int(rollout.lengths.sum()))
-        responses = world.gather([r for group in judged for r in group])
+        judged = world.gather(judged)
+        responses = [r for group in judged for r in group]
         row = {"update": update + 1, "reward": fmean(r.correct for r in responses)}
-        row |= behaviour(responses) | figures
+        row |= behaviour(judged) | figures
         row["response_length"] = n_sampled / len(responses)
         row["truncated_share"] = fmean(not r.stopped for r in responses)
         row["rollout_tokens_per_second"] = n_sampled / (sampled - clock)

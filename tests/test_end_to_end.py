@@ -81,6 +81,18 @@ def test_resume_is_exact(sft, tmp_path):
     assert all(row["kl"] >= 0 for row in parts) and parts[-1]["kl"] > 0 and "validation/evaluation" in parts[-1]
 
 
+def test_compositions_under_shown_names_in_another_field(tmp_path):
+    """The flags that the main job leaves alone, from SFT to the report."""
+    task = {"steps": "1-2", "parts": "2-3", "field": 13, "relabel": "shown"}
+    init = tmp_path / "sft"
+    train_sft.main(train_sft.SftConfig(updates=2, batch_size=4, out=str(init), **task), ONE)
+    others = {"advantage": "mean", "temperature": 0.7, "evaluation_share": 0.9, "max_new_tokens": 9, "updates": 1}
+    (row,) = grpo(tmp_path / "rl", init, **task, **others)
+    assert row["truncated_share"] > 0 and "accuracy/composition" in row and "forward/composition" not in row
+    figures = json.loads((tmp_path / "rl" / "evaluation.json").read_text())
+    assert set(figures["after"]["by_type"]) == {"composition"}
+
+
 def test_two_processes(sft, tmp_path):
     """torchrun with two processes trains and reports; one of them writes and prints."""
     flags = ["--field=3", "--steps=1-2", "--prompts=4", "--group=4", "--eval-problems=8", "--updates=2", "--beta=0.05"]
