@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from data.finite_field import vocabulary
-from model import ModelConfig, Transformer, init_weights
+from model import ModelConfig, Transformer, init_weights, measure_precision
 from runtime import World, fail, refusals, require, torch_stream
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -112,6 +113,34 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig(**{field.name: raw[field.name] for field in fields(ModelConfig)})
 
 
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def join_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a Hugging Face checkpoint -> weights of our model, which joins some matrices into one."""
+    joined = dict(weights)
+    for whole, parts in JOINED.items():
+        for name in [name for name in weights if f".{parts[0]}." in name]:
+            pieces = [joined.pop(other) for part in parts if (other := name.replace(parts[0], part)) in joined]
+            joined[name.replace(parts[0], whole)] = torch.cat(pieces)
+    return joined
+
+
+def split_projections(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The way back."""
+    kv = config.num_key_value_heads * config.head_dim
+    sizes = {
+        "qkv_proj": (config.num_attention_heads * config.head_dim, kv, kv),
+        "gate_up_proj": (config.intermediate_size,) * 2,
+    }
+    split = {}
+    for name, weight in weights.items():
+        whole = next((whole for whole in JOINED if f".{whole}." in name), None)
+        names = [name.replace(whole, part) for part in JOINED[whole]] if whole else [name]
+        split |= zip(names, weight.split(sizes[whole]) if whole else [weight])
+    return split
+
+
 def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Transformer, PreTrainedTokenizerFast]:
     """A model in fp32, and its tokenizer, from a Hugging Face folder."""
     require(folder.is_dir(), f"there is no folder {folder}")
@@ -126,6 +155,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Transf
         except (OSError, SafetensorError) as error:
             fail(f"cannot read the weights in {shard}: {error}")
     model = Transformer(config)
+    weights = join_projections(weights)
     if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     try:
@@ -175,6 +205,14 @@ def open_run(run: Path, config, stage: str, world: World) -> int:
     return training["update"]
 
 
+def choose_precision(config, model: Transformer, source: Path | None, world: World) -> str:
+    """The precision to compute in, the same on all processes and, in a run resumed from `source`, as at its start."""
+    chosen = config.precision if config.precision != "auto" else measure_precision(model)
+    if source:
+        chosen = load_training(source)["computed_in"]
+    return world.gather([chosen])[0]
+
+
 def save_checkpoint(
     run: Path,
     update: int,
@@ -204,7 +242,8 @@ def _write_checkpoint(
     training: dict,
 ) -> None:
     draft.mkdir(parents=True)
-    weights = {name: w.detach().contiguous() for name, w in model.state_dict().items()}
+    weights = split_projections({name: w.detach() for name, w in model.state_dict().items()}, model.config)
+    weights = {name: w.contiguous() for name, w in weights.items()}
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     save_file(weights, draft / "model.safetensors", {"format": "pt"})

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from checkpoint import check_tokenizer, decode, encode, find_checkpoint, load_model, load_training, stop_tokens
 from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task, reward
 from model import Transformer
-from rollout import sample
+from rollout import Sampler
 from runtime import World, parse_flags, refusals, require, start, stream, torch_stream
 from strategies import MIXED, NONE, fits, tag
 
@@ -98,15 +98,9 @@ def evaluate(
     seed: int,
 ) -> list[list[Response]]:
     """Sample and judge `samples` responses of at most `max_new_tokens` tokens to each problem."""
-    rollout = sample(
-        model,
-        [encode(tokenizer, problem.prompt()) for problem in problems],
-        stop_tokens(tokenizer),
-        torch_stream(seed, "evaluation sampling"),
-        group=samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-    )
+    sampler = Sampler(model, stop_tokens(tokenizer), samples, max_new_tokens, temperature)
+    prompts = [encode(tokenizer, problem.prompt()) for problem in problems]
+    rollout = sampler.sample(prompts, torch_stream(seed, "evaluation sampling"))
     return judge_groups(problems, decode(tokenizer, rollout.responses()), rollout.stopped.tolist())
 
 

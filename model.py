@@ -1,31 +1,46 @@
 """The transformer: Qwen2 weights in Hugging Face format, on packed tokens.
 
 The body never sees a padded batch. It maps N tokens, whoever they belong to, to N hidden states, and calls
-`attend(layer, q, k, v)` wherever tokens look at one another. What differs between training, prefill and decoding
-is only that function: `packed_attention` below, and the two in rollout.py.
+`attend(layer, qkv, rope)` wherever tokens look at one another. What differs between training, prefill and decoding
+is only that function: `packed_attention` below, and those in rollout.py.
 
     hidden = model(tokens, positions, attend)         # (N,), (N,) -> (N, D)
     logits = model.logits(hidden)                     # (N, D) -> (N, V)
 
-Source: Qwen2 (arXiv 2407.10671); module names are those of transformers' Qwen2ForCausalLM, so that a state dict
-is a Hugging Face checkpoint.
+Source: Qwen2 (arXiv 2407.10671). Module names are those of transformers' Qwen2ForCausalLM, but for two matrices that
+hold several of its own, one below the other (checkpoint.py takes them apart): qkv_proj and gate_up_proj.
 """
 
+import inspect
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+
+import kernels
+from runtime import in_threads, n_threads
 
 try:  # needs CUDA: requirements-gpu.txt
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q (N, H, d), k, v (N, K, d) -> (N, H, d)
+# How PyTorch's own varlen kernel is told to be causal and to share key heads differs from release to release.
+VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
+VARLEN_CAUSAL = {"window_size": (-1, 0)} if "window_size" in VARLEN_OPTIONS else {"is_causal": True}
+VARLEN_CAUSAL |= {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+Rope = tuple[Tensor, Tensor]  # cos and sin of the tokens' rotations, (N, d/2) each
+Attend = Callable[[int, Tensor, Rope], Tensor]  # layer, qkv (N, H + 2 K, d) before rotation, rope -> (N, H * d)
 
 
 @dataclass(frozen=True)
@@ -54,35 +69,39 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+    def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added (N, D), in fp32, and the same normalised, in the type of `added`."""
+        if kernels.apply_to(x):
+            return x, kernels.add_rms_norm(x, added, self.weight, self.eps)
+        x = x + added
+        return x, F.rms_norm(x, (x.shape[-1],), self.weight, self.eps).to(added.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, kv_width)
-        self.v_proj = nn.Linear(width, kv_width)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * config.head_dim)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        mixed = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # (N, H, d)
-        return self.o_proj(mixed.flatten(1))
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2 K, d)
+        return self.o_proj(attend(self.layer, qkv, rope))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate_up = self.gate_up_proj(x)  # (N, 2 I)
+        if kernels.apply_to(gate_up):
+            return self.down_proj(kernels.swiglu(gate_up))
+        gate, up = gate_up.chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -93,9 +112,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, added: Tensor, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor]:
+        """States (N, D) in fp32 and what the block before adds to them -> the same for the next block."""
+        x, normed = self.input_layernorm(x, added)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rope, attend))
+        return x, self.mlp(normed)
 
 
 class Body(nn.Module):
@@ -110,22 +131,78 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # keep only the blocks' inputs for the backward pass (activation checkpointing)
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Final hidden states (N, D) of N tokens (N,) at the given RoPE positions (N,)."""
-        x = self.model.embed_tokens(tokens)  # (N, D)
-        rope = rope_tables(positions, self.config, x.dtype)
+        """Final hidden states (N, D) of N tokens (N,) at the given RoPE positions (N,).
+
+        Between the blocks the states are fp32, whatever the type of the weights.
+        """
+        added = self.model.embed_tokens(tokens)  # (N, D)
+        x = torch.zeros_like(added, dtype=torch.float32)
+        rope = rope_tables(positions, self.config)
         for block in self.model.layers:
-            x = block(x, rope, attend)
-        return self.model.norm(x)
+            if self.recompute and torch.is_grad_enabled():
+                x, added = checkpoint(block, x, added, rope, attend, use_reentrant=False)
+            else:
+                x, added = block(x, added, rope, attend)
+        return self.model.norm(x, added)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V)"""
-        return self.lm_head(hidden)
+        """(N, D) -> (N, V) in fp32"""
+        return self.lm_head(hidden).float()
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def measure_precision(model: Transformer) -> str:
+    """Which precision the model's device computes faster in: "bf16" has to win by a quarter.
+
+    It does on GPUs and on CPUs with AMX or AVX512-BF16; others are far slower in bf16 than in fp32.
+    """
+    if model.device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    weight, best = model.model.layers[0].mlp.gate_up_proj.weight, {}
+    for name, dtype in PRECISIONS.items():
+        w, x = weight.detach().to(dtype), torch.ones(256, weight.shape[1], dtype=dtype)
+        times = []
+        for _ in range(20):
+            clock = time.perf_counter()
+            F.linear(x, w)
+            times.append(time.perf_counter() - clock)
+        best[name] = min(times)
+    return "bf16" if 1.25 * best["bf16"] < best["fp32"] else "fp32"
+
+
+def working_copy(model: Transformer, precision: str) -> Transformer:
+    """What computes: in fp32 the model itself, in bf16 a copy with matrices in bf16 beside the model's fp32 weights."""
+    if precision == "fp32":
+        return model
+    copy = deepcopy(model)
+    for module in copy.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.to(PRECISIONS[precision])
+    return copy
+
+
+@torch.no_grad()
+def refresh(copy: Transformer, model: Transformer) -> None:
+    """Bring a working copy up to date, in place."""
+    if copy is not model:
+        torch._foreach_copy_(list(copy.parameters()), list(model.parameters()))
 
 
 def init_weights(model: Transformer, generator: torch.Generator) -> None:
@@ -147,12 +224,13 @@ def init_weights(model: Transformer, generator: torch.Generator) -> None:
 
     pairs, length = 4, 5.0  # only the fastest pairs tell neighbouring tokens apart
     frequencies = rope_frequencies(config, weight.device)[:pairs]
-    first = model.model.layers[0].self_attn
+    first = model.model.layers[0].self_attn.qkv_proj
+    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     with torch.no_grad():
-        for projection in (first.q_proj, first.k_proj):  # content shall weigh little against distance
-            projection.weight.mul_(0.25)
-        first.k_proj.bias.view(-1, 2, config.head_dim // 2)[:, 0, :pairs] = length
-        for head, back in zip(first.q_proj.bias.view(-1, 2, config.head_dim // 2), (1, 2, 3, 5)):
+        first.weight[: (H + K) * d].mul_(0.25)  # content shall weigh little against distance
+        q_bias, k_bias, _ = first.bias.view(-1, 2, d // 2).split((H, K, K))
+        k_bias[:, 0, :pairs] = length
+        for head, back in zip(q_bias, (1, 2, 3, 5)):
             head[0, :pairs] = length * torch.cos(frequencies * back)
             head[1, :pairs] = -length * torch.sin(frequencies * back)
 
@@ -163,16 +241,24 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return config.rope_theta**-exponents
 
 
-def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (N, 1, d/2) each, of the rotation angles at positions (N,)."""
-    angles = positions[:, None, None].float() * rope_frequencies(config, positions.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def rope_tables(positions: Tensor, config: ModelConfig) -> Rope:
+    """cos and sin, (N, d/2) each in fp32, of the rotation angles at positions (N,)."""
+    angles = positions[:, None].float() * rope_frequencies(config, positions.device)
+    return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) of x (N, heads, d)."""
+    cos, sin = (table[:, None] for table in rope)
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def split_heads(qkv: Tensor, rope: Rope, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (N, H, d) and keys (N, K, d), rotated, and values (N, K, d), of qkv (N, H + 2 K, d)."""
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    qk, v = qkv.split((H + K, K), 1)
+    return *rotate(qk, rope).split((H, K), 1), v
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -201,10 +287,8 @@ class Packed:
 
     tokens: Tensor  # (N,)
     positions: Tensor  # (N,)
-    queries: Tensor  # (N,) where each token lies in the padded (S, Tq) layout of the attention
-    keys: Tensor  # (S, Tk) indices into the N tokens, 0 where padded
-    real: Tensor  # (S, Tk) which of the keys are not padding
-    bias: Tensor  # (S, 1, Tq, Tk) 0 where a query may look, -inf where not
+    lengths: Tensor  # (S,) tokens of each segment
+    parents: Tensor  # (B,) the prompt of each response
     sources: Tensor  # (M,) which token predicts each response token
     targets: Tensor  # (M,) the response tokens, in the order of the responses' own boolean mask
 
@@ -225,94 +309,102 @@ def pack(
     prompt_mask = torch.arange(Tp, device=device) < prompt_lengths[:, None]  # (P, Tp)
     target_mask = torch.arange(Tr, device=device) < response_lengths[:, None]  # (B, Tr)
     read_mask = torch.arange(Tr, device=device) < response_lengths[:, None] - 1
-    prompt_index = (prompt_mask.flatten().cumsum(0) - 1).view(P, Tp)
-    n_prompt = prompt_mask.sum()
-    read_index = (read_mask.flatten().cumsum(0) - 1).view(B, Tr) + n_prompt
-
-    Tq, Tk = max(Tp, Tr), Tp + Tr
+    read_index = prompt_mask.sum() + (read_mask.flatten().cumsum(0) - 1).view(B, Tr)
     if positions is None:
         after = prompt_lengths[parents][:, None]
         positions = torch.arange(Tp, device=device).expand(P, Tp), after + torch.arange(Tr, device=device)
 
-    query_mask = torch.zeros(P + B, Tq, dtype=torch.bool, device=device)
-    query_mask[:P, :Tp], query_mask[P:, :Tr] = prompt_mask, read_mask
-    real = torch.zeros(P + B, Tk, dtype=torch.bool, device=device)
-    real[:P, :Tp], real[P:] = prompt_mask, torch.cat((prompt_mask[parents], read_mask), 1)
-    keys = torch.zeros(P + B, Tk, dtype=torch.long, device=device)
-    keys[:P, :Tp], keys[P:] = prompt_index, torch.cat((prompt_index[parents], read_index), 1)
-    keys *= real
-
-    allowed = torch.zeros(P + B, Tq, Tk, dtype=torch.bool, device=device)
-    causal = torch.ones(Tq, Tq, dtype=torch.bool, device=device).tril()
-    allowed[:P, :, :Tp] = causal[:, :Tp]  # padded keys lie behind every real query
-    allowed[P:, :, :Tp] = prompt_mask[parents][:, None]
-    allowed[P:, :, Tp:] = causal[:, :Tr]
-    bias = torch.zeros(allowed.shape, device=device).masked_fill(~allowed, -torch.inf)[:, None]
-
-    last_prompt = prompt_index.gather(1, prompt_lengths[:, None] - 1)[parents]  # (B, 1)
-    sources = torch.cat((last_prompt, read_index[:, :-1]), 1)[target_mask]
+    last_prompt = (prompt_lengths.cumsum(0) - 1)[parents][:, None]  # (B, 1)
     return Packed(
         tokens=torch.cat((prompts[prompt_mask], responses[read_mask])),
         positions=torch.cat((positions[0][prompt_mask], positions[1][read_mask])),
-        queries=query_mask.flatten().nonzero()[:, 0],
-        keys=keys,
-        real=real,
-        bias=bias,
-        sources=sources,
+        lengths=torch.cat((prompt_lengths, response_lengths - 1)),
+        parents=parents,
+        sources=torch.cat((last_prompt, read_index[:, :-1]), 1)[target_mask],
         targets=responses[target_mask],
     )
 
 
-def packed_attention(batch: Packed) -> Attend:
-    """The attention of a packed batch: flash-attn's on a GPU that has it, else PyTorch's on a padded layout."""
-    if flash_attn_varlen_func is not None and batch.tokens.is_cuda:
-        return flash_attention(batch)
-    return padded_attention(batch)
+def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:
+    """Prompts (P, Tp) of the given lengths (P,), without responses."""
+    none = lengths[:0]
+    return pack(prompts, lengths, none[:, None], none, none)
 
 
-def padded_attention(batch: Packed) -> Attend:
-    S, _, Tq, Tk = batch.bias.shape
+def segment_keys(batch: Packed) -> tuple[Tensor, Tensor]:
+    """What each segment may look at: indices (S, Tk) into the N tokens, and how many of them count (S,).
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _, H, d = q.shape
-        padded = q.new_zeros(S * Tq, H, d).index_copy(0, batch.queries, q).view(S, Tq, H, d)
-        k, v = (x.index_select(0, batch.keys.flatten()).view(S, Tk, -1, d).transpose(1, 2) for x in (k, v))
-        out = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, batch.bias, enable_gqa=k.shape[1] != H)
-        return out.transpose(1, 2).reshape(S * Tq, H, d).index_select(0, batch.queries)
+    A response's keys are its prompt and then itself, so that in every segment the queries are the last of the keys.
+    """
+    starts = F.pad(batch.lengths.cumsum(0), (1, 0))[:-1]  # (S,)
+    before = torch.zeros_like(batch.lengths)  # (S,) keys ahead of the segment's own
+    before[len(before) - len(batch.parents) :] = batch.lengths[batch.parents]
+    parents = torch.arange(len(before), device=before.device)
+    parents[len(before) - len(batch.parents) :] = batch.parents
+    n_keys = before + batch.lengths
+    j = torch.arange(int(n_keys.max()), device=before.device)
+    keys = torch.where(j < before[:, None], starts[parents][:, None] + j, (starts - before)[:, None] + j)
+    return keys.where(j < n_keys[:, None], 0), n_keys
+
+
+def packed_attention(batch: Packed, model: Transformer) -> Attend:
+    """The attention of a packed batch: a varlen kernel in 16 bits on a GPU, else PyTorch's on a padded layout."""
+    choose = varlen_attention if model.device.type == "cuda" and model.dtype != torch.float32 else padded_attention
+    return choose(batch, model.config)
+
+
+def padded_attention(batch: Packed, config: ModelConfig) -> Attend:
+    (keys, n_keys), S, Tq = segment_keys(batch), len(batch.lengths), int(batch.lengths.max())
+    Tk = keys.shape[1]
+    i, j = torch.arange(Tq, device=keys.device), torch.arange(Tk, device=keys.device)
+    queries = (i < batch.lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) places in the padded layout
+    allowed = j <= i[:, None] + (n_keys - batch.lengths)[:, None, None]  # (S, Tq, Tk)
+    bias = torch.zeros(allowed.shape, device=keys.device).masked_fill(~allowed, -torch.inf)[:, None]
+
+    def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        heads = (x.float() for x in split_heads(qkv, rope, config))  # CPUs are slow at small products in 16 bits
+        q, k, v = heads
+        H, d = q.shape[1:]
+        padded = q.new_zeros(S * Tq, H, d).index_copy(0, queries, q).view(S, Tq, H, d)
+        k, v = (x.index_select(0, keys.flatten()).view(S, Tk, -1, d).transpose(1, 2) for x in (k, v))
+        out = F.scaled_dot_product_attention(padded.transpose(1, 2), k, v, bias, enable_gqa=k.shape[1] != H)
+        return out.transpose(1, 2).reshape(S * Tq, H * d).index_select(0, queries).to(qkv.dtype)
 
     return attend
 
 
-def flash_attention(batch: Packed) -> Attend:
-    """The same without padding, in bf16, which the kernel needs.
+def varlen_attention(batch: Packed, config: ModelConfig) -> Attend:
+    """The same without padding. The kernels align the causal mask to the end of queries and keys."""
+    keys, n_keys = segment_keys(batch)
+    keys = keys[torch.arange(keys.shape[1], device=keys.device) < n_keys[:, None]]
+    starts = [F.pad(n.cumsum(0), (1, 0)).int() for n in (batch.lengths, n_keys)]
+    longest = [int(batch.lengths.max()), int(n_keys.max())]
 
-    A segment's queries are the last of its keys (a response's keys begin with its prompt's), and the kernel aligns
-    the causal mask to the end of both, so lengths are all it needs to know.
-    """
-    S, _, Tq, Tk = batch.bias.shape
-    keys = batch.keys[batch.real]
-    lengths = [torch.bincount(batch.queries // Tq, minlength=S), batch.real.sum(1)]
-    starts = [F.pad(n.cumsum(0), (1, 0)).int() for n in lengths]
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        half = (x.bfloat16() for x in (q, k.index_select(0, keys), v.index_select(0, keys)))
-        return flash_attn_varlen_func(*half, *starts, Tq, Tk, causal=True).to(q.dtype)
+    def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        q, k, v = split_heads(qkv, rope, config)
+        k, v = k.index_select(0, keys), v.index_select(0, keys)
+        if flash_attn_varlen_func is not None:
+            out = flash_attn_varlen_func(q, k, v, *starts, *longest, causal=True)
+        else:
+            out = varlen_attn(q, k, v, *starts, *longest, **VARLEN_CAUSAL)
+        return out.flatten(1)
 
     return attend
 
 
 def response_log_probs(
-    model: Transformer, batch: Packed, temperature: float = 1.0, chunk: int = 8192
+    model: Transformer, batch: Packed, temperature: float = 1.0, largest: int = 2**27
 ) -> tuple[Tensor, Tensor]:
     """Log-probs (M,) of the response tokens at the temperature they were sampled with, and the entropies (M,).
 
-    Logits are made for `chunk` tokens at a time and made again in the backward pass, so that memory does not grow
+    At most `largest` logits are made at a time, and made again in the backward pass, so that memory does not grow
     with tokens x vocabulary. The entropies carry no gradient.
     """
-    hidden = model(batch.tokens, batch.positions, packed_attention(batch)).index_select(0, batch.sources)
+    chunk = max(1, largest // model.config.vocab_size)
+    hidden = model(batch.tokens, batch.positions, packed_attention(batch, model)).index_select(0, batch.sources)
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = (model.logits(hidden).float() / temperature).log_softmax(-1)
+        log_p = (model.logits(hidden) / temperature).log_softmax(-1)
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1)
         return log_p.gather(1, targets[:, None])[:, 0], entropy
@@ -322,3 +414,33 @@ def response_log_probs(
     ]
     log_probs, entropies = (torch.cat(x) for x in zip(*pieces))
     return log_probs, entropies
+
+
+def add_gradients(
+    model: Transformer, copy: Transformer, loss: Callable[[Item], tuple[Tensor, Result]], items: Sequence[Item]
+) -> list[Result]:
+    """Add the gradient of the summed losses of the items to the model's, and return what `loss` has said of each.
+
+    The gradients are those of the working copy; they are summed in fp32, in an order that does not depend on timing.
+    """
+    weights, copied = ([w for w in m.parameters() if w.requires_grad] for m in (model, copy))
+
+    def share(items: Sequence[Item]) -> tuple[list[Tensor], list[Result]]:
+        total, results = [], []
+        for item in items:
+            value, result = loss(item)
+            gradients = torch.autograd.grad(value, copied)
+            results.append(result)
+            if total:
+                torch._foreach_add_(total, gradients)
+            else:
+                total = [gradient.float() for gradient in gradients]
+        return total, results
+
+    n = n_threads() if model.device.type == "cpu" else 1
+    results = []
+    for total, said in in_threads(share, [mine for i in range(n) if (mine := items[i::n])], model.device):
+        results += said
+        for weight, gradient in zip(weights, total):
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+    return results

@@ -1,19 +1,34 @@
 """Batched sampling: P prompts, G responses to each, with their log-probs.
 
-The cache has two parts. A prompt's keys and values are computed and kept once for its whole group; a response's
-lie in a contiguous buffer in which all rows stand at the same step, so that prompts of any length need no left
-padding. One softmax runs over both parts. Groups that have finished leave the batch.
+The cache has two parts. A prompt's keys and values are computed and kept once for its whole group; a response's lie
+in a contiguous buffer in which all rows stand at the same step, so that prompts of any length need no left padding.
+One softmax runs over both. Groups that have finished leave the batch; prompts for which there is no room wait.
+
+A decoding step touches tensors of fixed place and size alone and never waits for the device: the step's number, the
+tokens and the noise are read from the device, the drawn tokens written there. On a GPU it is captured in a graph for
+each size of the batch; the host only looks every few steps at which groups have finished.
 
 Every row owns its random numbers (one uniform a token, drawn before the first step), so what a row says depends
-neither on the rows beside it nor on how the work is split into batches.
+neither on the rows beside it nor on how the work is split.
 """
 
+import math
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model import Attend, Transformer, pack, packed_attention, pad
+import kernels
+from model import Attend, Rope, Transformer, pack_prompts, packed_attention, pad, split_heads
+from runtime import in_threads, n_threads
+
+try:  # needs CUDA: requirements-gpu.txt
+    from flash_attn import flash_attn_with_kvcache
+except ImportError:
+    flash_attn_with_kvcache = None
+
+LOOK_EVERY = 4  # steps between looks at which groups have finished
 
 
 @dataclass
@@ -31,93 +46,98 @@ class Rollout:
         return [row[:n] for row, n in zip(self.tokens.tolist(), lengths)]
 
 
-@torch.no_grad()
-def sample(
-    model: Transformer,
-    prompts: list[list[int]],
-    stop_tokens: list[int],
-    generator: torch.Generator,
-    group: int = 1,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    max_rows: int = 512,
-) -> Rollout:
-    """Sample `group` responses to each prompt; temperature 0 takes the likeliest token (log-probs then at 1).
+class Sampler:
+    """Samples with a model's current weights; on a GPU it keeps cache and graphs from call to call.
 
-    At most about `max_rows` rows are decoded at a time. `generator` is a CPU generator, on any device.
-    Raises ValueError when a prompt is empty or a prompt and its response exceed the model's positions.
+    `group` responses to each prompt, of at most `max_new_tokens` tokens; temperature 0 takes the likeliest token
+    (log-probs then at 1). At most about `max_rows` responses are decoded at a time; by default, as many as there is
+    memory for.
     """
-    if not all(prompts):
-        raise ValueError("cannot continue an empty prompt")
-    longest, limit = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
-    if longest > limit:
-        raise ValueError(f"prompt and response may take {longest} tokens, more than the model's {limit} positions")
-    device = model.lm_head.weight.device
-    noise = torch.rand(len(prompts) * group, max_new_tokens, generator=generator).to(device)
-    stops = torch.tensor(stop_tokens, device=device)
 
-    shape = (len(prompts), group, max_new_tokens)
-    out = Rollout(
-        tokens=torch.zeros(shape, dtype=torch.long, device=device),
-        lengths=torch.full(shape[:2], max_new_tokens, device=device),
-        log_probs=torch.zeros(shape, device=device),
-        stopped=torch.zeros(shape[:2], dtype=torch.bool, device=device),
-    )
-    # Prompts of like length share a batch: their responses tend to end together.
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max(1, max_rows // group)
-    for first in range(0, len(prompts), step):
-        chosen = by_length[first : first + step]
-        rows = torch.tensor(chosen, device=device)
-        _decode([prompts[i] for i in chosen], rows, noise.view(shape), model, stops, temperature, out)
+    def __init__(
+        self,
+        model: Transformer,
+        stop_tokens: list[int],
+        group: int = 1,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        max_rows: int | None = None,
+    ):
+        self.model, self.group, self.max_new_tokens, self.temperature = model, group, max_new_tokens, temperature
+        self.max_rows = max_rows
+        self.use_graphs = model.device.type == "cuda"
+        self.stops = torch.tensor(stop_tokens, dtype=torch.long, device=model.device)
+        self.batch: Batch | None = None
 
-    T = int(out.lengths.max())
-    return Rollout(
-        out.tokens.flatten(0, 1)[:, :T],
-        out.lengths.flatten(),
-        out.log_probs.flatten(0, 1)[:, :T],
-        out.stopped.flatten(),
-    )
+    def sample(self, prompts: list[list[int]], generator: torch.Generator) -> Rollout:
+        """Responses to the prompts. `generator` is a CPU generator, on any device.
 
+        Raises ValueError when a prompt is empty or a prompt and its response exceed the model's positions.
+        """
+        if not all(prompts):
+            raise ValueError("cannot continue an empty prompt")
+        G, T, device = self.group, self.max_new_tokens, self.model.device
+        longest, limit = max(map(len, prompts)) + T, self.model.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(f"prompt and response may take {longest} tokens, more than the model's {limit} positions")
 
-def _decode(
-    prompts: list[list[int]],
-    rows: Tensor,
-    noise: Tensor,
-    model: Transformer,
-    stops: Tensor,
-    temperature: float,
-    out: Rollout,
-) -> None:
-    """Fill the rows `rows` (P,) of `out`, whose fields are (prompts, G, ...) here; noise (prompts, G, T)."""
-    cache = Cache(model, prompts, noise.shape[1:], noise.device)
-    _, G, T = noise.shape
-    hidden = cache.prefill(model).repeat_interleave(G, 0)  # (P * G, D)
-    running = torch.ones(len(rows), G, dtype=torch.bool, device=noise.device)
+        noise = torch.rand(len(prompts) * G, T, generator=generator).to(device)
+        out = Drawn.empty(len(noise), T, device)
+        # Prompts of like length share a batch: their responses tend to end together.
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        step = self.groups_at_once(max(map(len, prompts)))
+        if device.type == "cpu":
+            step = min(step, math.ceil(len(prompts) / n_threads()))
 
-    for t in range(T):
-        tokens, log_probs = draw(model.logits(hidden), noise[rows, :, t].flatten(), temperature)
-        tokens, log_probs = tokens.view(-1, G), log_probs.view(-1, G)
-        out.tokens[rows, :, t] = tokens * running
-        out.log_probs[rows, :, t] = log_probs * running
-        ends = running & torch.isin(tokens, stops)
-        out.lengths[rows] = torch.where(ends, t + 1, out.lengths[rows])
-        out.stopped[rows] |= ends
-        running = running & ~ends
+        @torch.no_grad()  # for each thread by itself
+        def decode(chosen: list[int]) -> None:
+            rows = (torch.tensor(chosen, device=device)[:, None] * G + torch.arange(G, device=device)).flatten()
+            drawn = self._batch([prompts[i] for i in chosen]).run([prompts[i] for i in chosen], noise[rows])
+            out.tokens[:, rows], out.log_probs[:, rows], out.lengths[rows] = (
+                drawn.tokens,
+                drawn.log_probs,
+                drawn.lengths,
+            )
 
-        going = running.any(1)  # (P,) groups of which a row still runs
-        n_going = int(going.sum())
-        if n_going == 0 or t == T - 1:
-            return
-        if n_going <= 0.9 * len(rows):  # moving the cache pays only when enough groups leave
-            rows, running, tokens = rows[going], running[going], tokens[going]
-            cache.keep(going)
-        hidden = cache.step(model, tokens.flatten(), t)
+        in_threads(decode, [by_length[i : i + step] for i in range(0, len(prompts), step)], device)
+        mask = torch.arange(T, device=device)[:, None] < out.lengths  # rows went on after their stop token
+        longest = int(out.lengths.max())
+        return Rollout(
+            tokens=(out.tokens * mask)[:longest].T.contiguous(),
+            lengths=out.lengths,
+            log_probs=(out.log_probs * mask)[:longest].T.contiguous(),
+            stopped=torch.isin(out.tokens.gather(0, out.lengths[None] - 1)[0], self.stops),
+        )
+
+    def groups_at_once(self, longest: int) -> int:
+        """How many groups are decoded together: as `max_rows` says, or by the memory that is free."""
+        if self.max_rows is not None:
+            return max(1, self.max_rows // self.group)
+        config, device = self.model.config, self.model.device
+        tokens = longest + self.group * self.max_new_tokens
+        size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
+        if device.type == "cuda":
+            if self.batch is not None:  # what it holds is there to be used again
+                return max(self.batch.groups, 1)
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + unused
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return max(1, int(free / 2 / (tokens * size)))  # the other half is for logits, activations and training
+
+    def _batch(self, prompts: list[list[int]]) -> "Batch":
+        longest = max(map(len, prompts))
+        if not self.use_graphs:
+            return Batch(self, len(prompts), longest)
+        if self.batch is None or self.batch.groups != len(prompts) or self.batch.longest < longest:
+            self.batch = None  # frees its memory first
+            self.batch = Batch(self, len(prompts), 32 * math.ceil(longest / 32))
+        return self.batch
 
 
 def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sample tokens (B,) from logits (B, V) by inverting the distribution function at noise (B,) in [0, 1)."""
-    log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    log_p = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         tokens = log_p.argmax(-1)
     else:
@@ -126,71 +146,183 @@ def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Ten
     return tokens, log_p.gather(1, tokens[:, None])[:, 0]
 
 
-class Cache:
-    """Keys and values of P prompts and of their P * G responses of up to T tokens, for each layer."""
+@dataclass
+class Drawn:
+    """What B rows have drawn, step by step; behind a row's length lie tokens that do not count."""
 
-    def __init__(self, model: Transformer, prompts: list[list[int]], shape: tuple[int, int], device: torch.device):
-        config, (self.group, T) = model.config, shape
-        self.prompts, self.lengths = pad(prompts, device)  # (P, Tp), (P,)
-        P, Tp = self.prompts.shape
-        K, d = config.num_key_value_heads, config.head_dim
-        like = {"dtype": model.lm_head.weight.dtype, "device": device}
+    tokens: Tensor  # (T, B)
+    log_probs: Tensor  # (T, B)
+    lengths: Tensor  # (B,) the stop token included
+
+    @staticmethod
+    def empty(rows: int, T: int, device: torch.device) -> "Drawn":
+        tokens = torch.zeros(T, rows, dtype=torch.long, device=device)
+        return Drawn(tokens, torch.zeros(T, rows, device=device), torch.zeros_like(tokens[0]))
+
+
+class Batch:
+    """P groups that are decoded together: their cache, the state of each row, and the step."""
+
+    def __init__(self, sampler: Sampler, groups: int, longest: int):
+        self.sampler, self.model, self.G, self.T = sampler, sampler.model, sampler.group, sampler.max_new_tokens
+        self.groups, self.longest = groups, longest
+        config, rows, device = self.model.config, groups * self.G, self.model.device
+        K, d, like = config.num_key_value_heads, config.head_dim, {"dtype": self.model.dtype, "device": device}
         layers = range(config.num_hidden_layers)
-        self.prompt = [torch.zeros(2, P, K, Tp, d, **like) for _ in layers]  # keys and values
-        self.response = [torch.zeros(2, P * self.group, K, T, d, **like) for _ in layers]
-        self.real = torch.arange(Tp, device=device) < self.lengths[:, None]  # (P, Tp) not padding
-        self.bias = torch.zeros(P, 1, 1, Tp, **like).masked_fill(~self.real[:, None, None], -torch.inf)
+        self.attend = self.choose_attention()
+        new = torch.empty if self.attend == self.attend_by_kernel else torch.zeros  # others read what is masked
+        self.prompt = [new(2, groups, K, longest, d, **like) for _ in layers]  # keys and values
+        self.response = [new(2, rows, K, self.T, d, **like) for _ in layers]
+        self.lengths = torch.zeros(groups, dtype=torch.long, device=device)  # of the prompts
+        self.out = Drawn.empty(rows, self.T, device)
+        self.rows = torch.arange(rows, device=device)  # where in `out` each row writes: rows move when groups leave
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)  # last drawn
+        self.running = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.noise = torch.zeros(rows, self.T, device=device)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # number of the response token that is read next
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
 
-    def prefill(self, model: Transformer) -> Tensor:
+    def choose_attention(self) -> Attend:
+        if kernels.apply_to(self.model.lm_head.weight):
+            return self.attend_by_kernel
+        flash = flash_attn_with_kvcache is not None and self.model.dtype != torch.float32
+        return self.attend_by_flash if flash else self.attend_by_matmul
+
+    def run(self, prompts: list[list[int]], noise: Tensor) -> Drawn:
+        """Decode P prompts, drawing with noise (P * G, T); the result is overwritten by the next run."""
+        self.P = self.groups
+        torch.arange(len(self.rows), out=self.rows)
+        self.noise.copy_(noise)
+        self.running.fill_(True)
+        self.out.lengths.zero_()
+        self.t.fill_(-1)
+        self.draw(self.prefill(prompts).repeat_interleave(self.G, 0))
+        for t in range(self.T - 1):
+            self.read(t)
+            if t % LOOK_EVERY == 0 and not self.shrink():
+                break
+        return self.out
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Run the prompts; their last hidden states (P, D)."""
-        P = len(self.prompts)
-        none = self.lengths[:0]
-        batch = pack(self.prompts, self.lengths, none[:, None], none, none)
-        attend = packed_attention(batch)
+        tokens, lengths = pad(prompts, self.model.device)
+        self.lengths.copy_(lengths)
+        packed = pack_prompts(tokens, lengths)
+        attend = packed_attention(packed, self.model)
+        real = torch.arange(self.longest, device=lengths.device) < lengths[:, None]  # (P, Tp)
 
-        def attend_and_store(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for side, x in zip(self.prompt[layer], (k, v)):
-                side.transpose(1, 2)[self.real] = x
-            return attend(layer, q, k, v)
+        def attend_and_store(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+            _, *key_and_value = split_heads(qkv, rope, self.model.config)
+            for side, x in zip(self.prompt[layer], key_and_value):
+                side.transpose(1, 2)[real] = x
+            return attend(layer, qkv, rope)
 
-        hidden = model(batch.tokens, batch.positions, attend_and_store)
-        return hidden[self.lengths.cumsum(0) - 1].view(P, -1)
+        hidden = self.model(packed.tokens, packed.positions, attend_and_store)
+        return hidden[lengths.cumsum(0) - 1]
 
-    def step(self, model: Transformer, tokens: Tensor, t: int) -> Tensor:
-        """Read tokens (P * G,), the responses' number t; their hidden states (P * G, D)."""
-        positions = (self.lengths + t).repeat_interleave(self.group)
-        return model(tokens, positions, self._attend_at(t))
+    def read(self, t: int) -> None:
+        """Read the responses' tokens number t and draw the next, on a GPU from a graph."""
+        self.now = t  # the CPU kernel's; everything else goes by self.t, on the device
+        quarter = max(16, math.ceil(self.T / 4))
+        self.window = min(self.T, (t // quarter + 1) * quarter)  # cached tokens that the step looks at
+        if not self.sampler.use_graphs:
+            return self.step()
+        key = self.P, self.window
+        if key not in self.graphs:  # the first such step runs as it is, which lets libraries set themselves up
+            self.graphs[key] = None
+            return self.step()
+        if self.graphs[key] is None:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key]):
+                self.step()
+        self.graphs[key].replay()
 
-    def _attend_at(self, t: int) -> Attend:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            B, H, d = q.shape
-            P, K = len(self.prompts), k.shape[1]
-            prompt_k, prompt_v = self.prompt[layer]  # (P, K, Tp, d)
-            self.response[layer][0][:, :, t], self.response[layer][1][:, :, t] = k, v
-            response_k, response_v = self.response[layer][:, :, :, : t + 1]  # (B, K, t + 1, d)
+    def step(self) -> None:
+        rows = self.P * self.G
+        positions = (self.lengths[: self.P, None] + self.t).expand(-1, self.G).flatten()
+        device, Tp = positions.device, self.longest
+        if self.attend == self.attend_by_matmul:
+            real = torch.arange(Tp, device=device) < self.lengths[: self.P, None]
+            like = {"dtype": self.model.dtype, "device": device}
+            bias = torch.zeros(real.shape, **like).masked_fill(~real, -torch.inf)
+            self.prompt_bias = bias.repeat_interleave(self.model.config.num_key_value_heads, 0)[:, None]  # (P*K, 1, Tp)
+            later = torch.arange(self.window, device=device) > self.t
+            self.response_bias = torch.zeros(1, 1, self.window, **like).masked_fill(later, -torch.inf)
+        self.draw(self.model(self.tokens[:rows], positions, self.attend))
 
-            # Heads that share a key head, and for the prompt also the rows of a group, are one matrix.
-            own = (q * d**-0.5).view(B, K, H // K, d)
-            shared = own.view(P, self.group, K, -1, d).transpose(1, 2).reshape(P, K, -1, d)  # (P, K, G * H/K, d)
-            to_prompt = shared @ prompt_k.transpose(2, 3) + self.bias
-            to_prompt = (
-                to_prompt.view(P, K, self.group, -1, to_prompt.shape[-1]).transpose(1, 2).reshape(B, K, H // K, -1)
-            )
-            to_response = own @ response_k.transpose(2, 3)
-            weights = torch.cat((to_prompt, to_response), -1).float().softmax(-1).to(v.dtype)
+    def draw(self, hidden: Tensor) -> None:
+        """Draw a token for each row from its hidden state (P * G, D), and write it down."""
+        n, rows = len(hidden), self.rows[: len(hidden)]
+        self.t += 1  # the number of the token that is drawn, and read next
+        noise = self.noise[:n].index_select(1, self.t)[:, 0]
+        tokens, log_probs = draw(self.model.logits(hidden), noise, self.sampler.temperature)
+        places = self.t * len(self.out.lengths) + rows
+        self.out.tokens.view(-1).index_copy_(0, places, tokens)
+        self.out.log_probs.view(-1).index_copy_(0, places, log_probs)
+        self.out.lengths.index_add_(0, rows, self.running[:n].long())
+        self.running[:n] &= ~(tokens[:, None] == self.sampler.stops).any(1)
+        self.tokens[:n] = tokens
 
-            Tp = prompt_k.shape[2]
-            on_prompt = weights[..., :Tp].view(P, self.group, K, -1, Tp).transpose(1, 2).reshape(P, K, -1, Tp)
-            mixed = (on_prompt @ prompt_v).view(P, K, self.group, -1, d).transpose(1, 2).reshape(B, K, H // K, d)
-            return (mixed + weights[..., Tp:] @ response_v).reshape(B, H, d)
+    def shrink(self) -> bool:
+        """Let finished groups leave, an eighth of the batch at a time; whether any row still runs."""
+        going = self.running[: self.P * self.G].view(self.P, self.G).any(1)
+        n_going, eighth = int(going.sum()), math.ceil(self.groups / 8)
+        P = eighth * math.ceil(n_going / eighth)
+        if 0 < P < self.P:
+            kept = going.sort(descending=True, stable=True).indices[:P]
+            kept_rows = (kept[:, None] * self.G + torch.arange(self.G, device=kept.device)).flatten()
+            for whole in self.prompt:
+                whole[:, :P] = whole[:, kept]
+            for whole in self.response:  # tokens that are yet to come need no move
+                whole[:, : P * self.G, :, : self.now + 1] = whole[:, kept_rows, :, : self.now + 1]
+            self.lengths[:P] = self.lengths[kept]
+            for state in (self.rows, self.tokens, self.running, self.noise):
+                state[: P * self.G] = state[kept_rows]
+            self.P = P
+        return n_going > 0
 
-        return attend
+    # How a step's tokens attend to the cache: three ways, equal to rounding
 
-    def keep(self, going: Tensor) -> None:
-        """Drop the groups that are False in `going` (P,)."""
-        rows = going.repeat_interleave(self.group)
-        self.prompts, self.lengths, self.real, self.bias = (
-            x[going] for x in (self.prompts, self.lengths, self.real, self.bias)
-        )
-        self.prompt = [x[:, going] for x in self.prompt]
-        self.response = [x[:, rows] for x in self.response]
+    def attend_by_kernel(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        """On the CPU: one C function that rotates, stores and attends."""
+        prompt, response = self.prompt[layer][:, : self.P], self.response[layer][:, : len(qkv)]
+        return kernels.attend(qkv, rope, self.lengths[: self.P], prompt, response, self.now)
+
+    def attend_by_matmul(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        """PyTorch's operations, on any device."""
+        q, *key_and_value = split_heads(qkv, rope, self.model.config)
+        (B, H, d), P, G, K = q.shape, self.P, self.G, self.model.config.num_key_value_heads
+        R, Tp, scale = H // K, self.longest, d**-0.5
+        response = self.response[layer][:, :B]
+        for side, x in zip(response, key_and_value):
+            side.index_copy_(2, self.t, x[:, :, None])
+        prompt_k, prompt_v = self.prompt[layer][:, :P].flatten(1, 2)  # (P * K, Tp, d)
+        response_k, response_v = response[:, :, :, : self.window].flatten(1, 2)  # (B * K, W, d)
+
+        # Heads that share a key head, and for the prompt also the rows of a group, are one matrix.
+        shared = q.view(P, G, K, R, d).transpose(1, 2).reshape(P * K, G * R, d)
+        own = q.reshape(B * K, R, d)
+        to_prompt = torch.baddbmm(self.prompt_bias, shared, prompt_k.transpose(1, 2), alpha=scale)
+        to_response = torch.baddbmm(self.response_bias, own, response_k.transpose(1, 2), alpha=scale)
+        to_prompt = to_prompt.view(P, K, G, R, Tp).transpose(1, 2).reshape(B * K, R, Tp)
+        weights = torch.cat((to_prompt, to_response), -1).float().softmax(-1).to(q.dtype)
+        on_prompt = weights[..., :Tp].view(P, G, K, R, Tp).transpose(1, 2).reshape(P * K, G * R, Tp)
+        mixed = torch.bmm(on_prompt, prompt_v).view(P, K, G, R, d).transpose(1, 2).reshape(B * K, R, d)
+        return torch.baddbmm(mixed, weights[..., Tp:], response_v).view(B, H * d)
+
+    def attend_by_flash(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        """flash-attn's decoding kernel, on prompts and on responses; their softmaxes are joined by their sums."""
+        q, k, v = split_heads(qkv, rope, self.model.config)
+        (B, H, d), P, G = q.shape, self.P, self.G
+        prompt_k, prompt_v = self.prompt[layer][:, :P].transpose(2, 3)  # (P, Tp, K, d)
+        response_k, response_v = self.response[layer][:, :B].transpose(2, 3)
+        lengths, read = self.lengths[:P].int(), self.t.int().expand(B).contiguous()
+        on_prompt, prompt_sums = flash_attn_with_kvcache(
+            q.view(P, G, H, d), prompt_k, prompt_v, cache_seqlens=lengths, return_softmax_lse=True
+        )  # (P, G, H, d), (P, H, G)
+        on_response, response_sums = flash_attn_with_kvcache(
+            q[:, None], response_k, response_v, k[:, None], v[:, None], cache_seqlens=read, return_softmax_lse=True
+        )  # (B, 1, H, d), (B, H, 1); it stores k and v at `read` first
+        share = torch.sigmoid(prompt_sums.transpose(1, 2).reshape(B, H) - response_sums[..., 0])[..., None]
+        mixed = share * on_prompt.reshape(B, H, d) + (1 - share) * on_response[:, 0]
+        return mixed.to(qkv.dtype).reshape(B, H * d)

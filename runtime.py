@@ -4,6 +4,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -12,13 +13,15 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-Config = TypeVar("Config")
+Config, Item, Result = TypeVar("Config"), TypeVar("Item"), TypeVar("Result")
 
 
 def fail(message: str) -> NoReturn:
@@ -143,6 +146,28 @@ def clip_gradient(model: nn.Module, longest: float) -> float:
     norm = nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], longest).item()
     require(math.isfinite(norm), "the gradient is not finite; the last checkpoint is sound. A lower --lr may help")
     return norm
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Threads: on the CPU, independent pieces of work run side by side, each on one core. Within small operations cores
+# would spend more time waiting for one another than working, and where cores are shared they would wait in vain.
+
+
+def n_threads() -> int:
+    """How many pieces of work run side by side: PyTorch's threads, but no more than Python's lock can feed."""
+    return min(torch.get_num_threads(), 8)
+
+
+@functools.cache
+def _pool(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def in_threads(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
+    """The function of each item, in order; on a GPU, or for a single item, without threads."""
+    if device.type != "cpu" or len(items) == 1 or n_threads() == 1:
+        return [function(item) for item in items]
+    return list(_pool(n_threads()).map(function, items))
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import train_sft
 from checkpoint import (
     Log,
     check_tokenizer,
+    choose_precision,
     decode,
     encode,
     find_checkpoint,
@@ -58,8 +59,8 @@ from eval import (
     token_budget,
     validation_problems,
 )
-from model import Packed, Transformer, pack, pad, response_log_probs
-from rollout import Rollout, sample
+from model import Packed, Transformer, add_gradients, pack, pad, refresh, response_log_probs, working_copy
+from rollout import Rollout, Sampler
 from runtime import World, clip_gradient, parse_flags, refusals, require, start, stream, torch_stream
 
 
@@ -85,7 +86,9 @@ class GrpoConfig:
     advantage: Literal["z-score", "mean"] = "z-score"  # rewards minus the group's mean, divided by its deviation or not
     temperature: float = 1.0  # of the sampling
     max_new_tokens: int = 0  # longest response [0: the longest solution and a little more]
-    micro_tokens: int = 16384  # tokens of a forward pass
+    micro_tokens: int = 0  # tokens of a forward pass [0: 16384 on a GPU, 2048 on the CPU]
+    recompute: bool = False  # keep fewer activations for the backward pass and compute them again: less memory
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto measures. Weights stay fp32
     seed: int = 0  # of problems, sampling and everything else
     eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
     eval_problems: int = 256  # validation problems of an evaluation
@@ -107,7 +110,7 @@ def complete(config: GrpoConfig) -> GrpoConfig:
     require(config.clip_gradient > 0, "--clip-gradient must be above 0")
     require(config.temperature > 0, "--temperature must be above 0")
     require(config.max_new_tokens >= 0, "--max-new-tokens must not be negative")
-    require(config.micro_tokens >= 1, "--micro-tokens must be at least 1")
+    require(config.micro_tokens >= 0, "--micro-tokens must not be negative")
     require(config.eval_every >= 0, "--eval-every must not be negative")
     require(config.eval_problems >= 1 and config.save_every >= 1, "--eval-problems and --save-every start at 1")
     return config
@@ -170,6 +173,7 @@ def pack_groups(prompts: Tensor, prompt_lengths: Tensor, rollout: Rollout, group
 
 def add_gradient(
     model: Transformer,
+    copy: Transformer,
     reference: Transformer | None,
     prompts: tuple[Tensor, Tensor],
     rollout: Rollout,
@@ -179,7 +183,8 @@ def add_gradient(
 ) -> dict[str, float]:
     """Add this process's share of the gradient of the GRPO loss to the model's; the figures of the whole batch.
 
-    prompts (P, Tp) with their lengths (P,), the rollout of P * G responses, rewards (P, G).
+    `copy` is the model's working copy, which computes; prompts (P, Tp) with their lengths (P,), the rollout of P * G
+    responses, rewards (P, G).
     """
     P, G = rewards.shape
     advantages = group_advantages(rewards, config.advantage).flatten()
@@ -188,32 +193,34 @@ def add_gradient(
     # without signal count, though their share of the loss is zero and they are never forwarded.
     n_tokens, n_groups, n_chosen = world.sum(int(rollout.lengths.sum()), P, len(chosen))
 
-    sums = dict.fromkeys(("loss", "kl", "entropy", "ratio", "clipped", "trained"), 0.0)
-    worst = 0.0
-    for groups in micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, config.micro_tokens):
+    def loss(groups: Tensor) -> tuple[Tensor, dict[str, float]]:
         batch, rows = pack_groups(*prompts, rollout, groups)
         mask = torch.arange(rollout.tokens.shape[1], device=rows.device) < rollout.lengths[rows, None]  # (b, T)
         old = rollout.log_probs[rows][mask]
         token_advantages = advantages[rows].repeat_interleave(rollout.lengths[rows])
-        log_probs, entropy = response_log_probs(model, batch, config.temperature)
+        log_probs, entropy = response_log_probs(copy, batch, config.temperature)
         losses = policy_loss(log_probs, old, token_advantages, config.clip_low, config.clip_high)
+        sums = {}
         if reference is not None:
             with torch.no_grad():
                 reference_log_probs, _ = response_log_probs(reference, batch, config.temperature)
             kl = kl_divergence(log_probs, reference_log_probs)
             losses = losses + config.beta * kl
-            sums["kl"] += kl.sum().item()
-        (losses.sum() / n_tokens).backward()
-
+            sums["kl"] = kl
         with torch.no_grad():
             ratio = (log_probs - old).exp()
             outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
-            worst = max(worst, (log_probs - old).abs().max().item())
-            for name, value in (("loss", losses), ("entropy", entropy), ("ratio", ratio), ("clipped", outside)):
-                sums[name] += value.sum().item()
-            sums["trained"] += len(losses)
+            sums |= {"loss": losses, "entropy": entropy, "ratio": ratio, "clipped": outside}
+            figures = {name: value.sum().item() for name, value in sums.items()}
+        figures |= {"trained": len(losses), "worst": (log_probs - old).abs().max().item()}
+        return losses.sum() / n_tokens, figures
 
-    totals = dict(zip(sums, world.sum(*sums.values())))
+    budget = config.micro_tokens or (16384 if world.device.type == "cuda" else 2048)  # caches of a CPU are small
+    pieces = list(micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, budget))
+    parts = add_gradients(model, copy, loss, pieces)
+    names = ("loss", "entropy", "ratio", "clipped", "trained", *(["kl"] if reference is not None else []))
+    totals = dict(zip(names, world.sum(*(sum(part[name] for part in parts) for name in names))))
+    worst = max((part["worst"] for part in parts), default=0.0)
     trained = max(1.0, totals["trained"])
     figures = {
         "loss": totals["loss"] / n_tokens,
@@ -283,12 +290,18 @@ def main(config: GrpoConfig, world: World) -> None:
         given = getattr(config, name)
         require(known.get(name, given) == given, f"{init} was trained with --{name} {known.get(name)}, not {given}")
     check_tokenizer(tokenizer, config.field)
-    reference = load_model(init, world.device)[0].requires_grad_(False) if config.beta else None
+    precision = choose_precision(config, model, source, world)
+    copy = working_copy(model, precision)
+    copy.recompute = config.recompute
+    reference = None
+    if config.beta:
+        reference = working_copy(load_model(init, world.device)[0], precision).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if begin:
         load_optimizer(source, optimizer)
 
     max_new_tokens = token_budget(model, tokenizer, task, config.max_new_tokens)
+    sampler = Sampler(copy, stop_tokens(tokenizer), config.group, max_new_tokens, config.temperature)
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
     for update in bar:
@@ -296,26 +309,19 @@ def main(config: GrpoConfig, world: World) -> None:
         rng = stream(config.seed, "problems", update)
         drawn = [task.sample(rng, "train") for _ in range(config.prompts)][world.rank :: world.size]
         prompts = [encode(tokenizer, problem.prompt()) for problem in drawn]
-        rollout = sample(
-            model,
-            prompts,
-            stop_tokens(tokenizer),
-            torch_stream(config.seed, "sampling", update, world.rank),
-            config.group,
-            max_new_tokens,
-            config.temperature,
-        )
+        rollout = sampler.sample(prompts, torch_stream(config.seed, "sampling", update, world.rank))
         sampled = time.perf_counter()
         judged = judge_groups(drawn, decode(tokenizer, rollout.responses()), rollout.stopped.tolist())
         rewards = torch.tensor([[float(r.correct) for r in group] for group in judged], device=world.device)
 
-        figures = add_gradient(model, reference, pad(prompts, world.device), rollout, rewards, config, world)
+        figures = add_gradient(model, copy, reference, pad(prompts, world.device), rollout, rewards, config, world)
         world.sum_gradients(model)
         figures["gradient_norm"] = clip_gradient(model, config.clip_gradient)
         if figures["groups_without_signal"] < 1:
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(config, update)
             optimizer.step()
+            refresh(copy, model)
         optimizer.zero_grad()
         done = time.perf_counter()
 
@@ -332,17 +338,18 @@ def main(config: GrpoConfig, world: World) -> None:
         last = update + 1 == config.updates
         if world.leads:
             if config.eval_every and (update + 1) % config.eval_every == 0:
-                judged = evaluate(model, tokenizer, problems, max_new_tokens, 1, config.temperature, config.seed)
+                judged = evaluate(copy, tokenizer, problems, max_new_tokens, 1, config.temperature, config.seed)
                 row |= {f"validation/{kind}": c["pass@1"] for kind, c in summarise(judged)["by_type"].items()}
             log.write(row)
             bar.set_postfix(progress(row))
             if (update + 1) % config.save_every == 0 or last:
                 training = asdict(config) | {"stage": "grpo", "processes": world.size, "total": config.updates}
-                training["start"] = str(init.resolve())
+                training |= {"start": str(init.resolve()), "computed_in": precision}
                 save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
         world.wait()
     if world.leads:
-        report(init, run, model, tokenizer, problems, max_new_tokens, config, world)
+        before = working_copy(load_model(init, world.device)[0], precision)
+        report((init, before), (run, copy), tokenizer, problems, max_new_tokens, config)
 
 
 def progress(row: dict) -> dict[str, str]:
@@ -353,18 +360,16 @@ def progress(row: dict) -> dict[str, str]:
 
 
 def report(
-    init: Path,
-    run: Path,
-    model: Transformer,
+    start: tuple[Path, Transformer],
+    end: tuple[Path, Transformer],
     tokenizer: PreTrainedTokenizerFast,
     problems: list[Problem],
     budget: int,
     config: GrpoConfig,
-    world: World,
 ) -> None:
     """Evaluate the start and the end of the run on the same problems; print, write and draw it."""
-    before, _ = load_model(init, world.device)
-    judged = [evaluate(m, tokenizer, problems, budget, 4, config.temperature, config.seed) for m in (before, model)]
+    (init, before), (run, after) = start, end
+    judged = [evaluate(m, tokenizer, problems, budget, 4, config.temperature, config.seed) for m in (before, after)]
     summaries = {f"before: {init}": summarise(judged[0]), f"after: {newest_checkpoint(run)}": summarise(judged[1])}
     difference = compare(*judged)
     write_json(run / "evaluation.json", dict(zip(("before", "after"), summaries.values()), difference=difference))

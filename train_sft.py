@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from checkpoint import (
     Log,
     check_tokenizer,
+    choose_precision,
     encode,
     find_checkpoint,
     is_word_level,
@@ -35,8 +36,8 @@ from checkpoint import (
 )
 from data.finite_field import Problem, Task, choose_strategies
 from eval import evaluate, percent, summarise, token_budget, validation_problems
-from model import Packed, Transformer, pack, pad, response_log_probs
-from runtime import World, clip_gradient, parse_flags, refusals, require, start, stream, torch_stream
+from model import Packed, Transformer, add_gradients, pack, pad, refresh, response_log_probs, working_copy
+from runtime import World, clip_gradient, n_threads, parse_flags, refusals, require, start, stream, torch_stream
 
 
 @dataclass
@@ -57,6 +58,7 @@ class SftConfig:
     warmup: int = 100  # updates to reach the peak; a cosine leads down to zero
     clip_gradient: float = 1.0  # longest gradient
     position_gap: int | None = None  # longest sum of random gaps in the positions [tiny 130, pretrained 0]
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto measures. Weights stay fp32
     seed: int = 0  # of weights, problems and everything else
     eval_every: int = 200  # updates between validations
     save_every: int = 400  # updates between checkpoints
@@ -125,8 +127,9 @@ def make_batch(
     device: torch.device,
     longest_gap: int = 0,
     generator: torch.Generator | None = None,
-) -> Packed:
-    """Pack prompts and solutions; with `longest_gap`, over positions that `spread` chooses."""
+    parts: int = 1,
+) -> list[Packed]:
+    """Pack prompts and solutions, in `parts` parts; with `longest_gap`, over positions that `spread` chooses."""
     prompts, prompt_lengths = pad([encode(tokenizer, problem.prompt()) for problem, _ in examples])
     stop = stop_tokens(tokenizer)
     responses, lengths = pad([encode(tokenizer, solution) + stop for _, solution in examples])
@@ -136,9 +139,12 @@ def make_batch(
             [i for word, i in tokenizer.get_vocab().items() if word in ("start", "end") or word[-1] == ":"]
         )
         positions = spread(prompts, prompt_lengths, responses, starts, longest_gap, generator)
-        positions = tuple(x.to(device) for x in positions)
-    parents = torch.arange(len(examples), device=device)
-    return pack(*(x.to(device) for x in (prompts, prompt_lengths, responses, lengths)), parents, positions)
+    whole = (prompts, prompt_lengths, responses, lengths, *(positions or ()))
+    packed = []
+    for mine in torch.arange(len(examples)).tensor_split(min(parts, len(examples))):
+        part = [x[mine].to(device) for x in whole]
+        packed.append(pack(*part[:4], torch.arange(len(mine), device=device), tuple(part[4:]) or None))
+    return packed
 
 
 def spread(
@@ -181,7 +187,7 @@ def validate(
     """Loss on validation solutions; accuracy of one sampled response each."""
     rng = stream(config.seed, "validation strategies")
     examples = [(p, p.solution(choose_strategies(p, config.strategy, rng))) for p in problems]
-    batch = make_batch(tokenizer, examples, model.lm_head.weight.device)
+    (batch,) = make_batch(tokenizer, examples, model.device)
     figures = summarise(evaluate(model, tokenizer, problems, budget, 1, 1.0, config.seed))["overall"]
     return {
         "validation_loss": loss_sum(model, batch).item() / len(batch.targets),
@@ -217,6 +223,9 @@ def main(config: SftConfig, world: World) -> Path:
     gapped = config.position_gap == 0 or is_word_level(tokenizer)
     require(gapped, "--position-gap needs the word-level tokenizer of the tiny model")
     budget = token_budget(model, tokenizer, task)
+    precision = choose_precision(config, model, source, world)
+    copy = working_copy(model, precision)
+    n_parts = n_threads() if world.device.type == "cpu" else 1
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, updates), initial=begin, total=updates, desc="SFT", disable=not world.leads)
     shown: dict[str, str] = {}  # accuracy in percent, as last measured
@@ -224,30 +233,36 @@ def main(config: SftConfig, world: World) -> Path:
         clock = time.perf_counter()
         examples = draw_examples(config, task, update)[world.rank :: world.size]
         generator = torch_stream(config.seed, "gaps", update, world.rank)
-        batch = make_batch(tokenizer, examples, world.device, config.position_gap, generator)
-        (n_tokens,) = world.sum(len(batch.targets))
-        loss = loss_sum(model, batch) / n_tokens
-        loss.backward()
+        parts = make_batch(tokenizer, examples, world.device, config.position_gap, generator, n_parts)
+        (n_tokens,) = world.sum(sum(len(part.targets) for part in parts))
+
+        def loss(part: Packed, n_tokens: float = n_tokens) -> tuple[Tensor, float]:
+            value = loss_sum(copy, part) / n_tokens
+            return value, value.item()
+
+        losses = add_gradients(model, copy, loss, parts)
         world.sum_gradients(model)
         norm = clip_gradient(model, config.clip_gradient)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, update, updates)
         optimizer.step()
+        refresh(copy, model)
         optimizer.zero_grad()
 
-        (total_loss,) = world.sum(loss.item())
+        (total_loss,) = world.sum(sum(losses))
         row = {"update": update + 1, "loss": total_loss, "gradient_norm": norm}
         row |= {"lr": optimizer.param_groups[0]["lr"], "tokens_per_second": n_tokens / (time.perf_counter() - clock)}
         last = update + 1 == updates
         if world.leads:
             if (update + 1) % config.eval_every == 0 or last:
-                figures = validate(model, tokenizer, config, problems, budget)
+                figures = validate(copy, tokenizer, config, problems, budget)
                 shown = {"right": percent(figures["accuracy"]), "right if fit": percent(figures["accuracy_given_fit"])}
                 row |= figures
             log.write(row)
             bar.set_postfix({"loss": f"{total_loss:.3f}"} | shown)
             if (update + 1) % config.save_every == 0 or last:
                 training = asdict(config) | {"stage": "sft", "processes": world.size, "total": updates}
+                training["computed_in"] = precision
                 save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
         world.wait()
     return newest_checkpoint(run)

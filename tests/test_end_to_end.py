@@ -19,14 +19,15 @@ from runtime import World
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_grpo.__file__).parent
-SMALL = {"field": 3, "steps": "1-2", "prompts": 4, "group": 4, "eval_problems": 8}
+SMALL = {"field": 3, "steps": "1-2", "prompts": 4, "group": 4, "eval_problems": 8, "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory) -> Path:
     """A model that solves chains of one or two steps, in either strategy, part of the time."""
     out = tmp_path_factory.mktemp("sft")
-    train_sft.main(train_sft.SftConfig(field=3, steps="1-2", updates=250, warmup=50, out=str(out / "run")), ONE)
+    flags = {"field": 3, "steps": "1-2", "updates": 250, "warmup": 50, "precision": "fp32"}
+    train_sft.main(train_sft.SftConfig(out=str(out / "run"), **flags), ONE)
     return out / "run"
 
 
@@ -81,6 +82,20 @@ def test_resume_is_exact(sft, tmp_path):
     assert all(row["kl"] >= 0 for row in parts) and parts[-1]["kl"] > 0 and "validation/evaluation" in parts[-1]
 
 
+def test_a_resumed_run_computes_as_it_began(sft, tmp_path, monkeypatch):
+    """In the precision that was measured at its start, whatever a measurement says now."""
+    flags = {"updates": 2, "save_every": 1, "precision": "auto"}
+    monkeypatch.setattr("checkpoint.measure_precision", lambda model: "bf16")
+    whole = grpo(tmp_path / "whole", sft, **flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "step-2")
+    monkeypatch.setattr("checkpoint.measure_precision", lambda model: "fp32")
+    parts = grpo(tmp_path / "parts", sft, resume=True, **flags)
+    assert same_weights(*(load_model(tmp_path / name / "step-2")[0] for name in ("whole", "parts")))
+    assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
+    assert 1e-4 < max(row["logprob_difference"] for row in parts) < 0.5, "bf16"
+
+
 def test_compositions_under_shown_names_in_another_field(tmp_path):
     """The flags that the main job leaves alone, from SFT to the report."""
     task = {"steps": "1-2", "parts": "2-3", "field": 13, "relabel": "shown"}
@@ -96,6 +111,7 @@ def test_compositions_under_shown_names_in_another_field(tmp_path):
 def test_two_processes(sft, tmp_path):
     """torchrun with two processes trains and reports; one of them writes and prints."""
     flags = ["--field=3", "--steps=1-2", "--prompts=4", "--group=4", "--eval-problems=8", "--updates=2", "--beta=0.05"]
+    flags += ["--precision=fp32"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(HERE / "train_grpo.py"), "--init", str(sft), "--out", str(tmp_path / "two"), *flags]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

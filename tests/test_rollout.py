@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import small_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import pack, packed_attention, pad, response_log_probs
-from rollout import Rollout, draw, sample
+import kernels
+from model import pack, pack_prompts, packed_attention, pad, response_log_probs, working_copy
+from rollout import Batch, Rollout, Sampler, draw
 
 STOP = [1]
 
@@ -16,9 +18,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @torch.no_grad()
 def next_logits(model, row):
-    none = torch.zeros(0, dtype=torch.long)
-    batch = pack(*pad([row]), none[:, None], none, none)
-    return model.logits(model(batch.tokens, batch.positions, packed_attention(batch))[-1:])
+    batch = pack_prompts(*pad([row]))
+    return model.logits(model(batch.tokens, batch.positions, packed_attention(batch, model))[-1:])
 
 
 def naive(model, prompts, noise, group, max_new_tokens, temperature) -> Rollout:
@@ -40,14 +41,41 @@ def naive(model, prompts, noise, group, max_new_tokens, temperature) -> Rollout:
     return Rollout(tokens[:, :T], torch.tensor(lengths), log_probs[:, :T], torch.tensor(stopped))
 
 
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, return_softmax_lse=False):
+    """What flash-attn documents of its kernel, which needs a GPU: stores k and v at cache_seqlens, then attends."""
+    assert cache_seqlens.dtype == torch.int32 and return_softmax_lse
+    lengths = cache_seqlens.long()
+    if k is not None:
+        k_cache[torch.arange(len(k)), lengths], v_cache[torch.arange(len(v)), lengths] = k[:, 0], v[:, 0]
+        lengths = lengths + 1
+    keys, values = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k_cache, v_cache))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * q.shape[3] ** -0.5
+    later = torch.arange(keys.shape[1]) >= lengths[:, None]
+    scores = scores.masked_fill(later[:, None, None], -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values), scores.logsumexp(-1)
+
+
+@pytest.fixture(params=["kernel", "matmul", "flash"])
+def way(request, monkeypatch):
+    """Each of the three ways to attend to the cache."""
+    if request.param == "kernel":
+        if not kernels.available():
+            pytest.skip("needs a C compiler")
+        return
+    monkeypatch.setattr("kernels.available", lambda: False)
+    monkeypatch.setattr("rollout.flash_attn_with_kvcache", flash_attn_with_kvcache)
+    by = {"matmul": Batch.attend_by_matmul, "flash": Batch.attend_by_flash}[request.param]
+    monkeypatch.setattr(Batch, "choose_attention", lambda self: by.__get__(self))
+
+
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3, 3, 3]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
 @pytest.mark.parametrize("group", [1, 3])
-def test_equals_sampling_one_sequence_at_a_time(model, temperature, group):
+def test_equals_sampling_one_sequence_at_a_time(model, way, temperature, group):
     """Ragged prompts, rows that stop at different times, groups that leave: the same tokens, the same log-probs."""
-    rollout = sample(model, PROMPTS, STOP, generator(), group, 12, temperature)
+    rollout = Sampler(model, STOP, group, 12, temperature).sample(PROMPTS, generator())
     noise = torch.rand(len(PROMPTS) * group, 12, generator=generator())
     expected = naive(model, PROMPTS, noise, group, 12, temperature)
     assert torch.equal(rollout.tokens, expected.tokens)
@@ -64,10 +92,10 @@ def stopping_model():
     return model
 
 
-def test_groups_that_finish_leave_the_others_as_they_are():
+def test_groups_that_finish_leave_the_others_as_they_are(way):
     model = stopping_model()
     prompts = [[3 + i % 5] * (1 + i % 4) for i in range(12)]
-    rollout = sample(model, prompts, STOP, generator(), 2, 40)
+    rollout = Sampler(model, STOP, 2, 40).sample(prompts, generator())
     assert rollout.lengths.unique().numel() > 4, "the test needs rows that end at different times"
     noise = torch.rand(24, 40, generator=generator())
     expected = naive(model, prompts, noise, 2, 40, 1.0)
@@ -76,8 +104,8 @@ def test_groups_that_finish_leave_the_others_as_they_are():
 
 @pytest.mark.parametrize("max_rows", [1, 3, 8, 100])
 def test_the_split_into_batches_does_not_matter(model, max_rows):
-    whole = sample(model, PROMPTS, STOP, generator(), 3, 12)
-    parts = sample(model, PROMPTS, STOP, generator(), 3, 12, max_rows=max_rows)
+    whole = Sampler(model, STOP, 3, 12).sample(PROMPTS, generator())
+    parts = Sampler(model, STOP, 3, 12, max_rows=max_rows).sample(PROMPTS, generator())
     assert torch.equal(whole.tokens, parts.tokens) and torch.equal(whole.lengths, parts.lengths)
     torch.testing.assert_close(whole.log_probs, parts.log_probs, atol=1e-5, rtol=0)
 
@@ -85,7 +113,7 @@ def test_the_split_into_batches_does_not_matter(model, max_rows):
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.0])
 def test_log_probs_equal_the_trainers_at_any_temperature(model, temperature):
-    rollout = sample(model, PROMPTS, STOP, generator(), 4, 20, temperature)
+    rollout = Sampler(model, STOP, 4, 20, temperature).sample(PROMPTS, generator())
     parents = torch.arange(len(PROMPTS)).repeat_interleave(4)
     batch = pack(*pad(PROMPTS), rollout.tokens, rollout.lengths, parents)
     log_probs, _ = response_log_probs(model, batch, temperature)
@@ -94,8 +122,98 @@ def test_log_probs_equal_the_trainers_at_any_temperature(model, temperature):
     assert (rollout.log_probs[~mask] == 0).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["kernel", "matmul"], indirect=True)
+def test_log_probs_in_bf16_equal_the_trainers_in_bf16(way):
+    model = working_copy(small_model(), "bf16")
+    rollout = Sampler(model, STOP, 4, 20).sample(PROMPTS, generator())
+    batch = pack(*pad(PROMPTS), rollout.tokens, rollout.lengths, torch.arange(4).repeat_interleave(4))
+    log_probs, _ = response_log_probs(model, batch)
+    mask = torch.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
+    assert (log_probs - rollout.log_probs[mask]).abs().max() < 0.1
+
+
+class Recording(TorchDispatchMode):
+    """Stands in for a CUDA graph: operations between tensors of fixed place, recorded once and then repeated."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            result = function(*args, **kwargs)
+            if isinstance(out, torch.Tensor) and out.data_ptr() != result.data_ptr():
+                out.copy_(result)
+
+
+@pytest.mark.parametrize("way", ["matmul", "flash"], indirect=True)
+def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
+    """As CUDA graphs do: for any number of updates, with other prompts and in place other weights."""
+
+    class Capture:
+        def __init__(self, graph):
+            self.graph = graph
+
+        def __enter__(self):  # a capture runs nothing: keep the state, to be put back
+            tensors = [x for x in (*vars(sampler.batch).values(), *vars(sampler.batch.out).values())]
+            tensors += [*sampler.batch.prompt, *sampler.batch.response]
+            self.kept = [(x, x.clone()) for x in tensors if isinstance(x, torch.Tensor)]
+            self.graph.__enter__()
+
+        def __exit__(self, *error):
+            self.graph.__exit__(*error)
+            for x, kept in self.kept:
+                x.copy_(kept)
+
+    monkeypatch.setattr("rollout.n_threads", lambda: 1)  # a GPU has one batch
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Recording)
+    monkeypatch.setattr("torch.cuda.graph", Capture)
+    model = stopping_model()
+    sampler = Sampler(model, STOP, 2, 40)
+    sampler.use_graphs = True
+    for seed, length in enumerate((3, 2, 3)):
+        prompts = [[3 + i % 5 + seed] * (1 + i % length) for i in range(12)]
+        rollout = sampler.sample(prompts, generator(seed))
+        expected = Sampler(model, STOP, 2, 40).sample(prompts, generator(seed))
+        assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.lengths, expected.lengths)
+        torch.testing.assert_close(rollout.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight *= 1.02
+    sizes = {P for P, _ in sampler.batch.graphs}
+    assert len(sizes) > 2 and sum(g is not None for g in sampler.batch.graphs.values()) > 3
+
+
+def test_a_prompt_that_leaves_no_room_for_more(model, way):
+    """Prompt and response fill the model's positions, and the cache, to the last place."""
+    limit = model.config.max_position_embeddings
+    prompts = [[3] * (limit - 6), [4]]
+    rollout = Sampler(model, [], 2, 6).sample(prompts, generator())
+    expected = naive(model, prompts, torch.rand(4, 6, generator=generator()), 2, 6, 1.0)
+    assert torch.equal(rollout.tokens, expected.tokens)
+    torch.testing.assert_close(rollout.log_probs, expected.log_probs, atol=1e-4, rtol=0)
+
+
+def test_more_prompts_than_fit_wait(model, monkeypatch):
+    """The batch is planned from the memory that is free; what a row says does not depend on it."""
+    plenty = Sampler(model, STOP, 3, 12).sample(PROMPTS, generator())
+    seen, run = [], Batch.run
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    monkeypatch.setattr(Batch, "run", lambda *args: seen.append(len(args[1])) or run(*args))
+    scarce = Sampler(model, STOP, 3, 12).sample(PROMPTS, generator())
+    assert seen == [1] * len(PROMPTS)
+    assert torch.equal(plenty.tokens, scarce.tokens)
+
+
 def test_the_stop_token_counts_and_nothing_follows_it():
-    rollout = sample(stopping_model(), PROMPTS, STOP, generator(), 8, 40)
+    rollout = Sampler(stopping_model(), STOP, 8, 40).sample(PROMPTS, generator())
     for tokens, length, stopped in zip(rollout.tokens, rollout.lengths, rollout.stopped):
         assert (tokens[length - 1] == 1) == stopped
         assert (tokens[: length - 1] != 1).all() and (tokens[length:] == 0).all()
@@ -104,18 +222,18 @@ def test_the_stop_token_counts_and_nothing_follows_it():
 
 def test_all_rows_ending_at_once_and_at_the_first_token(model):
     everything = list(range(model.config.vocab_size))
-    rollout = sample(model, PROMPTS, everything, generator(), 2, 12)
+    rollout = Sampler(model, everything, 2, 12).sample(PROMPTS, generator())
     assert rollout.tokens.shape == (8, 1) and rollout.lengths.eq(1).all() and rollout.stopped.all()
 
 
 def test_cut_off_responses_are_marked(model):
-    rollout = sample(model, PROMPTS, [], generator(), 2, 5)
+    rollout = Sampler(model, [], 2, 5).sample(PROMPTS, generator())
     assert rollout.lengths.eq(5).all() and not rollout.stopped.any()
 
 
 def test_greedy_needs_no_luck(model):
-    a = sample(model, PROMPTS, STOP, generator(0), 1, 12, temperature=0.0)
-    b = sample(model, PROMPTS, STOP, generator(1), 1, 12, temperature=0.0)
+    a = Sampler(model, STOP, 1, 12, temperature=0.0).sample(PROMPTS, generator(0))
+    b = Sampler(model, STOP, 1, 12, temperature=0.0).sample(PROMPTS, generator(1))
     assert torch.equal(a.tokens, b.tokens)
 
 
@@ -137,6 +255,6 @@ def test_draw_never_takes_what_has_no_probability():
 
 def test_refuses_what_cannot_be_continued(model):
     with pytest.raises(ValueError, match="empty"):
-        sample(model, [[3], []], STOP, generator())
+        Sampler(model, STOP).sample([[3], []], generator())
     with pytest.raises(ValueError, match="positions"):
-        sample(model, [[3] * 2000], STOP, generator(), 1, 100)
+        Sampler(model, STOP, 1, 100).sample([[3] * 2000], generator())

@@ -13,7 +13,7 @@ from checkpoint import encode, word_tokenizer
 from data.finite_field import Task
 from eval import judge_groups
 from model import pad, response_log_probs
-from rollout import Rollout, sample
+from rollout import Rollout, Sampler
 from runtime import World, start
 from train_grpo import (
     GrpoConfig,
@@ -51,7 +51,7 @@ class Batch:
             for w in sampler.parameters():
                 w.add_(0.02 * torch.randn(w.shape, generator=generator))
         stops = list(range(1, 30))  # so that lengths differ
-        self.rollout = sample(sampler, self.rows, stops, generator, 4, 20, CONFIG.temperature)
+        self.rollout = Sampler(sampler, stops, 4, 20, CONFIG.temperature).sample(self.rows, generator)
         self.rewards = torch.tensor(
             [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
         )
@@ -64,7 +64,8 @@ class Batch:
         rollout = Rollout(r.tokens[rows], r.lengths[rows], r.log_probs[rows], r.stopped[rows])
         self.model.zero_grad()
         prompts = pad([self.rows[i] for i in order])
-        self.figures = add_gradient(self.model, self.reference, prompts, rollout, self.rewards[order], config, world)
+        models = self.model, self.model, self.reference
+        self.figures = add_gradient(*models, prompts, rollout, self.rewards[order], config, world)
         world.sum_gradients(self.model)
         return gradient(self.model)
 

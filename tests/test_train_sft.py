@@ -22,7 +22,7 @@ def examples(n: int = 6, **flags):
 def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
     """The stop token is the last target; prompts are no targets."""
     chosen = examples()
-    batch = make_batch(tokenizer, chosen, torch.device("cpu"))
+    (batch,) = make_batch(tokenizer, chosen, torch.device("cpu"))
     expected = [[*encode(tokenizer, solution), tokenizer.eos_token_id] for _, solution in chosen]
     assert batch.targets.tolist() == sum(expected, [])
     assert len(batch.tokens) == sum(
@@ -33,8 +33,8 @@ def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
 
 def test_gaps_keep_lines_together_and_order(tokenizer):
     chosen = examples(20)
-    plain = make_batch(tokenizer, chosen, torch.device("cpu"))
-    gapped = make_batch(tokenizer, chosen, torch.device("cpu"), 130, torch.Generator().manual_seed(0))
+    (plain,) = make_batch(tokenizer, chosen, torch.device("cpu"))
+    (gapped,) = make_batch(tokenizer, chosen, torch.device("cpu"), 130, torch.Generator().manual_seed(0))
     assert torch.equal(plain.tokens, gapped.tokens) and torch.equal(plain.targets, gapped.targets)
     moved = gapped.positions - plain.positions
     assert moved.min() == 0 and 100 < moved.max() <= 130

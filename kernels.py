@@ -1,0 +1,86 @@
+"""Fused CPU kernels for sampling, from kernels.c: built once a process, in about a second, where there is a C compiler.
+
+Between its matrix products a decoding step of a small model is a hundred operations of a few microseconds each, and
+its attention multiplies thousands of vectors by small matrices, which BLAS is slow at. Without a compiler, with
+gradients and on a GPU the same formulas run as PyTorch's operations; tests hold one against the other.
+"""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Sums may be reordered, so that they are vectorised, and nothing is infinite. -ffast-math would also make every
+# thread that loads the library flush small numbers to zero.
+FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only"
+DTYPES = (torch.float32, torch.bfloat16)
+Pointer, Int, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+SIGNATURES = {
+    "add_rms_norm": (Int, Int, Float, Pointer, Pointer, Pointer, Pointer),
+    "swiglu": (Int, Int, Pointer, Pointer),
+    "attend": (*[Int] * 7, *[Pointer] * 9),
+}
+
+
+def apply_to(x: Tensor) -> bool:
+    """Whether the kernels stand in for PyTorch's operations on x."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and available()
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a compiler that can build the kernels."""
+    try:
+        return bool(library(torch.float32))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@functools.cache
+def library(dtype: torch.dtype, head_dim: int = 2) -> ctypes.CDLL:
+    """The kernels for weights of `dtype` (fp32 or bf16) and heads of `head_dim`."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "kernels.so"
+        flags = [*FLAGS.split(), f"-DHEAD_DIM={head_dim}", *(["-DBF16"] if dtype == torch.bfloat16 else [])]
+        command = ["cc", *flags, "-shared", "-fPIC", str(Path(__file__).with_name("kernels.c")), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True)
+        kernels = ctypes.CDLL(str(built))
+    for name, kinds in SIGNATURES.items():
+        function = getattr(kernels, name)
+        function.argtypes, function.restype = kinds, None
+    return kernels
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds `added` (N, D) to x (N, D), which is fp32, in place; the new x normalised, in the type of `added`."""
+    out = torch.empty_like(added)
+    pointers = x.data_ptr(), added.data_ptr(), weight.data_ptr(), out.data_ptr()
+    library(added.dtype).add_rms_norm(*x.shape, eps, *pointers)
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """(N, 2 I) -> (N, I)"""
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    library(gate_up.dtype).swiglu(*out.shape, gate_up.data_ptr(), out.data_ptr())
+    return out
+
+
+def attend(
+    qkv: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor, prompt: Tensor, response: Tensor, t: int
+) -> Tensor:
+    """A step of attention with a cache: see kernels.c.
+
+    qkv (P * G, H + 2 K, d), rope (P * G, d / 2) each, prompts' lengths (P,), prompt (2, P, K, Tp, d), response
+    (2, P * G, K, T, d) -> (P * G, H * d)
+    """
+    (_, P, K, Tp, d), (_, rows, _, T, _) = prompt.shape, response.shape
+    H = qkv.shape[1] - 2 * K
+    out = qkv.new_empty(rows, H * d)
+    tensors = (qkv, *rope, lengths, *prompt, *response, out)
+    library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *[x.data_ptr() for x in tensors])
+    return out
