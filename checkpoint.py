@@ -209,7 +209,7 @@ def choose_precision(config, model: Transformer, source: Path | None, world: Wor
     """The precision to compute in, the same on all processes and, in a run resumed from `source`, as at its start."""
     chosen = config.precision if config.precision != "auto" else measure_precision(model)
     if source:
-        chosen = load_training(source)["computed_in"]
+        chosen = load_training(source).get("computed_in", "fp32")
     return world.gather([chosen])[0]
 
 

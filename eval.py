@@ -23,7 +23,7 @@ from checkpoint import check_tokenizer, decode, encode, find_checkpoint, load_mo
 from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task, reward
 from model import Transformer
 from rollout import Sampler
-from runtime import World, parse_flags, refusals, require, start, stream, torch_stream
+from runtime import World, check_outputs, parse_flags, refusals, require, start, stream, torch_stream
 from strategies import MIXED, NONE, fits, tag
 
 
@@ -306,10 +306,7 @@ def check(config: EvalConfig) -> None:
     require(config.problems >= 1, "--problems must be at least 1")
     require(config.samples >= 1, "--samples must be at least 1")
     require(config.temperature > 0, "--temperature must be above 0; for the likeliest tokens there is --greedy")
-    for name in (config.json, config.plot):
-        there = Path(name).parent.is_dir() and not Path(name).is_dir()
-        require(not name or there, f"{name} cannot be written: it is a folder, or its folder is missing")
-    require(not config.plot or config.plot.endswith(".png"), "--plot writes PNG: give a name that ends in .png")
+    check_outputs(config.json, config.plot)
 
 
 def main(config: EvalConfig, world: World) -> None:

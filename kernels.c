@@ -1,4 +1,4 @@
-/* What a decoding step on the CPU does between its matrix products, fused: see kernels.py.
+/* What a transformer on the CPU does between its matrix products, fused: see kernels.py.
  *
  * Compiled with -DHEAD_DIM=d and, for 16-bit weights, -DBF16. Arrays are contiguous unless a stride is given; `real`
  * is the type of the weights, sums are floats. Each call runs on one thread.
@@ -39,25 +39,56 @@ static inline float exponential(float x) {
     return e * power;
 }
 
-/* x (n, D) += added, out (n, D) = x / rms(x) * weight */
-void add_rms_norm(long n, long D, float eps, float *x, const real *added, const float *weight, real *out) {
-    for (long i = 0; i < n; i++, x += D, added += D, out += D) {
-        float sum = 0;
+/* sum (n, D) = x + added, which may be x itself, and out (n, D) = sum / rms(sum) * weight */
+void add_rms_norm(long n, long D, float eps, const float *x, const real *added, const float *weight, float *sum,
+                  real *out) {
+    for (long i = 0; i < n; i++, x += D, added += D, sum += D, out += D) {
+        float squares = 0;
         for (long j = 0; j < D; j++) {
-            x[j] += load(added[j]);
-            sum += x[j] * x[j];
+            sum[j] = x[j] + load(added[j]);
+            squares += sum[j] * sum[j];
         }
-        float scale = 1 / __builtin_sqrtf(sum / D + eps);
-        for (long j = 0; j < D; j++) out[j] = store(x[j] * scale * weight[j]);
+        float scale = 1 / __builtin_sqrtf(squares / D + eps);
+        for (long j = 0; j < D; j++) out[j] = store(sum[j] * scale * weight[j]);
     }
 }
+
+/* From the gradients of `sum` and `out`, d_sum and d_out, those of x, of `added` (the same, in its type) and, added up
+ * in d_weight (D), of the weight. */
+void add_rms_norm_backward(long n, long D, float eps, const float *sum, const float *weight, const float *d_sum,
+                           const real *d_out, float *d_x, real *d_added, float *d_weight) {
+    for (long i = 0; i < n; i++, sum += D, d_sum += D, d_out += D, d_x += D, d_added += D) {
+        float squares = 0, along = 0;
+        for (long j = 0; j < D; j++) {
+            squares += sum[j] * sum[j];
+            along += load(d_out[j]) * weight[j] * sum[j];
+        }
+        float scale = 1 / __builtin_sqrtf(squares / D + eps), back = along * scale * scale / D;
+        for (long j = 0; j < D; j++) {
+            d_weight[j] += load(d_out[j]) * sum[j] * scale;
+            d_x[j] = d_sum[j] + (load(d_out[j]) * weight[j] - sum[j] * back) * scale;
+            d_added[j] = store(d_x[j]);
+        }
+    }
+}
+
+static inline float sigmoid(float x) { return 1 / (1 + exponential(__builtin_fminf(-x, 80))); }
 
 /* out (n, I) = silu(gate) * up of gate_up (n, 2 I) */
 void swiglu(long n, long I, const real *gate_up, real *out) {
     for (long i = 0; i < n; i++, gate_up += 2 * I, out += I)
         for (long j = 0; j < I; j++) {
-            float gate = load(gate_up[j]), up = load(gate_up[I + j]);
-            out[j] = store(gate / (1 + exponential(__builtin_fminf(-gate, 80))) * up);
+            float gate = load(gate_up[j]);
+            out[j] = store(gate * sigmoid(gate) * load(gate_up[I + j]));
+        }
+}
+
+void swiglu_backward(long n, long I, const real *gate_up, const real *d_out, real *d_gate_up) {
+    for (long i = 0; i < n; i++, gate_up += 2 * I, d_out += I, d_gate_up += 2 * I)
+        for (long j = 0; j < I; j++) {
+            float gate = load(gate_up[j]), up = load(gate_up[I + j]), d = load(d_out[j]), s = sigmoid(gate);
+            d_gate_up[j] = store(d * up * s * (1 + gate * (1 - s)));
+            d_gate_up[I + j] = store(d * gate * s);
         }
 }
 

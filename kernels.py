@@ -1,8 +1,9 @@
-"""Fused CPU kernels for sampling, from kernels.c: built once a process, in about a second, where there is a C compiler.
+"""Fused CPU kernels, from kernels.c: built once a process, in about a second, where there is a C compiler.
 
 Between its matrix products a decoding step of a small model is a hundred operations of a few microseconds each, and
-its attention multiplies thousands of vectors by small matrices, which BLAS is slow at. Without a compiler, with
-gradients and on a GPU the same formulas run as PyTorch's operations; tests hold one against the other.
+its attention multiplies thousands of vectors by small matrices, which BLAS is slow at. Training spends a quarter of
+its time on the same operations. Without a compiler and on a GPU the same formulas run as PyTorch's operations; tests
+hold one against the other.
 """
 
 import ctypes
@@ -20,15 +21,17 @@ FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros 
 DTYPES = (torch.float32, torch.bfloat16)
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
-    "add_rms_norm": (Int, Int, Float, Pointer, Pointer, Pointer, Pointer),
+    "add_rms_norm": (Int, Int, Float, *[Pointer] * 5),
+    "add_rms_norm_backward": (Int, Int, Float, *[Pointer] * 7),
     "swiglu": (Int, Int, Pointer, Pointer),
+    "swiglu_backward": (Int, Int, Pointer, Pointer, Pointer),
     "attend": (*[Int] * 7, *[Pointer] * 9),
 }
 
 
 def apply_to(x: Tensor) -> bool:
     """Whether the kernels stand in for PyTorch's operations on x."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and available()
+    return x.device.type == "cpu" and available()
 
 
 @functools.cache
@@ -55,19 +58,59 @@ def library(dtype: torch.dtype, head_dim: int = 2) -> ctypes.CDLL:
     return kernels
 
 
-def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Adds `added` (N, D) to x (N, D), which is fp32, in place; the new x normalised, in the type of `added`."""
+def pointers(*tensors: Tensor) -> list[int]:
+    """Addresses of tensors that the caller keeps alive."""
+    assert all(x.is_contiguous() for x in tensors)
+    return [x.data_ptr() for x in tensors]
+
+
+class AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, out = torch.empty_like(x), torch.empty_like(added)
+        library(added.dtype).add_rms_norm(*x.shape, eps, *pointers(x, added, weight, total, out))
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return total, out
+
+    @staticmethod
+    def backward(ctx, d_total: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        total, weight = ctx.saved_tensors
+        d_x, d_added, d_weight = torch.empty_like(total), torch.empty_like(d_out), torch.zeros_like(weight)
+        given = total, weight, d_total.contiguous(), d_out.contiguous()
+        function = library(d_out.dtype).add_rms_norm_backward
+        function(*total.shape, ctx.eps, *pointers(*given, d_x, d_added, d_weight))
+        return d_x, d_added, d_weight, None
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added (N, D), in fp32, and that normalised, in the type of `added`. Without gradients x is overwritten."""
+    if torch.is_grad_enabled():
+        return AddRMSNorm.apply(x, added, weight, eps)
     out = torch.empty_like(added)
-    pointers = x.data_ptr(), added.data_ptr(), weight.data_ptr(), out.data_ptr()
-    library(added.dtype).add_rms_norm(*x.shape, eps, *pointers)
-    return out
+    library(added.dtype).add_rms_norm(*x.shape, eps, *pointers(x, added, weight, x, out))
+    return x, out
+
+
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        library(gate_up.dtype).swiglu(*out.shape, *pointers(gate_up, out))
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> Tensor:
+        (gate_up,), d_out = ctx.saved_tensors, d_out.contiguous()
+        d_gate_up = torch.empty_like(gate_up)
+        library(gate_up.dtype).swiglu_backward(*d_out.shape, *pointers(gate_up, d_out, d_gate_up))
+        return d_gate_up
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """(N, 2 I) -> (N, I)"""
-    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    library(gate_up.dtype).swiglu(*out.shape, gate_up.data_ptr(), out.data_ptr())
-    return out
+    """(N, 2 I) -> (N, I): silu of the first half times the second."""
+    return SwiGLU.apply(gate_up)
 
 
 def attend(
@@ -82,5 +125,5 @@ def attend(
     H = qkv.shape[1] - 2 * K
     out = qkv.new_empty(rows, H * d)
     tensors = (qkv, *rope, lengths, *prompt, *response, out)
-    library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *[x.data_ptr() for x in tensors])
+    library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *pointers(*tensors))
     return out

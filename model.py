@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """x + added (N, D), in fp32, and the same normalised, in the type of `added`."""
         if kernels.apply_to(x):
-            return x, kernels.add_rms_norm(x, added, self.weight, self.eps)
+            return kernels.add_rms_norm(x, added, self.weight, self.eps)
         x = x + added
         return x, F.rms_norm(x, (x.shape[-1],), self.weight, self.eps).to(added.dtype)
 
@@ -248,17 +248,21 @@ def rope_tables(positions: Tensor, config: ModelConfig) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the pairs (x[i], x[i + d/2]) of x (N, heads, d)."""
+    """Rotate the pairs (x[i], x[i + d/2]) of x (N, heads, d); in fp32."""
     cos, sin = (table[:, None] for table in rope)
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def split_heads(qkv: Tensor, rope: Rope, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (N, H, d) and keys (N, K, d), rotated, and values (N, K, d), of qkv (N, H + 2 K, d)."""
-    H, K = config.num_attention_heads, config.num_key_value_heads
+def split_heads(
+    qkv: Tensor, rope: Rope, config: ModelConfig, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (N, H, d) and keys (N, K, d), rotated, and values (N, K, d), of qkv (N, H + 2 K, d); in its own type
+    unless another is asked for."""
+    H, K, dtype = config.num_attention_heads, config.num_key_value_heads, dtype or qkv.dtype
     qk, v = qkv.split((H + K, K), 1)
-    return *rotate(qk, rope).split((H, K), 1), v
+    q, k = rotate(qk, rope).to(dtype).split((H, K), 1)
+    return q, k, v.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -362,8 +366,7 @@ def padded_attention(batch: Packed, config: ModelConfig) -> Attend:
     bias = torch.zeros(allowed.shape, device=keys.device).masked_fill(~allowed, -torch.inf)[:, None]
 
     def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
-        heads = (x.float() for x in split_heads(qkv, rope, config))  # CPUs are slow at small products in 16 bits
-        q, k, v = heads
+        q, k, v = split_heads(qkv, rope, config, torch.float32)  # CPUs are slow at small products in 16 bits
         H, d = q.shape[1:]
         padded = q.new_zeros(S * Tq, H, d).index_copy(0, queries, q).view(S, Tq, H, d)
         k, v = (x.index_select(0, keys.flatten()).view(S, Tk, -1, d).transpose(1, 2) for x in (k, v))

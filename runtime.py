@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
 import torch
@@ -33,6 +34,14 @@ def fail(message: str) -> NoReturn:
 def require(condition: bool, message: str) -> None:
     if not condition:
         fail(message)
+
+
+def check_outputs(json: str, plot: str) -> None:
+    """Refuse --json and --plot files that cannot be written, before the work is done."""
+    for name in (json, plot):
+        there = Path(name).parent.is_dir() and not Path(name).is_dir()
+        require(not name or there, f"{name} cannot be written: it is a folder, or its folder is missing")
+    require(not plot or plot.endswith(".png"), "--plot writes PNG: give a name that ends in .png")
 
 
 @contextlib.contextmanager

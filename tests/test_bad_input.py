@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import small_model
 
+import bench
 import eval as evaluation
 import train_grpo
 import train_sft
@@ -20,6 +21,7 @@ SCRIPTS = {
     "sft": (train_sft, train_sft.SftConfig, None),
     "grpo": (train_grpo, train_grpo.GrpoConfig, None),
     "eval": (evaluation, evaluation.EvalConfig, "checkpoints"),
+    "bench": (bench, bench.BenchConfig, None),
 }
 
 
@@ -67,6 +69,10 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
         ("sft", "--resume --out nowhere", "nowhere"),
         ("sft", "--out good", "holds a run already"),
         ("sft", "--out good --resume --lr 0.1", "--lr"),
+        ("sft", "--precision fp8", "fp8"),
+        ("bench", "--rounds 0", "--rounds"),
+        ("bench", "--json nowhere/b.json", "nowhere/b.json"),
+        ("grpo", "--micro-tokens -1", "--micro-tokens"),
         ("grpo", "--group 1", "--group"),
         ("grpo", "--group x", "--group"),
         ("grpo", "--temperature 0", "--temperature"),

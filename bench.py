@@ -1,0 +1,379 @@
+"""Speed, side by side with peers in one process and with the limit of the machine.
+
+    python bench.py                        # everything that this machine can run: the CPU's rows, or a GPU's
+    python bench.py --json bench.json      # and the rows as JSON: name, ours, peer (seconds), ratio
+    python bench.py --plot linear.png      # and an update's time against the tokens it generates
+
+Ours and the peer take turns, on the same random weights and the same numbers of tokens, and the best of a few rounds
+counts, which is what an idle machine would show. Responses always run to their full length. `transformers` is always
+there; TRL is compared with where it is installed (pip install trl==1.16.0).
+
+The limit is what a step cannot do without, over rates measured here a moment before: in decoding the weights and the
+cached keys and values are read once a step, and each token costs two operations a weight; training costs six.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from checkpoint import hf_config, split_projections, word_tokenizer
+from model import PRECISIONS, ModelConfig, Transformer, measure_precision, pad, refresh, working_copy
+from rollout import Rollout, Sampler
+from runtime import World, check_outputs, clip_gradient, parse_flags, require, start, torch_stream
+from train_grpo import GrpoConfig, add_gradient
+
+
+@dataclass
+class BenchConfig:
+    rounds: int = 4  # timings of ours and of the peer, in turn; the best counts
+    small: bool = False  # tiny sizes, to see that everything runs
+    json: str = ""  # write the rows to this file
+    plot: str = ""  # draw the time of updates of 3 to 9 steps to this PNG
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an update does: P prompts of `prompt` tokens, G responses of `new` tokens to each."""
+
+    shape: ModelConfig
+    prompts: int
+    group: int
+    prompt: int
+    new: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompts * self.group * self.new
+
+    def __str__(self) -> str:
+        return f"{self.prompts} x {self.group}, prompt {self.prompt}, {self.new} new"
+
+
+TINY = Work(ModelConfig(64, num_key_value_heads=4), 32, 8, 45, 80)
+SMOLLM2 = Work(ModelConfig(49152, 576, 1536, 30, 9, 3), 8, 8, 45, 64)
+QWEN = Work(ModelConfig(151936, 1536, 8960, 28, 12, 2), 32, 8, 128, 256)
+
+
+def best(function: Callable[[], object], rounds: int) -> float:
+    """Seconds of the fastest of some calls, the device waited for."""
+    times = []
+    for _ in range(rounds):
+        clock = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - clock)
+    return min(times)
+
+
+def in_turn(ours: Callable, peer: Callable, rounds: int) -> tuple[float, float]:
+    """The best seconds of both, timed in turn after one call each to warm up."""
+    best(ours, 1), best(peer, 1)
+    times = [(best(ours, 1), best(peer, 1)) for _ in range(rounds)]
+    return min(a for a, _ in times), min(b for _, b in times)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+@dataclass(frozen=True)
+class Rates:
+    bandwidth: float  # bytes a second read from memory
+    operations: float  # operations a second of a large matrix product, at the precision used
+
+    def decode_seconds(self, work: Work, itemsize: int) -> float:
+        """The least time of decoding: weights once a step, cached tokens once a step, a group's prompt once."""
+        c, steps = work.shape, work.new - 1
+        weights = matrix_weights(c)
+        kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+        cached = work.prompts * (steps * work.prompt + work.group * steps * (steps + 1) / 2)
+        moved = itemsize * (steps * weights + cached * kv)
+        return max(moved / self.bandwidth, 2 * weights * work.tokens / self.operations)
+
+    def training_seconds(self, work: Work) -> float:
+        """The least time of forward and backward on all tokens, each prompt once."""
+        return 6 * matrix_weights(work.shape) * (work.tokens + work.prompts * work.prompt) / self.operations
+
+
+def matrix_weights(c: ModelConfig) -> int:
+    """Weights that take part in matrix products, the vocabulary's once."""
+    kv = c.num_key_value_heads * c.head_dim
+    layer = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size)
+    return c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
+
+
+def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    large = torch.zeros(2**30 // (1 if device.type == "cuda" else 8), dtype=torch.uint8, device=device).view(
+        torch.int64
+    )
+    F.linear(a, b), large.sum()
+    operations = 2 * size**3 / best(lambda: F.linear(a, b), 10)
+    return Rates(large.numel() * 8 / best(large.sum, 10), operations)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Ours and the peers
+
+
+class Ours:
+    """A model of random weights, and an update of it as train_grpo.py does one, on random rewards."""
+
+    def __init__(self, work: Work, precision: str, device: torch.device, beta: float = 0.0):
+        self.work, self.world = work, World(0, 1, device)
+        self.config = GrpoConfig(beta=beta, lr=1e-5)
+        torch.manual_seed(0)
+        self.model = Transformer(work.shape).to(device)
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                if weight.ndim == 2:
+                    weight.normal_(0, 0.02)
+        self.copy = working_copy(self.model, precision)
+        self.reference = working_copy(self.model, precision) if beta else None
+        self.sampler = Sampler(self.copy, [], work.group, work.new)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.prompts = torch.randint(3, work.shape.vocab_size, (work.prompts, work.prompt)).tolist()
+        self.rewards = torch.tensor([0.0, 1.0]).repeat(work.prompts, work.group)[:, : work.group].to(device)
+
+    def rollout(self) -> Rollout:
+        return self.sampler.sample(self.prompts, torch_stream("bench"))
+
+    def train(self, rollout: Rollout) -> None:
+        prompts = pad(self.prompts, self.world.device)
+        add_gradient(self.model, self.copy, self.reference, prompts, rollout, self.rewards, self.config, self.world)
+        clip_gradient(self.model, 1.0)
+        self.optimizer.step()
+        refresh(self.copy, self.model)
+        self.optimizer.zero_grad()
+
+    def update(self) -> None:
+        self.train(self.rollout())
+
+
+def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[], object]:
+    """transformers' generate on the same weights and the same work."""
+    work, device = ours.work, ours.world.device
+    config = Qwen2Config(**hf_config(work.shape, word_tokenizer(11)) | {"eos_token_id": None, "pad_token_id": 0})
+    peer = Qwen2ForCausalLM(config).eval()
+    weights = split_projections(ours.model.state_dict(), work.shape)
+    peer.load_state_dict(weights)
+    peer = peer.to(device, dtype)
+    prompts = torch.tensor(ours.prompts, device=device).repeat_interleave(work.group, 0)
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+    options |= {"max_new_tokens": work.new, "min_new_tokens": work.new}
+    options |= {"cache_implementation": "static"} if static else {}
+    return lambda: peer.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+
+
+def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
+    """Median seconds of an update of TRL's GRPOTrainer on the same shape and work, the first left out."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    work, steps = ours.work, []
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(work.shape.vocab_size - 2))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.clock = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            steps.append(time.perf_counter() - self.clock)
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = Qwen2Config(**hf_config(work.shape, word_tokenizer(11)) | {"eos_token_id": 1, "pad_token_id": 0})
+        Qwen2ForCausalLM(config).save_pretrained(folder)  # TRL loads its reference model by name
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        text = " ".join(["w5"] * work.prompt)
+        rows = work.prompts * work.group
+        arguments = GRPOConfig(
+            output_dir=folder,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=precision == "bf16",
+            per_device_train_batch_size=min(rows, 64),
+            gradient_accumulation_steps=max(1, rows // 64),
+            num_generations=work.group,
+            max_completion_length=work.new,
+            generation_kwargs={"min_new_tokens": work.new},
+            max_steps=1 + rounds,
+            learning_rate=1e-5,
+            beta=ours.config.beta,
+            temperature=1.0,
+            top_k=0,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            logging_steps=1000,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=lambda completions, **_: [float(hash(str(c)) % 2) for c in completions],
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": text}] * (work.prompts * (rounds + 2))),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return min(steps[1:])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def row(name: str, what: str, ours: float, peer: float | None, limit: float | None = None) -> dict:
+    """Seconds; the ratio is the peer's over ours, `of_limit` the share of the machine's limit that we reach."""
+    out = {"name": name, "what": what, "ours": ours, "peer": peer, "ratio": peer / ours if peer else None}
+    return out | {"of_limit": limit / ours if limit else None}
+
+
+def rollout_rows(
+    name: str, work: Work, rates: Rates, precision: str, config: BenchConfig, world: World
+) -> Iterator[dict]:
+    ours = Ours(work, precision, world.device)
+    limit = rates.decode_seconds(work, PRECISIONS[precision].itemsize)
+    for static in (False, True) if world.device.type == "cuda" else (False,):
+        peers = [PRECISIONS[precision]] if world.device.type == "cuda" else PRECISIONS.values()
+        timed = [in_turn(ours.rollout, generate(ours, dtype, static), config.rounds) for dtype in peers]
+        seconds, peer = min(a for a, _ in timed), min(b for _, b in timed)
+        kind = f"{'static' if static else 'dynamic'} cache, its better of {len(timed)}"
+        what = f"rollout in {precision}, {work}; transformers generate, {kind}"
+        yield row(name + "-static" * static, what, seconds, peer, limit)
+
+
+def update_row(name: str, work: Work, beta: float, precision: str, config: BenchConfig, world: World) -> Iterator[dict]:
+    ours = Ours(work, precision, world.device, beta)
+    ours.update()
+    seconds = best(ours.update, config.rounds)
+    peer = None
+    if importlib.util.find_spec("trl"):
+        # TRL's precision is its faster one on a small model, and ours on a large one.
+        precisions = PRECISIONS if work.shape.hidden_size < 512 else (precision,)
+        peer = min(trl_update_seconds(ours, p, config.rounds) for p in precisions)
+        seconds = min(seconds, best(ours.update, config.rounds))
+    what = f"GRPO update in {precision}, KL {beta}, {work}; TRL"
+    yield row(name, what, seconds, peer)
+
+
+def training_row(
+    name: str, work: Work, rates: Rates, precision: str, config: BenchConfig, world: World
+) -> Iterator[dict]:
+    ours = Ours(work, precision, world.device)
+    rollout = ours.rollout()
+    ours.train(rollout)
+    seconds = best(lambda: ours.train(rollout), config.rounds)
+    what = f"training half in {precision}, {work}; of the limit: of a matrix product's rate"
+    yield row(name, what, seconds, None, rates.training_seconds(work))
+
+
+def time_of_lengths(work: Work, precision: str, rounds: int, world: World) -> list[dict]:
+    """Updates on chains of 3 to 9 steps: 4 prompt tokens and 7 response tokens a step, as the task has them."""
+    rows = []
+    for steps in range(3, 10):
+        ours = Ours(Work(work.shape, work.prompts, work.group, 9 + 4 * steps, 9 + 7 * steps), precision, world.device)
+        ours.update()
+        rows.append({"steps": steps, "tokens": ours.work.tokens, "seconds": best(ours.update, rounds)})
+    return rows
+
+
+def plot_lengths(rows: list[dict], path: Path) -> float:
+    """Draw the times over the tokens with the straight line that fits them; how much of them it explains (R^2)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tokens, seconds = (np.array([r[key] for r in rows]) for key in ("tokens", "seconds"))
+    slope, start = np.polyfit(tokens, seconds, 1)
+    explained = 1 - ((seconds - start - slope * tokens) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.plot(tokens, start + slope * tokens, color="0.7", label=f"straight line, R² = {explained:.3f}")
+    axes.plot(tokens, seconds, "o", color="tab:blue", label="updates of 3 to 9 steps")
+    for r in rows:
+        axes.annotate(str(r["steps"]), (r["tokens"], r["seconds"]), (0, 7), textcoords="offset points", ha="center")
+    axes.set(xlabel="tokens generated", ylabel="seconds an update", xlim=(0, None), ylim=(0, None))
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return float(explained)
+
+
+HEADER = "| row | what | ours, s | peer, s | ratio | of the limit |\n| --- | --- | ---: | ---: | ---: | ---: |"
+
+
+def line(r: dict) -> str:
+    peer, ratio = (f"{r['peer']:.3f}", f"{r['ratio']:.1f}x") if r["peer"] else ("", "")
+    limit = f"{100 * r['of_limit']:.0f}%" if r["of_limit"] else ""
+    return f"| {r['name']} | {r['what']} | {r['ours']:.3f} | {peer} | {ratio} | {limit} |"
+
+
+def machine(world: World) -> str:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{name[1] if name else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def main(config: BenchConfig, world: World) -> None:
+    require(config.rounds >= 1, "--rounds must be at least 1")
+    check_outputs(config.json, config.plot)
+    gpu = world.device.type == "cuda"
+    precision = measure_precision(Transformer(TINY.shape).to(world.device))
+    rates = measure_rates(PRECISIONS[precision], world.device)
+    print(f"{machine(world)}, torch {torch.__version__}; computing in {precision}")
+    print(
+        f"memory {rates.bandwidth / 1e9:.0f} GB/s, matrix products {rates.operations / 1e12:.2f} TFLOP/s\n", flush=True
+    )
+    tiny, smollm2, qwen = TINY, SMOLLM2, QWEN
+    if config.small:
+        tiny = smollm2 = qwen = Work(ModelConfig(64, 32, 48, 2), 2, 2, 5, 6)
+    shared = precision, config, world
+    if gpu:
+        work = (
+            rollout_rows("gpu-qwen-rollout", qwen, rates, *shared),
+            training_row("gpu-qwen-training", qwen, rates, *shared),
+        )
+    else:
+        work = (
+            rollout_rows("cpu-tiny-rollout", tiny, rates, *shared),
+            update_row("cpu-tiny-update", tiny, 0.05, *shared),
+            training_row("cpu-tiny-training", tiny, rates, *shared),
+            update_row("cpu-smollm2-update", smollm2, 0.05, "bf16", config, world),
+        )
+    print(HEADER, flush=True)
+    rows = []
+    for some in work:  # generators: each is timed when its turn comes
+        for r in some:
+            rows.append(r)
+            print(line(r), flush=True)
+    if config.plot:
+        explained = plot_lengths(time_of_lengths(tiny, precision, config.rounds, world), Path(config.plot))
+        print(f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {100 * explained:.1f}%")
+    if config.json:
+        Path(config.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_flags(BenchConfig, __doc__), start())

@@ -1,0 +1,84 @@
+"""The CPU kernels against the same formulas in PyTorch, values and gradients."""
+
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_model
+
+import kernels
+from model import pack, pad, response_log_probs, working_copy
+
+needs_compiler = pytest.mark.skipif(not kernels.available(), reason="needs a C compiler")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("n", [1, 37])
+def test_add_rms_norm(dtype, n):
+    generator = torch.Generator().manual_seed(0)
+    x, d_sum = (torch.randn(n, 40, generator=generator) for _ in range(2))
+    added, d_out = (torch.randn(n, 40, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.rand(40, generator=generator) + 0.5
+    inputs = [w.clone().requires_grad_() for w in (x, added, weight)]
+    total, out = kernels.add_rms_norm(*inputs, 1e-6)
+    ours = torch.autograd.grad((total, out), inputs, (d_sum, d_out))
+    expected = x + added
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(out.float(), F.rms_norm(expected, (40,), weight, 1e-6), atol=TOLERANCE[dtype], rtol=0.01)
+
+    again = [w.clone().float().requires_grad_() for w in (x, added, weight)]
+    total = again[0] + again[1]
+    normed = F.rms_norm(total, (40,), again[2], 1e-6)
+    theirs = torch.autograd.grad((total, normed), again, (d_sum, d_out.float()))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.float(), b, atol=3 * TOLERANCE[dtype], rtol=0.01)
+
+    with torch.no_grad():
+        kept = x.clone()
+        total, out_again = kernels.add_rms_norm(kept, added, weight, 1e-6)
+    assert total is kept and torch.equal(total, expected) and torch.equal(out_again, out)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_swiglu(dtype):
+    """Large values too: e^x neither overflows nor loses the sign."""
+    gate = torch.cat((torch.linspace(-300, 300, 61), torch.linspace(-5, 5, 51))).to(dtype)
+    up, d_out = (torch.linspace(-2, 2, len(gate)).to(dtype) for _ in range(2))
+    gate_up = torch.stack((torch.cat((gate, up)), torch.cat((gate, -up)))).requires_grad_()
+    out = kernels.swiglu(gate_up)
+    (ours,) = torch.autograd.grad(out, gate_up, d_out.expand(2, -1))
+    exact = gate_up.detach().float().requires_grad_()
+    a, b = exact.chunk(2, -1)
+    expected = F.silu(a) * b
+    (theirs,) = torch.autograd.grad(expected, exact, d_out.float().expand(2, -1))
+    for mine, other in ((out, expected), (ours, theirs)):
+        torch.testing.assert_close(mine.float(), other, atol=TOLERANCE[dtype] / 10, rtol=TOLERANCE[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_model_is_the_same_without_a_compiler(precision, monkeypatch):
+    model = working_copy(small_model(), precision)
+    batch = pack(*pad([[3, 4, 5], [4]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 1]))
+    results = []
+    for available in (True, False):
+        monkeypatch.setattr("kernels.available", lambda available=available: available)
+        log_probs, _ = response_log_probs(model, batch)
+        results.append((log_probs, *torch.autograd.grad(log_probs.sum(), list(model.parameters()))))
+    for a, b in zip(*results):
+        assert (a - b).norm() <= (1e-5 if precision == "fp32" else 0.03) * b.norm()
+
+
+def test_no_compiler_is_no_error(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError("cc")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    for cached in (kernels.available, kernels.library):
+        cached.cache_clear()
+    assert not kernels.available() and not kernels.apply_to(torch.zeros(1))
+    kernels.available.cache_clear()
