@@ -276,6 +276,7 @@ def plot_evaluation(summaries: dict[str, dict], path: Path) -> None:
     for axis in (left, right):
         axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def plot_training(rows: list[dict], path: Path) -> None:
@@ -296,6 +297,7 @@ def plot_training(rows: list[dict], path: Path) -> None:
         if axis.lines:  # compositions have no strategy of their own
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------------

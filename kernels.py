@@ -26,6 +26,8 @@ SIGNATURES = {
     "swiglu": (Int, Int, Pointer, Pointer),
     "swiglu_backward": (Int, Int, Pointer, Pointer, Pointer),
     "attend": (*[Int] * 7, *[Pointer] * 9),
+    "packed": (*[Int] * 4, *[Pointer] * 7),
+    "packed_backward": (*[Int] * 5, *[Pointer] * 8),
 }
 
 
@@ -127,3 +129,29 @@ def attend(
     tensors = (qkv, *rope, lengths, *prompt, *response, out)
     library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *pointers(*tensors))
     return out
+
+
+class PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, segments: Tensor, K: int, longest: int) -> Tensor:
+        N, heads, d = qkv.shape
+        H = heads - 2 * K
+        out, top, total = qkv.new_empty(N, H * d), cos.new_empty(N, H), cos.new_empty(N, H)
+        tensors = segments, qkv, cos, sin, out, top, total
+        library(qkv.dtype, d).packed(len(segments), H, K, longest, *pointers(*tensors))
+        ctx.save_for_backward(segments, qkv, cos, sin, top, total)
+        ctx.sizes = N, len(segments), H, K, longest
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        qkv = saved[1]
+        d_qkv, d_out = torch.empty_like(qkv), d_out.contiguous()
+        library(qkv.dtype, qkv.shape[2]).packed_backward(*ctx.sizes, *pointers(*saved, d_out, d_qkv))
+        return d_qkv, None, None, None, None, None
+
+
+def packed_attention(qkv: Tensor, rope: tuple[Tensor, Tensor], segments: Tensor, K: int, longest: int) -> Tensor:
+    """Attention in a packed batch: see kernels.c. qkv (N, H + 2 K, d), `longest` a segment's keys -> (N, H * d)"""
+    return PackedAttention.apply(qkv, *rope, segments, K, longest)

@@ -335,26 +335,44 @@ def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:
     return pack(prompts, lengths, none[:, None], none, none)
 
 
+def prompts_of_segments(batch: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each segment (S,): its first token, its prompt's first token, and how many tokens of a prompt it looks at."""
+    starts = F.pad(batch.lengths.cumsum(0), (1, 0))[:-1]
+    P = len(batch.lengths) - len(batch.parents)
+    own = torch.zeros_like(starts[:P])
+    return starts, torch.cat((own, starts[batch.parents])), torch.cat((own, batch.lengths[batch.parents]))
+
+
 def segment_keys(batch: Packed) -> tuple[Tensor, Tensor]:
     """What each segment may look at: indices (S, Tk) into the N tokens, and how many of them count (S,).
 
     A response's keys are its prompt and then itself, so that in every segment the queries are the last of the keys.
     """
-    starts = F.pad(batch.lengths.cumsum(0), (1, 0))[:-1]  # (S,)
-    before = torch.zeros_like(batch.lengths)  # (S,) keys ahead of the segment's own
-    before[len(before) - len(batch.parents) :] = batch.lengths[batch.parents]
-    parents = torch.arange(len(before), device=before.device)
-    parents[len(before) - len(batch.parents) :] = batch.parents
+    starts, parents, before = prompts_of_segments(batch)
     n_keys = before + batch.lengths
     j = torch.arange(int(n_keys.max()), device=before.device)
-    keys = torch.where(j < before[:, None], starts[parents][:, None] + j, (starts - before)[:, None] + j)
+    keys = torch.where(j < before[:, None], parents[:, None] + j, (starts - before)[:, None] + j)
     return keys.where(j < n_keys[:, None], 0), n_keys
 
 
 def packed_attention(batch: Packed, model: Transformer) -> Attend:
-    """The attention of a packed batch: a varlen kernel in 16 bits on a GPU, else PyTorch's on a padded layout."""
+    """The attention of a packed batch: without padding by our kernel on the CPU and by a varlen kernel, which needs 16
+    bits, on a GPU; else PyTorch's on a padded layout."""
+    if kernels.apply_to(batch.tokens):
+        return kernel_attention(batch, model.config)
     choose = varlen_attention if model.device.type == "cuda" and model.dtype != torch.float32 else padded_attention
     return choose(batch, model.config)
+
+
+def kernel_attention(batch: Packed, config: ModelConfig) -> Attend:
+    starts, parents, before = prompts_of_segments(batch)
+    segments = torch.stack((starts, batch.lengths, parents, before), 1)
+    longest = int((before + batch.lengths).max())
+
+    def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        return kernels.packed_attention(qkv, rope, segments, config.num_key_value_heads, longest)
+
+    return attend
 
 
 def padded_attention(batch: Packed, config: ModelConfig) -> Attend:
