@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from train_grpo import GrpoConfig, add_gradient
 @dataclass
 class BenchConfig:
     rounds: int = 4  # timings of ours and of the peer, in turn; the best counts
+    only: Literal["", "cpu-tiny-rollout", "cpu-tiny-update", "cpu-tiny-training", "cpu-smollm2-update"] = ""  # one row
     small: bool = False  # tiny sizes, to see that everything runs
     json: str = ""  # write the rows to this file
     plot: str = ""  # draw the time of updates of 3 to 9 steps to this PNG
@@ -62,6 +64,7 @@ class Work:
 
 TINY = Work(ModelConfig(64, num_key_value_heads=4), 32, 8, 45, 80)
 SMOLLM2 = Work(ModelConfig(49152, 576, 1536, 30, 9, 3), 8, 8, 45, 64)
+SMALL = Work(ModelConfig(64, 32, 48, 2), 2, 2, 5, 6)
 QWEN = Work(ModelConfig(151936, 1536, 8960, 28, 12, 2), 32, 8, 128, 256)
 
 
@@ -300,15 +303,13 @@ def time_of_lengths(work: Work, precision: str, rounds: int, world: World) -> li
 
 def plot_lengths(rows: list[dict], path: Path) -> float:
     """Draw the times over the tokens with the straight line that fits them; how much of them it explains (R^2)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     tokens, seconds = (np.array([r[key] for r in rows]) for key in ("tokens", "seconds"))
     slope, start = np.polyfit(tokens, seconds, 1)
     explained = 1 - ((seconds - start - slope * tokens) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot(tokens, start + slope * tokens, color="0.7", label=f"straight line, R² = {explained:.3f}")
     axes.plot(tokens, seconds, "o", color="tab:blue", label="updates of 3 to 9 steps")
     for r in rows:
@@ -316,7 +317,6 @@ def plot_lengths(rows: list[dict], path: Path) -> float:
     axes.set(xlabel="tokens generated", ylabel="seconds an update", xlim=(0, None), ylim=(0, None))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return float(explained)
 
 
@@ -339,40 +339,33 @@ def machine(world: World) -> str:
 def main(config: BenchConfig, world: World) -> None:
     require(config.rounds >= 1, "--rounds must be at least 1")
     check_outputs(config.json, config.plot)
-    gpu = world.device.type == "cuda"
     precision = measure_precision(Transformer(TINY.shape).to(world.device))
     rates = measure_rates(PRECISIONS[precision], world.device)
     print(f"{machine(world)}, torch {torch.__version__}; computing in {precision}")
     print(
         f"memory {rates.bandwidth / 1e9:.0f} GB/s, matrix products {rates.operations / 1e12:.2f} TFLOP/s\n", flush=True
     )
-    tiny, smollm2, qwen = TINY, SMOLLM2, QWEN
-    if config.small:
-        tiny = smollm2 = qwen = Work(ModelConfig(64, 32, 48, 2), 2, 2, 5, 6)
-    shared = precision, config, world
-    if gpu:
-        work = (
-            rollout_rows("gpu-qwen-rollout", qwen, rates, *shared),
-            training_row("gpu-qwen-training", qwen, rates, *shared),
-        )
-    else:
-        work = (
-            rollout_rows("cpu-tiny-rollout", tiny, rates, *shared),
-            update_row("cpu-tiny-update", tiny, 0.05, *shared),
-            training_row("cpu-tiny-training", tiny, rates, *shared),
-            update_row("cpu-smollm2-update", smollm2, 0.05, "bf16", config, world),
-        )
+    tiny, smollm2, qwen = (SMALL,) * 3 if config.small else (TINY, SMOLLM2, QWEN)
+    rows = {
+        "gpu-qwen-rollout": (rollout_rows, qwen, rates, precision),
+        "gpu-qwen-training": (training_row, qwen, rates, precision),
+        "cpu-tiny-rollout": (rollout_rows, tiny, rates, precision),
+        "cpu-tiny-update": (update_row, tiny, 0.05, precision),
+        "cpu-tiny-training": (training_row, tiny, rates, precision),
+        "cpu-smollm2-update": (update_row, smollm2, 0.05, "bf16"),
+    }
     print(HEADER, flush=True)
-    rows = []
-    for some in work:  # generators: each is timed when its turn comes
-        for r in some:
-            rows.append(r)
-            print(line(r), flush=True)
+    timed = []
+    for name, (function, *work) in rows.items():
+        if name.startswith(config.only or ("gpu" if world.device.type == "cuda" else "cpu")):
+            for r in function(name, *work, config, world):
+                timed.append(r)
+                print(line(r), flush=True)
     if config.plot:
         explained = plot_lengths(time_of_lengths(tiny, precision, config.rounds, world), Path(config.plot))
         print(f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {100 * explained:.1f}%")
     if config.json:
-        Path(config.json).write_text(json.dumps(rows, indent=2) + "\n")
+        Path(config.json).write_text(json.dumps(timed, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -236,12 +236,10 @@ SHADES = {FORWARD: "tab:blue", BACKWARD: "tab:orange", MIXED: "tab:purple", NONE
 
 
 def _figure(width: float, panels: int):
-    import matplotlib  # only where a plot is asked for: the import takes a second
+    from matplotlib.figure import Figure  # only where a plot is asked for: the import takes a second
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, panels, figsize=(width, 4), layout="constrained")
+    figure = Figure((width, 4), layout="constrained")
+    axes = figure.subplots(1, panels)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(0, 1.02)
@@ -276,7 +274,6 @@ def plot_evaluation(summaries: dict[str, dict], path: Path) -> None:
     for axis in (left, right):
         axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def plot_training(rows: list[dict], path: Path) -> None:
@@ -297,7 +294,6 @@ def plot_training(rows: list[dict], path: Path) -> None:
         if axis.lines:  # compositions have no strategy of their own
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -425,7 +425,8 @@ def response_log_probs(
     hidden = model(batch.tokens, batch.positions, packed_attention(batch, model)).index_select(0, batch.sources)
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = (model.logits(hidden) / temperature).log_softmax(-1)
+        logits = model.logits(hidden)
+        log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # a copy is dear
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1)
         return log_p.gather(1, targets[:, None])[:, 0], entropy
