@@ -364,6 +364,17 @@ def packed_attention(batch: Packed, model: Transformer) -> Attend:
     return choose(batch, model.config)
 
 
+def describe(model: Transformer) -> str:
+    """How a working copy computes, in one line."""
+    precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.dtype)
+    how = "PyTorch on a padded layout"
+    if kernels.apply_to(model.lm_head.weight):
+        how = "kernels.c"
+    elif model.device.type == "cuda" and precision == "bf16":
+        how = "PyTorch's varlen kernel" if flash_attn_varlen_func is None else "flash-attn"
+    return f"Computing on {model.device.type} in {precision}, attention by {how}."
+
+
 def kernel_attention(batch: Packed, config: ModelConfig) -> Attend:
     starts, parents, before = prompts_of_segments(batch)
     segments = torch.stack((starts, batch.lengths, parents, before), 1)

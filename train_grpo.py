@@ -59,7 +59,7 @@ from eval import (
     token_budget,
     validation_problems,
 )
-from model import Packed, Transformer, add_gradients, pack, pad, refresh, response_log_probs, working_copy
+from model import Packed, Transformer, add_gradients, describe, pack, pad, refresh, response_log_probs, working_copy
 from rollout import Rollout, Sampler
 from runtime import World, clip_gradient, parse_flags, refusals, require, start, stream, torch_stream
 
@@ -302,6 +302,8 @@ def main(config: GrpoConfig, world: World) -> None:
 
     max_new_tokens = token_budget(model, tokenizer, task, config.max_new_tokens)
     sampler = Sampler(copy, stop_tokens(tokenizer), config.group, max_new_tokens, config.temperature)
+    if world.leads:
+        print(describe(copy))
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
     for update in bar:

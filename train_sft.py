@@ -36,7 +36,7 @@ from checkpoint import (
 )
 from data.finite_field import Problem, Task, choose_strategies
 from eval import evaluate, percent, summarise, token_budget, validation_problems
-from model import Packed, Transformer, add_gradients, pack, pad, refresh, response_log_probs, working_copy
+from model import Packed, Transformer, add_gradients, describe, pack, pad, refresh, response_log_probs, working_copy
 from runtime import World, clip_gradient, n_threads, parse_flags, refusals, require, start, stream, torch_stream
 
 
@@ -226,6 +226,8 @@ def main(config: SftConfig, world: World) -> Path:
     precision = choose_precision(config, model, source, world)
     copy = working_copy(model, precision)
     n_parts = n_threads() if world.device.type == "cpu" else 1
+    if world.leads:
+        print(describe(copy))
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, updates), initial=begin, total=updates, desc="SFT", disable=not world.leads)
     shown: dict[str, str] = {}  # accuracy in percent, as last measured

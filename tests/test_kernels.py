@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import small_model
 
 import kernels
-from model import pack, pad, response_log_probs, working_copy
+from model import describe, pack, pad, response_log_probs, working_copy
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="needs a C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -71,6 +71,14 @@ def test_the_model_is_the_same_without_a_compiler(precision, monkeypatch):
         results.append((log_probs, *torch.autograd.grad(log_probs.sum(), list(model.parameters()))))
     for a, b in zip(*results):
         assert (a - b).norm() <= (1e-5 if precision == "fp32" else 0.03) * b.norm()
+
+
+def test_one_line_says_what_computes(monkeypatch):
+    monkeypatch.setattr("kernels.available", lambda: True)
+    assert describe(small_model()) == "Computing on cpu in fp32, attention by kernels.c."
+    monkeypatch.setattr("kernels.available", lambda: False)
+    said = describe(working_copy(small_model(), "bf16"))
+    assert said == "Computing on cpu in bf16, attention by PyTorch on a padded layout."
 
 
 def test_no_compiler_is_no_error(monkeypatch):

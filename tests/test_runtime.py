@@ -1,12 +1,14 @@
 """Flags from a data class, and random streams from their keys."""
 
 import sys
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
+import pytest
 import torch
 
-from runtime import World, parse_flags, stream, torch_stream
+from runtime import World, in_threads, parse_flags, stream, torch_stream
 
 
 @dataclass
@@ -43,3 +45,17 @@ def test_streams_repeat_by_key_and_differ_between_keys():
 def test_one_process_sums_to_itself():
     world = World(0, 1, torch.device("cpu"))
     assert world.leads and world.sum(1, 2.5) == [1, 2.5] and world.gather([1, 2]) == [1, 2]
+
+
+def test_pieces_of_work_side_by_side(monkeypatch):
+    """Results in order, errors not lost, and PyTorch's threads as before in the thread that asked."""
+    monkeypatch.setattr("runtime.n_threads", lambda: 3)
+    before, cpu = torch.get_num_threads(), torch.device("cpu")
+    names = in_threads(lambda i: (i, threading.current_thread().name, torch.get_num_threads()), range(7), cpu)
+    assert [i for i, *_ in names] == list(range(7)) and {n for *_, n in names} == {1}
+    assert threading.main_thread().name not in {name for _, name, _ in names}
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda i: 1 / i, [1, 0], cpu)
+    (alone,) = in_threads(lambda _: threading.current_thread().name, [0], cpu)
+    assert alone == threading.main_thread().name, "a single piece may have all cores"
