@@ -77,27 +77,24 @@ class Sampler:
         if not all(prompts):
             raise ValueError("cannot continue an empty prompt")
         G, T, device = self.group, self.max_new_tokens, self.model.device
-        longest, limit = max(map(len, prompts)) + T, self.model.config.max_position_embeddings
-        if longest > limit:
-            raise ValueError(f"prompt and response may take {longest} tokens, more than the model's {limit} positions")
+        longest_prompt, limit = max(map(len, prompts)), self.model.config.max_position_embeddings
+        if (most := longest_prompt + T) > limit:
+            raise ValueError(f"prompt and response may take {most} tokens, more than the model's {limit} positions")
 
         noise = torch.rand(len(prompts) * G, T, generator=generator).to(device)
         out = Drawn.empty(len(noise), T, device)
         # Prompts of like length share a batch: their responses tend to end together.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        step = self.groups_at_once(max(map(len, prompts)))
+        step = self.groups_at_once(longest_prompt)
         if device.type == "cpu":
             step = min(step, math.ceil(len(prompts) / n_threads()))
 
         @torch.no_grad()  # for each thread by itself
         def decode(chosen: list[int]) -> None:
             rows = (torch.tensor(chosen, device=device)[:, None] * G + torch.arange(G, device=device)).flatten()
-            drawn = self._batch([prompts[i] for i in chosen]).run([prompts[i] for i in chosen], noise[rows])
-            out.tokens[:, rows], out.log_probs[:, rows], out.lengths[rows] = (
-                drawn.tokens,
-                drawn.log_probs,
-                drawn.lengths,
-            )
+            drawn = self._batch(len(chosen), longest_prompt).run([prompts[i] for i in chosen], noise[rows])
+            out.tokens[:, rows], out.log_probs[:, rows] = drawn.tokens, drawn.log_probs
+            out.lengths[rows] = drawn.lengths
 
         in_threads(decode, [by_length[i : i + step] for i in range(0, len(prompts), step)], device)
         mask = torch.arange(T, device=device)[:, None] < out.lengths  # rows went on after their stop token
@@ -117,21 +114,21 @@ class Sampler:
         tokens = longest + self.group * self.max_new_tokens
         size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
         if device.type == "cuda":
-            if self.batch is not None:  # what it holds is there to be used again
-                return max(self.batch.groups, 1)
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             free = torch.cuda.mem_get_info(device)[0] + unused
+            if self.batch is not None:  # what it holds can be used again
+                free += self.batch.groups * (self.batch.longest + self.group * self.max_new_tokens) * size
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n_threads()
         return max(1, int(free / 2 / (tokens * size)))  # the other half is for logits, activations and training
 
-    def _batch(self, prompts: list[list[int]]) -> "Batch":
-        longest = max(map(len, prompts))
+    def _batch(self, groups: int, longest: int) -> "Batch":
+        """A batch with room for so many groups and so long prompts; with graphs, the one there is if it has room."""
         if not self.use_graphs:
-            return Batch(self, len(prompts), longest)
-        if self.batch is None or self.batch.groups != len(prompts) or self.batch.longest < longest:
+            return Batch(self, groups, longest)
+        if self.batch is None or self.batch.groups < groups or self.batch.longest < longest:
             self.batch = None  # frees its memory first
-            self.batch = Batch(self, len(prompts), 32 * math.ceil(longest / 32))
+            self.batch = Batch(self, groups, 32 * math.ceil(longest / 32))
         return self.batch
 
 
@@ -189,10 +186,14 @@ class Batch:
         return self.attend_by_flash if flash else self.attend_by_matmul
 
     def run(self, prompts: list[list[int]], noise: Tensor) -> Drawn:
-        """Decode P prompts, drawing with noise (P * G, T); the result is overwritten by the next run."""
-        self.P = self.groups
+        """Decode P prompts, for which there has to be room, drawing with noise (P * G, T).
+
+        The result is overwritten by the next run.
+        """
+        self.P = len(prompts)
+        rows = self.P * self.G
         torch.arange(len(self.rows), out=self.rows)
-        self.noise.copy_(noise)
+        self.noise[:rows] = noise
         self.running.fill_(True)
         self.out.lengths.zero_()
         self.t.fill_(-1)
@@ -201,12 +202,12 @@ class Batch:
             self.read(t)
             if t % LOOK_EVERY == 0 and not self.shrink():
                 break
-        return self.out
+        return Drawn(self.out.tokens[:, :rows], self.out.log_probs[:, :rows], self.out.lengths[:rows])
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Run the prompts; their last hidden states (P, D)."""
         tokens, lengths = pad(prompts, self.model.device)
-        self.lengths.copy_(lengths)
+        self.lengths[: self.P] = lengths
         packed = pack_prompts(tokens, lengths)
         attend = packed_attention(packed, self.model)
         real = torch.arange(self.longest, device=lengths.device) < lengths[:, None]  # (P, Tp)
@@ -214,7 +215,7 @@ class Batch:
         def attend_and_store(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
             _, *key_and_value = split_heads(qkv, rope, self.model.config)
             for side, x in zip(self.prompt[layer], key_and_value):
-                side.transpose(1, 2)[real] = x
+                side[: self.P].transpose(1, 2)[real] = x
             return attend(layer, qkv, rope)
 
         hidden = self.model(packed.tokens, packed.positions, attend_and_store)

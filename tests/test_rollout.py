@@ -178,8 +178,8 @@ def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
     model = stopping_model()
     sampler = Sampler(model, STOP, 2, 40)
     sampler.use_graphs = True
-    for seed, length in enumerate((3, 2, 3)):
-        prompts = [[3 + i % 5 + seed] * (1 + i % length) for i in range(12)]
+    for seed, (n, length) in enumerate(((12, 3), (12, 2), (9, 3), (12, 3))):
+        prompts = [[3 + i % 5 + seed] * (1 + i % length) for i in range(n)]
         rollout = sampler.sample(prompts, generator(seed))
         expected = Sampler(model, STOP, 2, 40).sample(prompts, generator(seed))
         assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.lengths, expected.lengths)
