@@ -178,12 +178,13 @@ class Batch:
         self.noise = torch.zeros(rows, self.T, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # number of the response token that is read next
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self.pool = None  # of the memory of the graphs
 
     def choose_attention(self) -> Attend:
         if kernels.apply_to(self.model.lm_head.weight):
             return self.attend_by_kernel
-        flash = flash_attn_with_kvcache is not None and self.model.dtype != torch.float32
-        return self.attend_by_flash if flash else self.attend_by_matmul
+        on_gpu = self.model.device.type == "cuda" and self.model.dtype != torch.float32
+        return self.attend_by_flash if on_gpu and flash_attn_with_kvcache is not None else self.attend_by_matmul
 
     def run(self, prompts: list[list[int]], noise: Tensor) -> Drawn:
         """Decode P prompts, for which there has to be room, drawing with noise (P * G, T).
@@ -234,8 +235,9 @@ class Batch:
             return self.step()
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key]):
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):  # graphs run one at a time and may share memory
                 self.step()
+            self.pool = self.graphs[key].pool()
         self.graphs[key].replay()
 
     def step(self) -> None:

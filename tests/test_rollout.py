@@ -146,6 +146,9 @@ class Recording(TorchDispatchMode):
         self.calls.append((function, args, kwargs or {}, out))
         return out
 
+    def pool(self):
+        return "the first's"
+
     def replay(self):
         for function, args, kwargs, out in self.calls:
             result = function(*args, **kwargs)
@@ -157,9 +160,13 @@ class Recording(TorchDispatchMode):
 def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
     """As CUDA graphs do: for any number of updates, with other prompts and in place other weights."""
 
+    captured = []
+
     class Capture:
-        def __init__(self, graph):
+        def __init__(self, graph, pool):
+            assert pool == ("the first's" if captured else None)
             self.graph = graph
+            captured.append(graph)
 
         def __enter__(self):  # a capture runs nothing: keep the state, to be put back
             tensors = [x for x in (*vars(sampler.batch).values(), *vars(sampler.batch.out).values())]
