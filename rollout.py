@@ -241,6 +241,7 @@ class Batch:
         self.graphs[key].replay()
 
     def step(self) -> None:
+        """Read each row's last token and draw its next; touches nothing but tensors of fixed place and size."""
         rows = self.P * self.G
         positions = (self.lengths[: self.P, None] + self.t).expand(-1, self.G).flatten()
         device, Tp = positions.device, self.longest
