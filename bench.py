@@ -332,7 +332,8 @@ def line(r: dict) -> str:
 def machine(world: World) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    told = Path("/proc/cpuinfo")  # Linux alone has it
+    name = re.search(r"model name\s*: (.*)", told.read_text()) if told.exists() else None
     return f"{name[1] if name else 'CPU'}, {torch.get_num_threads()} threads"
 
 
