@@ -166,13 +166,17 @@ class Ours:
         self.train(self.rollout())
 
 
+def peer_model(work: Work, eos_token_id: int | None) -> Qwen2ForCausalLM:
+    """A model of transformers of the same shape, with random weights."""
+    special = {"eos_token_id": eos_token_id, "pad_token_id": 0}
+    return Qwen2ForCausalLM(Qwen2Config(**hf_config(work.shape, word_tokenizer(11)) | special))
+
+
 def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[], object]:
     """transformers' generate on the same weights and the same work."""
     work, device = ours.work, ours.world.device
-    config = Qwen2Config(**hf_config(work.shape, word_tokenizer(11)) | {"eos_token_id": None, "pad_token_id": 0})
-    peer = Qwen2ForCausalLM(config).eval()
-    weights = split_projections(ours.model.state_dict(), work.shape)
-    peer.load_state_dict(weights)
+    peer = peer_model(work, None).eval()
+    peer.load_state_dict(split_projections(ours.model.state_dict(), work.shape))
     peer = peer.to(device, dtype)
     prompts = torch.tensor(ours.prompts, device=device).repeat_interleave(work.group, 0)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
@@ -182,7 +186,7 @@ def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[
 
 
 def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
-    """Median seconds of an update of TRL's GRPOTrainer on the same shape and work, the first left out."""
+    """Seconds of the fastest update of TRL's GRPOTrainer on the same shape and work, the first left out."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -205,8 +209,7 @@ def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
             steps.append(time.perf_counter() - self.clock)
 
     with tempfile.TemporaryDirectory() as folder:
-        config = Qwen2Config(**hf_config(work.shape, word_tokenizer(11)) | {"eos_token_id": 1, "pad_token_id": 0})
-        Qwen2ForCausalLM(config).save_pretrained(folder)  # TRL loads its reference model by name
+        peer_model(work, 1).save_pretrained(folder)  # TRL loads its reference model by name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         text = " ".join(["w5"] * work.prompt)
         rows = work.prompts * work.group

@@ -207,10 +207,9 @@ def open_run(run: Path, config, stage: str, world: World) -> int:
 
 def choose_precision(config, model: Transformer, source: Path | None, world: World) -> str:
     """The precision to compute in, the same on all processes and, in a run resumed from `source`, as at its start."""
-    chosen = config.precision if config.precision != "auto" else measure_precision(model)
     if source:
-        chosen = load_training(source).get("computed_in", "fp32")
-    return world.gather([chosen])[0]
+        return load_training(source).get("computed_in", "fp32")
+    return world.gather([measure_precision(model) if config.precision == "auto" else config.precision])[0]
 
 
 def save_checkpoint(

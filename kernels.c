@@ -1,7 +1,7 @@
 /* What a transformer on the CPU does between its matrix products, fused: see kernels.py.
  *
- * Compiled with -DHEAD_DIM=d and, for 16-bit weights, -DBF16. Arrays are contiguous unless a stride is given; `real`
- * is the type of the weights, sums are floats. Each call runs on one thread.
+ * Compiled with -DHEAD_DIM=d and, for 16-bit weights, -DBF16. Arrays are contiguous; `real` is the type of the weights,
+ * sums are floats. Each call runs on one thread.
  */
 
 #include <stdint.h>
@@ -164,29 +164,41 @@ enum { BLOCK = 64 }; /* keys whose scores are summed in registers */
 
 static void *zeros(long n) { return calloc(n, sizeof(float)); }
 
-/* The m keys, rotated, and values of a segment: keys, values (m, d) and, transposed, keys_t, values_t (d, room). */
-static void collect(long H, long K, long k, long room, const long *segment, const real *qkv, const float *cosines,
-                    const float *sines, float *keys, float *values, float *keys_t, float *values_t) {
+/* The keys, rotated, and values of a segment, up to `size` of them, a multiple of BLOCK: keys, values (size, d) and,
+ * transposed, keys_t, values_t (d, size); and a number for each key, weights (size). */
+typedef struct {
+    long size;
+    float *memory, *keys, *values, *keys_t, *values_t, *weights;
+} Room;
+
+static Room room_for(long longest) {
+    const long size = (longest + BLOCK - 1) / BLOCK * BLOCK, n = size * HEAD_DIM;
+    float *memory = zeros(4 * n + size);
+    return (Room){size, memory, memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
+}
+
+static void collect(long H, long K, long k, const long *segment, const real *qkv, const float *cosines,
+                    const float *sines, Room room) {
     enum { d = HEAD_DIM };
     for (long j = 0; j < segment[3] + segment[1]; j++) {
         long token = j < segment[3] ? segment[2] + j : segment[0] + j - segment[3];
         const real *heads = qkv + token * (H + 2 * K) * d;
-        rotate(heads + (H + k) * d, cosines + token * (d / 2), sines + token * (d / 2), 1, keys + j * d);
+        rotate(heads + (H + k) * d, cosines + token * (d / 2), sines + token * (d / 2), 1, room.keys + j * d);
         for (int i = 0; i < d; i++) {
-            values[j * d + i] = load(heads[(H + K + k) * d + i]);
-            keys_t[i * room + j] = keys[j * d + i];
-            values_t[i * room + j] = values[j * d + i];
+            room.values[j * d + i] = load(heads[(H + K + k) * d + i]);
+            room.keys_t[i * room.size + j] = room.keys[j * d + i];
+            room.values_t[i * room.size + j] = room.values[j * d + i];
         }
     }
 }
 
-/* products (m) = x (d) times columns (d, room); may write up to the next multiple of BLOCK */
-static void multiply(long m, long room, const float *x, const float *columns, float *products) {
+/* products (m) = x (d) times columns (d, size); may write up to the next multiple of BLOCK */
+static void multiply(long m, long size, const float *x, const float *columns, float *products) {
     for (long first = 0; first < m; first += BLOCK) {
         float sums[BLOCK];
         for (int j = 0; j < BLOCK; j++) sums[j] = 0;
         for (int i = 0; i < HEAD_DIM; i++)
-            for (int j = 0; j < BLOCK; j++) sums[j] += x[i] * columns[i * room + first + j];
+            for (int j = 0; j < BLOCK; j++) sums[j] += x[i] * columns[i * size + first + j];
         memcpy(products + first, sums, sizeof sums);
     }
 }
@@ -195,30 +207,29 @@ static void multiply(long m, long room, const float *x, const float *columns, fl
 void packed(long S, long H, long K, long longest, const long *segments, const real *qkv, const float *cosines,
             const float *sines, real *out, float *top, float *total) {
     enum { d = HEAD_DIM };
-    const long room = (longest + BLOCK - 1) / BLOCK * BLOCK;
     const float scale = 1 / __builtin_sqrtf(d);
-    float *keys = zeros(room * d), *values = zeros(room * d), *keys_t = zeros(room * d), *values_t = zeros(room * d);
-    float *weights = zeros(room);
+    const Room room = room_for(longest);
+    float *weights = room.weights;
     for (long s = 0; s < S; s++, segments += 4)
         for (long k = 0; k < K; k++) {
-            collect(H, K, k, room, segments, qkv, cosines, sines, keys, values, keys_t, values_t);
+            collect(H, K, k, segments, qkv, cosines, sines, room);
             for (long i = 0; i < segments[1]; i++)
                 for (long h = k * (H / K); h < (k + 1) * (H / K); h++) {
                     const long token = segments[0] + i, m = segments[3] + i + 1, place = token * H + h;
                     float q[d], mixed[d], largest = -1e30f, sum = 0;
                     rotate(qkv + (token * (H + 2 * K) + h) * d, cosines + token * (d / 2), sines + token * (d / 2), scale, q);
-                    multiply(m, room, q, keys_t, weights);
+                    multiply(m, room.size, q, room.keys_t, weights);
                     for (long j = 0; j < m; j++) largest = __builtin_fmaxf(largest, weights[j]);
                     for (long j = 0; j < m; j++) sum += weights[j] = exponential(weights[j] - largest);
                     for (int c = 0; c < d; c++) mixed[c] = 0;
                     for (long j = 0; j < m; j++)
-                        for (int c = 0; c < d; c++) mixed[c] += weights[j] * values[j * d + c];
+                        for (int c = 0; c < d; c++) mixed[c] += weights[j] * room.values[j * d + c];
                     for (int c = 0; c < d; c++) out[place * d + c] = store(mixed[c] / sum);
                     top[place] = largest;
                     total[place] = sum;
                 }
         }
-    free(keys), free(values), free(keys_t), free(values_t), free(weights);
+    free(room.memory);
 }
 
 static void rotate_back(const float *x, const float *cosines, const float *sines, real *out) {
@@ -234,13 +245,12 @@ void packed_backward(long N, long S, long H, long K, long longest, const long *s
                      const float *cosines, const float *sines, const float *top, const float *total, const real *d_out,
                      real *d_qkv) {
     enum { d = HEAD_DIM };
-    const long room = (longest + BLOCK - 1) / BLOCK * BLOCK;
     const float scale = 1 / __builtin_sqrtf(d);
-    float *keys = zeros(room * d), *values = zeros(room * d), *keys_t = zeros(room * d), *values_t = zeros(room * d);
-    float *weights = zeros(room), *slopes = zeros(room), *d_keys = zeros(N * K * d), *d_values = zeros(N * K * d);
+    const Room room = room_for(longest);
+    float *weights = room.weights, *slopes = zeros(room.size), *d_keys = zeros(N * K * d), *d_values = zeros(N * K * d);
     for (long s = 0; s < S; s++, segments += 4)
         for (long k = 0; k < K; k++) {
-            collect(H, K, k, room, segments, qkv, cosines, sines, keys, values, keys_t, values_t);
+            collect(H, K, k, segments, qkv, cosines, sines, room);
             for (long i = 0; i < segments[1]; i++)
                 for (long h = k * (H / K); h < (k + 1) * (H / K); h++) {
                     const long token = segments[0] + i, m = segments[3] + i + 1, place = token * H + h;
@@ -248,8 +258,8 @@ void packed_backward(long N, long S, long H, long K, long longest, const long *s
                     float q[d], d_mixed[d], d_q[d], along = 0, share = 1 / total[place];
                     rotate(qkv + (token * (H + 2 * K) + h) * d, c, sn, scale, q);
                     for (int e = 0; e < d; e++) d_mixed[e] = load(d_out[place * d + e]), d_q[e] = 0;
-                    multiply(m, room, q, keys_t, weights);
-                    multiply(m, room, d_mixed, values_t, slopes);
+                    multiply(m, room.size, q, room.keys_t, weights);
+                    multiply(m, room.size, d_mixed, room.values_t, slopes);
                     for (long j = 0; j < m; j++) {
                         weights[j] = exponential(weights[j] - top[place]) * share;
                         along += weights[j] * slopes[j];
@@ -259,7 +269,7 @@ void packed_backward(long N, long S, long H, long K, long longest, const long *s
                         long from = j < segments[3] ? segments[2] + j : segments[0] + j - segments[3];
                         float *d_key = d_keys + (from * K + k) * d, *d_value = d_values + (from * K + k) * d;
                         for (int e = 0; e < d; e++) {
-                            d_q[e] += slopes[j] * keys[j * d + e];
+                            d_q[e] += slopes[j] * room.keys[j * d + e];
                             d_key[e] += slopes[j] * q[e];
                             d_value[e] += weights[j] * d_mixed[e];
                         }
@@ -274,5 +284,5 @@ void packed_backward(long N, long S, long H, long K, long longest, const long *s
             rotate_back(d_keys + (token * K + k) * d, cosines + token * (d / 2), sines + token * (d / 2), to);
             for (int e = 0; e < d; e++) to[K * d + e] = store(d_values[(token * K + k) * d + e]);
         }
-    free(keys), free(values), free(keys_t), free(values_t), free(weights), free(slopes), free(d_keys), free(d_values);
+    free(room.memory), free(slopes), free(d_keys), free(d_values);
 }

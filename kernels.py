@@ -1,4 +1,4 @@
-"""Fused CPU kernels, from kernels.c: built once a process, in about a second, where there is a C compiler.
+"""Fused CPU kernels, from kernels.c: built once a process, in seconds, where there is a C compiler.
 
 Between its matrix products a decoding step of a small model is a hundred operations of a few microseconds each, and
 its attention multiplies thousands of vectors by small matrices, which BLAS is slow at. Training spends a quarter of
@@ -18,7 +18,6 @@ from torch import Tensor
 # Sums may be reordered, so that they are vectorised, and nothing is infinite. -ffast-math would also make every
 # thread that loads the library flush small numbers to zero.
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only"
-DTYPES = (torch.float32, torch.bfloat16)
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "add_rms_norm": (Int, Int, Float, *[Pointer] * 5),

@@ -424,6 +424,11 @@ def varlen_attention(batch: Packed, config: ModelConfig) -> Attend:
     return attend
 
 
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probs (N, V) at a temperature, for sampler and trainer alike."""
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # a copy is dear
+
+
 def response_log_probs(
     model: Transformer, batch: Packed, temperature: float = 1.0, largest: int = 2**27
 ) -> tuple[Tensor, Tensor]:
@@ -436,8 +441,7 @@ def response_log_probs(
     hidden = model(batch.tokens, batch.positions, packed_attention(batch, model)).index_select(0, batch.sources)
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.logits(hidden)
-        log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)  # a copy is dear
+        log_p = log_softmax(model.logits(hidden), temperature)
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(-1)
         return log_p.gather(1, targets[:, None])[:, 0], entropy
@@ -470,8 +474,7 @@ def add_gradients(
                 total = [gradient.float() for gradient in gradients]
         return total, results
 
-    n = n_threads() if model.device.type == "cpu" else 1
-    results = []
+    n, results = n_threads(model.device), []
     for total, said in in_threads(share, [mine for i in range(n) if (mine := items[i::n])], model.device):
         results += said
         for weight, gradient in zip(weights, total):

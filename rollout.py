@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from model import Attend, Rope, Transformer, pack_prompts, packed_attention, pad, split_heads
+from model import Attend, Rope, Transformer, log_softmax, pack_prompts, packed_attention, pad, split_heads
 from runtime import in_threads, n_threads
 
 try:  # needs CUDA: requirements-gpu.txt
@@ -85,9 +85,7 @@ class Sampler:
         out = Drawn.empty(len(noise), T, device)
         # Prompts of like length share a batch: their responses tend to end together.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        step = self.groups_at_once(longest_prompt)
-        if device.type == "cpu":
-            step = min(step, math.ceil(len(prompts) / n_threads()))
+        step = min(self.groups_at_once(longest_prompt), math.ceil(len(prompts) / n_threads(device)))
 
         @torch.no_grad()  # for each thread by itself
         def decode(chosen: list[int]) -> None:
@@ -119,7 +117,7 @@ class Sampler:
             if self.batch is not None:  # what it holds can be used again
                 free += self.batch.groups * (self.batch.longest + self.group * self.max_new_tokens) * size
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n_threads()
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n_threads(device)
         return max(1, int(free / 2 / (tokens * size)))  # the other half is for logits, activations and training
 
     def _batch(self, groups: int, longest: int) -> "Batch":
@@ -134,7 +132,7 @@ class Sampler:
 
 def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sample tokens (B,) from logits (B, V) by inverting the distribution function at noise (B,) in [0, 1)."""
-    log_p = (logits / (temperature or 1.0)).log_softmax(-1)
+    log_p = log_softmax(logits, temperature or 1.0)
     if temperature == 0:
         tokens = log_p.argmax(-1)
     else:

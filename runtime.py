@@ -162,9 +162,10 @@ def clip_gradient(model: nn.Module, longest: float) -> float:
 # would spend more time waiting for one another than working, and where cores are shared they would wait in vain.
 
 
-def n_threads() -> int:
-    """How many pieces of work run side by side: PyTorch's threads, but no more than Python's lock can feed."""
-    return min(torch.get_num_threads(), 8)
+def n_threads(device: torch.device) -> int:
+    """How many pieces of work run side by side: one on a GPU, else PyTorch's threads, but no more than Python's lock
+    can feed."""
+    return min(torch.get_num_threads(), 8) if device.type == "cpu" else 1
 
 
 @functools.cache
@@ -174,9 +175,9 @@ def _pool(n: int) -> ThreadPoolExecutor:
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
     """The function of each item, in order; on a GPU, or for a single item, without threads."""
-    if device.type != "cpu" or len(items) == 1 or n_threads() == 1:
+    if len(items) == 1 or n_threads(device) == 1:
         return [function(item) for item in items]
-    return list(_pool(n_threads()).map(function, items))
+    return list(_pool(n_threads(device)).map(function, items))
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def main(config: SftConfig, world: World) -> Path:
     budget = token_budget(model, tokenizer, task)
     precision = choose_precision(config, model, source, world)
     copy = working_copy(model, precision)
-    n_parts = n_threads() if world.device.type == "cpu" else 1
+    n_parts = n_threads(world.device)
     if world.leads:
         print(describe(copy))
     log = Log(run, begin) if world.leads else None

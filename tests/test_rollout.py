@@ -179,7 +179,7 @@ def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
             for x, kept in self.kept:
                 x.copy_(kept)
 
-    monkeypatch.setattr("rollout.n_threads", lambda: 1)  # a GPU has one batch
+    monkeypatch.setattr("rollout.n_threads", lambda device: 1)  # a GPU has one batch
     monkeypatch.setattr("torch.cuda.CUDAGraph", Recording)
     monkeypatch.setattr("torch.cuda.graph", Capture)
     model = stopping_model()

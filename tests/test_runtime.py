@@ -49,7 +49,7 @@ def test_one_process_sums_to_itself():
 
 def test_pieces_of_work_side_by_side(monkeypatch):
     """Results in order, errors not lost, and PyTorch's threads as before in the thread that asked."""
-    monkeypatch.setattr("runtime.n_threads", lambda: 3)
+    monkeypatch.setattr("runtime.n_threads", lambda device: 3)
     before, cpu = torch.get_num_threads(), torch.device("cpu")
     names = in_threads(lambda i: (i, threading.current_thread().name, torch.get_num_threads()), range(7), cpu)
     assert [i for i, *_ in names] == list(range(7)) and {n for *_, n in names} == {1}
