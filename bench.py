@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from checkpoint import hf_config, split_projections, word_tokenizer
-from model import PRECISIONS, ModelConfig, Transformer, measure_precision, pad, refresh, working_copy
+from checkpoint import hf_config
+from model import PRECISIONS, ModelConfig, Transformer, measure_precision, pad, plain_weights, refresh, working_copy
 from rollout import Rollout, Sampler
 from runtime import World, check_outputs, clip_gradient, parse_flags, require, start, torch_stream
+from tokenizer import word_tokenizer
 from train_grpo import GrpoConfig, add_gradient
 
 
@@ -137,7 +138,7 @@ class Ours:
 
     def __init__(self, work: Work, precision: str, device: torch.device, beta: float = 0.0):
         self.work, self.world = work, World(0, 1, device)
-        self.config = GrpoConfig(beta=beta, lr=1e-5)
+        self.config = GrpoConfig(beta=beta, temperature=1.0)
         torch.manual_seed(0)
         self.model = Transformer(work.shape).to(device)
         with torch.no_grad():
@@ -176,7 +177,7 @@ def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[
     """transformers' generate on the same weights and the same work."""
     work, device = ours.work, ours.world.device
     peer = peer_model(work, None).eval()
-    peer.load_state_dict(split_projections(ours.model.state_dict(), work.shape))
+    peer.load_state_dict(plain_weights(ours.model), strict=False)  # tied: without the head
     peer = peer.to(device, dtype)
     prompts = torch.tensor(ours.prompts, device=device).repeat_interleave(work.group, 0)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
@@ -343,7 +344,7 @@ def machine(world: World) -> str:
 def main(config: BenchConfig, world: World) -> None:
     require(config.rounds >= 1, "--rounds must be at least 1")
     check_outputs(config.json, config.plot)
-    precision = measure_precision(Transformer(TINY.shape).to(world.device))
+    precision = measure_precision(TINY.shape, world.device)
     rates = measure_rates(PRECISIONS[precision], world.device)
     print(f"{machine(world)}, torch {torch.__version__}; computing in {precision}")
     print(

@@ -1,8 +1,9 @@
-"""Models, tokenizers and logs on disk. A checkpoint is a Hugging Face folder `RUN/step-N`.
+"""Models and logs on disk. A checkpoint is a Hugging Face folder `RUN/step-N`.
 
 Beside the model lie `training.json` (what made it) and `training_state.pt` (the optimizer, for an exact resume; all
-random streams are made from the update's number). A folder is written under another name and renamed when complete,
-so a checkpoint that was interrupted does not exist. Nothing loaded here can run code.
+random streams are made from the update's number); with LoRA the model has its adapters merged, and `adapter/` holds
+them by themselves. A folder is written under another name and renamed when complete, so a checkpoint that was
+interrupted does not exist. Nothing loaded here can run code.
 """
 
 import json
@@ -13,57 +14,31 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from data.finite_field import vocabulary
-from model import ModelConfig, Transformer, init_weights, measure_precision
-from runtime import World, fail, refusals, require, torch_stream
+from lora import add_lora, load_adapters, save_adapters, updates
+from model import (
+    PRECISIONS,
+    ModelConfig,
+    RopeScaling,
+    Transformer,
+    init_weights,
+    lower,
+    measure_precision,
+    plain_weights,
+)
+from runtime import World, fail, read_json, refusals, require, torch_stream, write_json
+from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-
-# ------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def word_tokenizer(p: int) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the vocabulary of GF(p); white space of any kind separates words."""
-    words = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *vocabulary(p)])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def decode(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> list[str]:
-    return tokenizer.batch_decode(rows)
-
-
-def is_word_level(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer is that of a model made here from scratch, and not a pretrained model's."""
-    return isinstance(tokenizer.backend_tokenizer.model, models.WordLevel)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, p: int) -> None:
-    """Refuse a tokenizer that cannot write the problems of GF(p)."""
-    text = " ".join(vocabulary(p))
-    if decode(tokenizer, [encode(tokenizer, text)])[0].split() != text.split():
-        known = set(decode(tokenizer, [encode(tokenizer, text)])[0].split())
-        missing = next(word for word in text.split() if word not in known)
-        fail(f"the model's tokenizer has no word for {missing!r}, which problems of GF({p}) need")
-
+FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 # ------------------------------------------------------------------------------------------------------------------
 # Models
 
 
-def new_model(p: int, seed: int) -> tuple[Transformer, PreTrainedTokenizerFast]:
+def new_model(p: int, seed: int) -> tuple[Transformer, Tokenizer]:
     """The tiny model, random, and its tokenizer."""
     tokenizer = word_tokenizer(p)
     model = Transformer(ModelConfig(vocab_size=len(tokenizer)))
@@ -71,109 +46,123 @@ def new_model(p: int, seed: int) -> tuple[Transformer, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 
-def hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> dict:
+def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
     """The config.json of a model."""
+    special = {f"{name}_token_id": getattr(tokenizer.inner, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [FAMILIES[config.model_type]],
         **asdict(config),
+        **special,
         "hidden_act": "silu",
+        "attention_bias": config.model_type == "qwen2",
         "attention_dropout": 0.0,
         "use_sliding_window": False,
         "dtype": "float32",
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        fail(f"cannot read {path}: {error}")
-    require(isinstance(value, dict), f"cannot read {path}: it holds no JSON object")
-    return value
 
 
 def read_config(folder: Path) -> ModelConfig:
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") != "qwen2":
-        fail(f"{folder} holds a {raw.get('model_type')!r} model; supported: qwen2 (Qwen2, Qwen2.5)")
+    """The shape of the model in a Hugging Face folder; refuses what this transformer does not compute."""
+    raw, path = read_json(folder / "config.json"), folder / "config.json"
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        fail(f"{folder} holds a {kind!r} model; supported: qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
-        fail(f"{folder} uses scaled RoPE, sliding-window attention or an activation other than SiLU: not supported")
+    scaled = rope.get("rope_type", rope.get("type", "default"))
+    biased = (kind != "qwen2" and raw.get("attention_bias")) or raw.get("mlp_bias")
+    other = set(raw.get("layer_types") or []) - {"full_attention"} or raw.get("use_sliding_window")
+    if scaled not in ("default", "llama3") or biased or other or raw.get("hidden_act", "silu") != "silu":
+        fail(f"{path} asks for a RoPE scaling, biases, sliding windows or an activation that are not supported")
     raw = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **raw}
-    missing = [field.name for field in fields(ModelConfig) if field.name not in raw]
-    require(not missing, f"{folder / 'config.json'} lacks {', '.join(missing)}")
-    for field in fields(ModelConfig):
-        sound = isinstance(raw[field.name], field.type | int if field.type is float else field.type)
-        require(sound and (field.type is bool or raw[field.name] > 0), f"{folder / 'config.json'}: bad {field.name}")
-    return ModelConfig(**{field.name: raw[field.name] for field in fields(ModelConfig)})
+    raw["head_dim"] = raw.get("head_dim") or 0
+    raw["rope_scaling"] = sound_fields(RopeScaling, rope, path) if scaled == "llama3" else None
+    config = sound_fields(ModelConfig, raw, path)
+    sizes = config.hidden_size % config.num_attention_heads == 0 or raw["head_dim"]
+    sound = sizes and config.num_attention_heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
+    require(sound, f"{path}: its numbers of heads and its sizes do not go together")
+    return config
 
 
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+def sound_fields(kind: type, raw: dict, path: Path):
+    """A data class from the fields of a JSON object, which have to be there, of the right type and positive."""
+    missing = [field.name for field in fields(kind) if field.name not in raw]
+    require(not missing, f"{path} lacks {', '.join(missing)}")
+    for field in fields(kind):
+        value, number = raw[field.name], field.type in (int, float)
+        sound = not number or (isinstance(value, int | field.type) and not isinstance(value, bool) and value > 0)
+        sound = sound or (field.name == "head_dim" and value == 0)
+        require(sound and (field.type is not bool or isinstance(value, bool)), f"{path}: bad {field.name}")
+    return kind(**{field.name: raw[field.name] for field in fields(kind)})
 
 
-def join_projections(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a Hugging Face checkpoint -> weights of our model, which joins some matrices into one."""
-    joined = dict(weights)
-    for whole, parts in JOINED.items():
-        for name in [name for name in weights if f".{parts[0]}." in name]:
-            pieces = [joined.pop(other) for part in parts if (other := name.replace(parts[0], part)) in joined]
-            joined[name.replace(parts[0], whole)] = torch.cat(pieces)
-    return joined
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, chat_template: bool = True
+) -> tuple[Transformer, Tokenizer]:
+    """A model, its matrices in `dtype`, and its tokenizer, from a Hugging Face folder.
 
-
-def split_projections(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The way back."""
-    kv = config.num_key_value_heads * config.head_dim
-    sizes = {
-        "qkv_proj": (config.num_attention_heads * config.head_dim, kv, kv),
-        "gate_up_proj": (config.intermediate_size,) * 2,
-    }
-    split = {}
-    for name, weight in weights.items():
-        whole = next((whole for whole in JOINED if f".{whole}." in name), None)
-        names = [name.replace(whole, part) for part in JOINED[whole]] if whole else [name]
-        split |= zip(names, weight.split(sizes[whole]) if whole else [weight])
-    return split
-
-
-def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Transformer, PreTrainedTokenizerFast]:
-    """A model in fp32, and its tokenizer, from a Hugging Face folder."""
+    Weights are read one at a time to their place: no second copy of the model is in memory.
+    """
     require(folder.is_dir(), f"there is no folder {folder}")
     config = read_config(folder)
-    shards = [folder / "model.safetensors"]
-    if (index := folder / "model.safetensors.index.json").exists():
-        shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    weights = {}
-    for shard in shards:
-        try:
-            weights |= load_file(shard)
-        except (OSError, SafetensorError) as error:
-            fail(f"cannot read the weights in {shard}: {error}")
-    model = Transformer(config)
-    weights = join_projections(weights)
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        fail(f"the weights in {folder} are not those of its config.json: {str(error)[:300]}")
-    try:
-        # AutoTokenizer would put Qwen2's own BPE in the place of whatever tokenizer.json says.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises no narrower one
-        fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
+    tokenizer = load_tokenizer(folder, chat_template)
     require(len(tokenizer) <= config.vocab_size, f"the tokenizer in {folder} has more words than the model")
-    return model.to(device), tokenizer
+    with torch.device("meta"):  # shapes without memory
+        model = lower(Transformer(config), dtype)
+    places = find_weights(folder)
+    needed = plain_weights(model)
+    missing, unknown = needed.keys() - places, places.keys() - needed - {"lm_head.weight"}
+    unknown = {name for name in unknown if not name.endswith("rotary_emb.inv_freq")}  # of old Llama checkpoints
+    require(not missing, f"the weights in {folder} lack {min(missing, default='')} and {len(missing) - 1} others")
+    require(not unknown, f"the weights in {folder} hold {min(unknown, default='')}, which its config.json has not")
+
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for name, weight in plain_weights(model).items():
+        found = read_weight(places[name], name, device)
+        require(found.shape == weight.shape, f"the weight {name} in {folder} has not the shape of its config.json")
+        weight.copy_(found)
+    return model, tokenizer
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    require(tokenizer.eos_token_id is not None, "the model's tokenizer names no end-of-sequence token")
-    return [tokenizer.eos_token_id]
+def find_weights(folder: Path) -> dict[str, Path]:
+    """In which file each weight lies. Every file has to be there, and whole."""
+    files = [folder / "model.safetensors"]
+    if (index := folder / "model.safetensors.index.json").exists():
+        weight_map = read_json(index).get("weight_map")
+        require(isinstance(weight_map, dict) and bool(weight_map), f"{index} names no weights")
+        files = [folder / Path(str(name)).name for name in sorted(set(map(str, weight_map.values())))]
+    places = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                places |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            fail(f"cannot read the weights in {file}: {error}")
+    return places
+
+
+def read_weight(file: Path, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    with safe_open(file, "pt", device=str(device)) as opened:  # opened for each anew, which lets go of what was read
+        return opened.get_tensor(name)
+
+
+def load_policy(
+    config, start: Path, source: Path | None, precision: str, device: torch.device
+) -> tuple[Transformer, Tokenizer, Transformer]:
+    """The model that training changes, its tokenizer, and the model at the start, which it leaves as it is.
+
+    All the weights in fp32 or, with --lora, adapters on the start; those of `source` where a run is resumed.
+    """
+    initial, tokenizer = load_model(start, device, PRECISIONS[precision], not config.no_chat_template)
+    initial.requires_grad_(False)
+    if not config.lora:
+        return load_model(source or start, device)[0], tokenizer, initial
+    generator = torch_stream(config.seed, "adapters")
+    policy = add_lora(initial, config.lora, config.lora_alpha, config.lora_dropout, generator)
+    if source:
+        load_adapters(policy, source / "adapter")
+    return policy, tokenizer, initial
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -205,18 +194,19 @@ def open_run(run: Path, config, stage: str, world: World) -> int:
     return training["update"]
 
 
-def choose_precision(config, model: Transformer, source: Path | None, world: World) -> str:
-    """The precision to compute in, the same on all processes and, in a run resumed from `source`, as at its start."""
-    if source:
-        return load_training(source).get("computed_in", "fp32")
-    return world.gather([measure_precision(model) if config.precision == "auto" else config.precision])[0]
+def choose_precision(flag: str, model: ModelConfig, source: Path | None, world: World) -> str:
+    """The precision to compute in: the same on all processes and as what made the checkpoint `source` computed in."""
+    made_in = load_training(source).get("computed_in") if source and flag == "auto" else None
+    if made_in in PRECISIONS:
+        return made_in
+    return world.gather([measure_precision(model, world.device) if flag == "auto" else flag])[0]
 
 
 def save_checkpoint(
     run: Path,
     update: int,
     model: Transformer,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer,
     training: dict,
 ) -> Path:
@@ -228,34 +218,38 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, mostly
-        shutil.rmtree(draft, ignore_errors=True)
         fail(f"cannot write the checkpoint {folder}: {error}")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
 def _write_checkpoint(
     draft: Path,
     model: Transformer,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer,
     training: dict,
 ) -> None:
     draft.mkdir(parents=True)
-    weights = split_projections({name: w.detach() for name, w in model.state_dict().items()}, model.config)
-    weights = {name: w.contiguous() for name, w in weights.items()}
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
-    save_file(weights, draft / "model.safetensors", {"format": "pt"})
-    tokenizer.save_pretrained(draft)
+    save_file(weights_to_save(model, training), draft / "model.safetensors", {"format": "pt"})
+    tokenizer.inner.save_pretrained(draft)
     write_json(draft / "config.json", hf_config(model.config, tokenizer))
-    stops = {"eos_token_id": stop_tokens(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
     write_json(draft / "generation_config.json", stops)
     write_json(draft / "training.json", training)
     torch.save(optimizer.state_dict(), draft / "training_state.pt")
+    if training.get("lora"):
+        save_adapters(model, training["start"], draft / "adapter")
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def weights_to_save(model: Transformer, training: dict) -> dict[str, torch.Tensor]:
+    """The weights in fp32; with LoRA those of the start as they lie on disk, to which the adapters are added."""
+    weights = plain_weights(model)
+    if training.get("lora"):
+        places, added = find_weights(Path(training["start"])), updates(model)
+        return {name: read_weight(places[name], name).float() + added.get(name, 0) for name in weights}
+    return {name: weight.float().cpu().contiguous() for name, weight in weights.items()}
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -264,8 +258,15 @@ def newest_checkpoint(run: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or the newest checkpoint of a run folder."""
+def find_checkpoint(name: str) -> Path:
+    """A checkpoint folder, the newest checkpoint of a run folder, or a model from the Hugging Face hub or its cache."""
+    path = Path(name)
+    hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists()
+    if hub_like:
+        try:
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        except Exception as error:  # no such model, no permission, no network: dozens of kinds
+            fail(f"there is no folder {name}, nor can the hub be asked for that model: {str(error)[:300]}")
     if (path / "config.json").exists():
         return path
     require(path.is_dir(), f"there is no folder {path}")

@@ -17,19 +17,19 @@ from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from checkpoint import check_tokenizer, decode, encode, find_checkpoint, load_model, load_training, stop_tokens
+from checkpoint import choose_precision, find_checkpoint, load_model, load_training, read_config
 from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task, reward
-from model import Transformer
+from model import PRECISIONS, Transformer, describe
 from rollout import Sampler
 from runtime import World, check_outputs, parse_flags, refusals, require, start, stream, torch_stream
 from strategies import MIXED, NONE, fits, tag
+from tokenizer import Tokenizer
 
 
 @dataclass
 class EvalConfig:
-    checkpoints: list = field(default_factory=list)  # one or two checkpoints or run folders
+    checkpoints: list = field(default_factory=list)  # one or two checkpoints, run folders or names on the hub
     difficulty: Literal["easy", "hard", "extreme"] = "hard"  # easy (2-5 steps), hard (6-9) or extreme (6-15)
     steps: str = ""  # such as 3-7, instead of --difficulty
     parts: str = "1"  # parts of a problem, such as 2-3: two or more make a composition
@@ -38,6 +38,8 @@ class EvalConfig:
     temperature: float = 1.0  # of the sampling
     greedy: bool = False  # the likeliest token always, one response a problem
     seed: int = 0  # of the problems and of the sampling
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: as in training, or measured
+    no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
     json: str = ""  # write the figures to this file
     plot: str = ""  # draw accuracy and strategies to this PNG
 
@@ -55,7 +57,7 @@ class Response:
     stopped: bool
 
 
-def token_budget(model: Transformer, tokenizer: PreTrainedTokenizerFast, task: Task, wanted: int = 0) -> int:
+def token_budget(model: Transformer, tokenizer: Tokenizer, task: Task, wanted: int = 0) -> int:
     """Tokens of a response: as many as `wanted`, or where that is 0 the longest solution of the task and a line more.
 
     Refuses a model with too few positions for them.
@@ -64,8 +66,8 @@ def token_budget(model: Transformer, tokenizer: PreTrainedTokenizerFast, task: T
     problems = [longest.sample(rng, "train") for _ in range(64)]
     solutions = [problem.solution(strategy) for problem in problems for strategy in (FORWARD, BACKWARD)]
     lines = [line for solution in solutions[:2] for line in solution.split("\n")]
-    sizes = [max(len(encode(tokenizer, text)) for text in texts) for texts in (solutions, lines)]
-    prompt = max(len(encode(tokenizer, problem.prompt())) for problem in problems)
+    sizes = [max(len(tokenizer.solution(text)) - 1 for text in texts) for texts in (solutions, lines)]
+    prompt = max(len(tokenizer.prompt(problem)) for problem in problems)
     limit = model.config.max_position_embeddings
     budget = wanted or sum(sizes)
     require(
@@ -90,7 +92,7 @@ def judge_groups(problems: list[Problem], texts: list[str], stopped: list[bool])
 
 def evaluate(
     model: Transformer,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     problems: list[Problem],
     max_new_tokens: int,
     samples: int,
@@ -98,10 +100,10 @@ def evaluate(
     seed: int,
 ) -> list[list[Response]]:
     """Sample and judge `samples` responses of at most `max_new_tokens` tokens to each problem."""
-    sampler = Sampler(model, stop_tokens(tokenizer), samples, max_new_tokens, temperature)
-    prompts = [encode(tokenizer, problem.prompt()) for problem in problems]
+    sampler = Sampler(model, tokenizer.stops, samples, max_new_tokens, temperature)
+    prompts = [tokenizer.prompt(problem) for problem in problems]
     rollout = sampler.sample(prompts, torch_stream(seed, "evaluation sampling"))
-    return judge_groups(problems, decode(tokenizer, rollout.responses()), rollout.stopped.tolist())
+    return judge_groups(problems, tokenizer.decode(rollout.responses()), rollout.stopped.tolist())
 
 
 def validation_problems(task: Task, n: int, seed: int) -> list[Problem]:
@@ -311,7 +313,7 @@ def main(config: EvalConfig, world: World) -> None:
     if not world.leads:
         return
     check(config)
-    paths = [find_checkpoint(Path(name)) for name in config.checkpoints]
+    paths = [find_checkpoint(name) for name in config.checkpoints]
     require(len({path.resolve() for path in paths}) == len(paths), f"both names mean the checkpoint {paths[0]}")
     fields = [(training.get("field", 11), training.get("relabel", "fixed")) for training in map(load_training, paths)]
     require(fields[0] == fields[-1], "the two checkpoints were trained on different fields or namings")
@@ -322,8 +324,10 @@ def main(config: EvalConfig, world: World) -> None:
 
     judged = {}
     for path in paths:
-        model, tokenizer = load_model(path, world.device)
-        check_tokenizer(tokenizer, task.p)
+        precision = choose_precision(config.precision, read_config(path), path, World(0, 1, world.device))
+        model, tokenizer = load_model(path, world.device, PRECISIONS[precision], not config.no_chat_template)
+        tokenizer.check(task.p)
+        print(describe(model))
         budget = token_budget(model, tokenizer, task)
         judged[str(path)] = evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
     summaries = {name: summarise(groups) for name, groups in judged.items()}

@@ -1,4 +1,4 @@
-"""The transformer: Qwen2 weights in Hugging Face format, on packed tokens.
+"""The transformer: weights of Qwen2, Qwen3 and Llama in Hugging Face format, on packed tokens.
 
 The body never sees a padded batch. It maps N tokens, whoever they belong to, to N hidden states, and calls
 `attend(layer, qkv, rope)` wherever tokens look at one another. What differs between training, prefill and decoding
@@ -7,8 +7,8 @@ is only that function: `packed_attention` below, and those in rollout.py.
     hidden = model(tokens, positions, attend)         # (N,), (N,) -> (N, D)
     logits = model.logits(hidden)                     # (N, D) -> (N, V)
 
-Source: Qwen2 (arXiv 2407.10671). Module names are those of transformers' Qwen2ForCausalLM, but for two matrices that
-hold several of its own, one below the other (checkpoint.py takes them apart): qkv_proj and gate_up_proj.
+Sources: Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388), Llama 3 (arXiv 2407.21783). Module names are those of
+transformers, but for two matrices that hold several of its own, one below the other: qkv_proj and gate_up_proj.
 """
 
 import inspect
@@ -44,6 +44,17 @@ Attend = Callable[[int, Tensor, Rope], Tensor]  # layer, qkv (N, H + 2 K, d) bef
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of slow rotations, in the names of a Hugging Face config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    rope_type: str = "llama3"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model, in the names of a Hugging Face config.json."""
 
@@ -57,10 +68,16 @@ class ModelConfig:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 2048
+    head_dim: int = 0  # d; 0: hidden_size over heads
+    model_type: str = "qwen2"  # qwen2: with biases; qwen3: queries and keys are normalised; llama: neither
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads  # d
+    def kv_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
 
 
 class RMSNorm(nn.Module):
@@ -77,31 +94,57 @@ class RMSNorm(nn.Module):
         return x, F.rms_norm(x, (x.shape[-1],), self.weight, self.eps).to(added.dtype)
 
 
+class Linear(nn.Linear):
+    """A matrix that holds several of the checkpoint's own, of `sizes` rows, and perhaps LoRA adapters of each."""
+
+    def __init__(self, inputs: int, *sizes: int, bias: bool = False):
+        super().__init__(inputs, sum(sizes), bias)
+        self.sizes = sizes
+        self.adapter: nn.Module | None = None  # lora.py adds them
+
+    def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        return out if self.adapter is None else out + self.adapter(x, dropout_key)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head by itself, in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, heads * config.head_dim)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.layer, self.config, d = layer, config, config.head_dim
+        sizes = config.num_attention_heads * d, config.kv_size, config.kv_size
+        self.qkv_proj = Linear(config.hidden_size, *sizes, bias=config.model_type == "qwen2")
+        self.o_proj = Linear(config.num_attention_heads * d, config.hidden_size)
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = HeadNorm(d, config.rms_norm_eps), HeadNorm(d, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (N, H + 2 K, d)
-        return self.o_proj(attend(self.layer, qkv, rope))
+    def forward(self, x: Tensor, rope: Rope, attend: Attend, dropout_key: int | None) -> Tensor:
+        H, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        qkv = self.qkv_proj(x, dropout_key).unflatten(-1, (-1, self.config.head_dim))  # (N, H + 2 K, d)
+        if self.config.model_type == "qwen3":
+            q, k, v = qkv.split((H, K, K), 1)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), 1)
+        return self.o_proj(attend(self.layer, qkv, rope), dropout_key)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, config.intermediate_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj(x)  # (N, 2 I)
+    def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
+        gate_up = self.gate_up_proj(x, dropout_key)  # (N, 2 I)
         if kernels.apply_to(gate_up):
-            return self.down_proj(kernels.swiglu(gate_up))
+            return self.down_proj(kernels.swiglu(gate_up), dropout_key)
         gate, up = gate_up.chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate) * up, dropout_key)
 
 
 class Block(nn.Module):
@@ -112,11 +155,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, added: Tensor, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, added: Tensor, rope: Rope, attend: Attend, dropout_key: int | None
+    ) -> tuple[Tensor, Tensor]:
         """States (N, D) in fp32 and what the block before adds to them -> the same for the next block."""
         x, normed = self.input_layernorm(x, added)
-        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rope, attend))
-        return x, self.mlp(normed)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rope, attend, dropout_key))
+        return x, self.mlp(normed, dropout_key)
 
 
 class Body(nn.Module):
@@ -145,19 +190,19 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, dropout_key: int | None = None) -> Tensor:
         """Final hidden states (N, D) of N tokens (N,) at the given RoPE positions (N,).
 
-        Between the blocks the states are fp32, whatever the type of the weights.
+        Between the blocks the states are fp32, whatever the type of the weights. Without a key nothing is dropped.
         """
         added = self.model.embed_tokens(tokens)  # (N, D)
         x = torch.zeros_like(added, dtype=torch.float32)
         rope = rope_tables(positions, self.config)
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
-                x, added = checkpoint(block, x, added, rope, attend, use_reentrant=False)
+                x, added = checkpoint(block, x, added, rope, attend, dropout_key, use_reentrant=False)
             else:
-                x, added = block(x, added, rope, attend)
+                x, added = block(x, added, rope, attend, dropout_key)
         return self.model.norm(x, added)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -165,20 +210,44 @@ class Transformer(nn.Module):
         return self.lm_head(hidden).float()
 
 
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def part_names(name: str) -> list[str]:
+    """What a checkpoint calls the matrices that our model keeps in the one of this name."""
+    path, _, last = name.rpartition(".")
+    return [f"{path}.{part}" for part in PARTS.get(last, (last,))]
+
+
+def plain_weights(model: Transformer) -> dict[str, Tensor]:
+    """The weights under their names in a checkpoint, as views; without adapters, and tied embeddings once."""
+    weights = {}
+    for name, module in model.named_modules():
+        if ".adapter" in name or (name == "lm_head" and model.config.tie_word_embeddings):
+            continue
+        for kind, weight in module.named_parameters(recurse=False):
+            if isinstance(module, Linear):
+                parts = zip(part_names(name), weight.detach().split(module.sizes))
+                weights |= {f"{part}.{kind}": piece for part, piece in parts}
+            else:
+                weights[f"{name}.{kind}"] = weight.detach()
+    return weights
+
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def measure_precision(model: Transformer) -> str:
-    """Which precision the model's device computes faster in: "bf16" has to win by a quarter.
+def measure_precision(config: ModelConfig, device: torch.device) -> str:
+    """Which precision the device computes faster in: "bf16" has to win by a quarter.
 
     It does on GPUs and on CPUs with AMX or AVX512-BF16; others are far slower in bf16 than in fp32.
     """
-    if model.device.type == "cuda":
+    if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    weight, best = model.model.layers[0].mlp.gate_up_proj.weight, {}
+    best = {}
     for name, dtype in PRECISIONS.items():
-        w, x = weight.detach().to(dtype), torch.ones(256, weight.shape[1], dtype=dtype)
-        times = []
+        w = torch.ones(2 * config.intermediate_size, config.hidden_size, dtype=dtype)
+        x, times = w[:256], []
         for _ in range(20):
             clock = time.perf_counter()
             F.linear(x, w)
@@ -188,21 +257,33 @@ def measure_precision(model: Transformer) -> str:
 
 
 def working_copy(model: Transformer, precision: str) -> Transformer:
-    """What computes: in fp32 the model itself, in bf16 a copy with matrices in bf16 beside the model's fp32 weights."""
+    """What computes: in fp32 the model itself, in bf16 a copy with matrices in bf16 beside the model's fp32 weights.
+
+    Frozen weights, those under LoRA adapters, are not copied: they have to be in that precision already.
+    """
     if precision == "fp32":
         return model
-    copy = deepcopy(model)
-    for module in copy.modules():
+    return lower(deepcopy(model, {id(w): w for w in model.parameters() if not w.requires_grad}), PRECISIONS[precision])
+
+
+def lower(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model with its matrices in `dtype`; vectors stay fp32, since they weigh little."""
+    for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            module.to(PRECISIONS[precision])
-    return copy
+            module.to(dtype)
+    return model
+
+
+def trained(model: Transformer) -> list[nn.Parameter]:
+    """The weights that training moves: all, or those of the adapters."""
+    return [w for w in model.parameters() if w.requires_grad]
 
 
 @torch.no_grad()
 def refresh(copy: Transformer, model: Transformer) -> None:
     """Bring a working copy up to date, in place."""
     if copy is not model:
-        torch._foreach_copy_(list(copy.parameters()), list(model.parameters()))
+        torch._foreach_copy_(trained(copy), trained(model))
 
 
 def init_weights(model: Transformer, generator: torch.Generator) -> None:
@@ -236,9 +317,19 @@ def init_weights(model: Transformer, generator: torch.Generator) -> None:
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Radians a position, (d/2,), of the rotated pairs. Source: RoFormer, arXiv 2104.09864."""
+    """Radians a position, (d/2,), of the rotated pairs. Source: RoFormer, arXiv 2104.09864.
+
+    With Llama 3.1's scaling, pairs that turn less than `low_freq_factor` times over the original positions turn
+    `factor` times slower, those that turn more than `high_freq_factor` times as before, and others in between.
+    """
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
-    return config.rope_theta**-exponents
+    frequencies = config.rope_theta**-exponents
+    if (scaling := config.rope_scaling) is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rope_tables(positions: Tensor, config: ModelConfig) -> Rope:
@@ -294,7 +385,7 @@ class Packed:
     lengths: Tensor  # (S,) tokens of each segment
     parents: Tensor  # (B,) the prompt of each response
     sources: Tensor  # (M,) which token predicts each response token
-    targets: Tensor  # (M,) the response tokens, in the order of the responses' own boolean mask
+    targets: Tensor  # (M,) the response tokens that are predicted, row by row
 
 
 def pack(
@@ -304,10 +395,12 @@ def pack(
     response_lengths: Tensor,
     parents: Tensor,
     positions: tuple[Tensor, Tensor] | None = None,
+    scored: Tensor | None = None,
 ) -> Packed:
     """Pack prompts (P, Tp) and responses (B, Tr), both padded on the right, with `parents` (B,) the prompts' rows.
 
-    `positions` (P, Tp) and (B, Tr), for RoPE, are consecutive unless given.
+    `positions` (P, Tp) and (B, Tr), for RoPE, are consecutive unless given. Of each response the last `scored` (B,)
+    tokens are targets, or all of them.
     """
     device, (P, Tp), (B, Tr) = prompts.device, prompts.shape, responses.shape
     prompt_mask = torch.arange(Tp, device=device) < prompt_lengths[:, None]  # (P, Tp)
@@ -318,6 +411,8 @@ def pack(
         after = prompt_lengths[parents][:, None]
         positions = torch.arange(Tp, device=device).expand(P, Tp), after + torch.arange(Tr, device=device)
 
+    if scored is not None:
+        target_mask &= torch.arange(Tr, device=device) >= (response_lengths - scored)[:, None]
     last_prompt = (prompt_lengths.cumsum(0) - 1)[parents][:, None]  # (B, 1)
     return Packed(
         tokens=torch.cat((prompts[prompt_mask], responses[read_mask])),
@@ -430,27 +525,31 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def response_log_probs(
-    model: Transformer, batch: Packed, temperature: float = 1.0, largest: int = 2**27
+    model: Transformer,
+    batch: Packed,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    dropout_key: int | None = None,
+    largest: int = 2**27,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs (M,) of the response tokens at the temperature they were sampled with, and the entropies (M,).
+    """Log-probs (M,) of the response tokens at the temperature they were sampled with, and the entropies (M,), which
+    carry no gradient; (0,) unless asked for.
 
     At most `largest` logits are made at a time, and made again in the backward pass, so that memory does not grow
-    with tokens x vocabulary. The entropies carry no gradient.
+    with tokens x vocabulary.
     """
     chunk = max(1, largest // model.config.vocab_size)
-    hidden = model(batch.tokens, batch.positions, packed_attention(batch, model)).index_select(0, batch.sources)
+    hidden = model(batch.tokens, batch.positions, packed_attention(batch, model), dropout_key)
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         log_p = log_softmax(model.logits(hidden), temperature)
-        with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1)
-        return log_p.gather(1, targets[:, None])[:, 0], entropy
+        log_probs = log_p.gather(1, targets[:, None])[:, 0]
+        with torch.no_grad():  # last, since the backward pass makes again only what comes before
+            return log_probs, -(log_p.exp() * log_p).sum(-1) if entropy else log_probs[:0]
 
-    pieces = [
-        checkpoint(head, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), batch.targets.split(chunk))
-    ]
-    log_probs, entropies = (torch.cat(x) for x in zip(*pieces))
-    return log_probs, entropies
+    chunks = zip(hidden.index_select(0, batch.sources).split(chunk), batch.targets.split(chunk))
+    log_probs, entropies = zip(*(checkpoint(head, h, t, use_reentrant=False) for h, t in chunks))
+    return torch.cat(log_probs), torch.cat(entropies)
 
 
 def add_gradients(
@@ -460,7 +559,7 @@ def add_gradients(
 
     The gradients are those of the working copy; they are summed in fp32, in an order that does not depend on timing.
     """
-    weights, copied = ([w for w in m.parameters() if w.requires_grad] for m in (model, copy))
+    weights, copied = trained(model), trained(copy)
 
     def share(items: Sequence[Item]) -> tuple[list[Tensor], list[Result]]:
         total, results = [], []

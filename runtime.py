@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import math
 import os
 import random
@@ -36,12 +37,25 @@ def require(condition: bool, message: str) -> None:
         fail(message)
 
 
-def check_outputs(json: str, plot: str) -> None:
+def check_outputs(json_file: str, plot: str) -> None:
     """Refuse --json and --plot files that cannot be written, before the work is done."""
-    for name in (json, plot):
+    for name in (json_file, plot):
         there = Path(name).parent.is_dir() and not Path(name).is_dir()
         require(not name or there, f"{name} cannot be written: it is a folder, or its folder is missing")
     require(not plot or plot.endswith(".png"), "--plot writes PNG: give a name that ends in .png")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {path}: {error}")
+    require(isinstance(value, dict), f"cannot read {path}: it holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -187,6 +201,15 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item], device
 def stream(*key: int | str) -> random.Random:
     """Python's generator for a key such as (seed, "problems", update, rank)."""
     return random.Random(repr(key))
+
+
+def places(seed: int, size: int, first: int, n: int) -> list[int]:
+    """Which of a data set's examples are the n from number `first` on: all of them, shuffled anew for each epoch."""
+    wanted, orders = [divmod(i, size) for i in range(first, first + n)], {}
+    for epoch in {epoch for epoch, _ in wanted}:
+        orders[epoch] = list(range(size))
+        stream(seed, "order", epoch).shuffle(orders[epoch])
+    return [orders[epoch][place] for epoch, place in wanted]
 
 
 def torch_stream(*key: int | str) -> torch.Generator:

@@ -24,25 +24,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 import train_sft
 from checkpoint import (
     Log,
-    check_tokenizer,
     choose_precision,
-    decode,
-    encode,
     find_checkpoint,
-    load_model,
     load_optimizer,
+    load_policy,
     load_training,
     newest_checkpoint,
     open_run,
+    read_config,
     read_log,
     save_checkpoint,
-    stop_tokens,
-    write_json,
 )
 from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task
 from eval import (
@@ -59,9 +54,33 @@ from eval import (
     token_budget,
     validation_problems,
 )
-from model import Packed, Transformer, add_gradients, describe, pack, pad, refresh, response_log_probs, working_copy
+from lora import check_lora, dropout_key
+from model import (
+    Packed,
+    Transformer,
+    add_gradients,
+    describe,
+    pack,
+    pad,
+    refresh,
+    response_log_probs,
+    trained,
+    working_copy,
+)
 from rollout import Rollout, Sampler
-from runtime import World, clip_gradient, parse_flags, refusals, require, start, stream, torch_stream
+from runtime import (
+    World,
+    clip_gradient,
+    parse_flags,
+    places,
+    refusals,
+    require,
+    start,
+    stream,
+    torch_stream,
+    write_json,
+)
+from tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass
@@ -74,21 +93,26 @@ class GrpoConfig:
     field: int = 11  # number of elements of the field, a prime
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
     evaluation_share: float = 0.5  # share of evaluation among the problems; the rest is inversion
-    updates: int = 300  # optimizer steps
+    examples: int | None = None  # distinct problems, 0 for fresh ones always [tiny 0, pretrained 1024]
+    updates: int | None = None  # optimizer steps [tiny 300, pretrained 500]
     prompts: int = 32  # problems an update, over all processes
     group: int = 8  # responses to each
-    lr: float = 3e-4  # peak learning rate of AdamW
+    lr: float | None = None  # peak learning rate of AdamW [tiny 3e-4, pretrained 1e-5]
     warmup: int = 10  # updates to reach the peak; a straight line leads down to zero
-    beta: float = 0.0  # weight of the KL divergence from the SFT model
+    beta: float | None = None  # weight of the KL divergence from the SFT model [tiny 0, pretrained 0.05]
     clip_low: float = 0.2  # bad responses get no gradient where their ratio is below 1 - this
     clip_high: float = 0.2  # good responses get no gradient where their ratio is above 1 + this
     clip_gradient: float = 1.0  # longest gradient
     advantage: Literal["z-score", "mean"] = "z-score"  # rewards minus the group's mean, divided by its deviation or not
-    temperature: float = 1.0  # of the sampling
+    temperature: float | None = None  # of the sampling [tiny 1.0, pretrained 0.7]
     max_new_tokens: int = 0  # longest response [0: the longest solution and a little more]
     micro_tokens: int = 0  # tokens of a forward pass [0: 16384 on a GPU, 2048 on the CPU]
     recompute: bool = False  # keep fewer activations for the backward pass and compute them again: less memory
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto measures. Weights stay fp32
+    lora: int | None = None  # rank of LoRA adapters, 0 to train all the weights [tiny 0, pretrained 64]
+    lora_alpha: int = 128  # the adapters' scale, times their rank
+    lora_dropout: float = 0.05  # share of the adapters' inputs that is dropped in training
+    no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
     seed: int = 0  # of problems, sampling and everything else
     eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
     eval_problems: int = 256  # validation problems of an evaluation
@@ -96,10 +120,16 @@ class GrpoConfig:
     resume: bool = False  # continue the newest checkpoint of the run folder
 
 
-def complete(config: GrpoConfig) -> GrpoConfig:
-    """The config with its places filled in, and checked."""
-    where = config.steps or config.difficulty
-    config.out = config.out or f"runs/grpo-{where}-gf{config.field}{'-shown' if config.relabel == 'shown' else ''}"
+def complete(config: GrpoConfig, tiny: bool) -> GrpoConfig:
+    """The config with the defaults that depend on the model, and checked."""
+    defaults = {"examples": 0, "updates": 300, "lr": 3e-4, "beta": 0.0, "temperature": 1.0, "lora": 0}
+    if not tiny:
+        defaults = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "temperature": 0.7, "lora": 64}
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    require(config.examples >= 0, "--examples must not be negative")
+    check_lora(config)
     require(config.updates >= 1, "--updates must be at least 1")
     require(config.prompts >= 1, "--prompts must be at least 1")
     require(config.group >= 2, "--group must be at least 2: a response is compared with the others of its group")
@@ -180,6 +210,7 @@ def add_gradient(
     rewards: Tensor,
     config: GrpoConfig,
     world: World,
+    update: int = 0,
 ) -> dict[str, float]:
     """Add this process's share of the gradient of the GRPO loss to the model's; the figures of the whole batch.
 
@@ -193,12 +224,14 @@ def add_gradient(
     # without signal count, though their share of the loss is zero and they are never forwarded.
     n_tokens, n_groups, n_chosen = world.sum(int(rollout.lengths.sum()), P, len(chosen))
 
-    def loss(groups: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(numbered: tuple[int, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        i, groups = numbered
         batch, rows = pack_groups(*prompts, rollout, groups)
         mask = torch.arange(rollout.tokens.shape[1], device=rows.device) < rollout.lengths[rows, None]  # (b, T)
         old = rollout.log_probs[rows][mask]
         token_advantages = advantages[rows].repeat_interleave(rollout.lengths[rows])
-        log_probs, entropy = response_log_probs(copy, batch, config.temperature)
+        key = dropout_key(config, update, world.rank, i)
+        log_probs, entropy = response_log_probs(copy, batch, config.temperature, entropy=True, dropout_key=key)
         losses = policy_loss(log_probs, old, token_advantages, config.clip_low, config.clip_high)
         sums = {}
         if reference is not None:
@@ -216,7 +249,7 @@ def add_gradient(
         return losses.sum() / n_tokens, figures
 
     budget = config.micro_tokens or (16384 if world.device.type == "cuda" else 2048)  # caches of a CPU are small
-    pieces = list(micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, budget))
+    pieces = list(enumerate(micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, budget)))
     parts = add_gradients(model, copy, loss, pieces)
     names = ("loss", "entropy", "ratio", "clipped", "trained", *(["kl"] if reference is not None else []))
     totals = dict(zip(names, world.sum(*(sum(part[name] for part in parts) for name in names))))
@@ -257,66 +290,81 @@ def learning_rate(config: GrpoConfig, update: int) -> float:
     return config.lr * min(1.0, (update + 1) / (config.warmup + 1), left)
 
 
-def find_or_train_sft(config: GrpoConfig, world: World) -> Path:
-    """The checkpoint to start from; trains one, or goes on training it, where the default place has none finished."""
+def find_sft(config: GrpoConfig) -> Path | None:
+    """The checkpoint to start from; None where the default place has none that is finished."""
     if config.init:
-        return find_checkpoint(Path(config.init))
-    place = train_sft.default_place("mixed", config.field, config.relabel)
-    found = newest_checkpoint(place)
+        return find_checkpoint(config.init)
+    found = newest_checkpoint(train_sft.default_place("mixed", config.field, config.relabel))
     training = load_training(found) if found else {}
-    if found and training["update"] == training["total"]:
-        return found
+    return found if found and training["update"] == training["total"] else None
+
+
+def train_sft_first(config: GrpoConfig, world: World) -> Path:
+    """Train a checkpoint to start from in the default place, or go on training it."""
+    place = train_sft.default_place("mixed", config.field, config.relabel)
     if world.leads:
         print(f"There is no finished SFT checkpoint in {place}: training one first (train_sft.py, mixed strategies).")
-    sft = train_sft.SftConfig(field=config.field, relabel=config.relabel, resume=found is not None)
-    return train_sft.main(sft, world)
+    resume = newest_checkpoint(place) is not None
+    return train_sft.main(train_sft.SftConfig(field=config.field, relabel=config.relabel, resume=resume), world)
+
+
+def draw_problems(config: GrpoConfig, task: Task, update: int) -> list[Problem]:
+    """The problems of an update, for all processes together."""
+    if config.examples == 0:
+        rng = stream(config.seed, "problems", update)
+        return [task.sample(rng, "train") for _ in range(config.prompts)]
+    chosen = places(config.seed, config.examples, update * config.prompts, config.prompts)
+    return [task.sample(stream(config.seed, "RL data set", i), "train") for i in chosen]
 
 
 def main(config: GrpoConfig, world: World) -> None:
-    config = complete(config)
+    where = config.steps or config.difficulty
+    config.out = config.out or f"runs/grpo-{where}-gf{config.field}{'-shown' if config.relabel == 'shown' else ''}"
+    run = Path(config.out)
+    source = newest_checkpoint(run) if config.resume else None
+    known = source or find_sft(config)
+    config = complete(config, known is None or load_tokenizer(known).word_level)
     require(config.prompts >= world.size, f"--prompts must be at least the number of processes, {world.size}")
     with refusals():
         flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts, config.evaluation_share)
         task = Task.from_flags(*flags)
         problems = validation_problems(task, config.eval_problems, config.seed)
-    run = Path(config.out)
     begin = open_run(run, config, "grpo", world)
-    source = newest_checkpoint(run) if begin else None
-    init = Path(load_training(source)["start"]) if source else find_or_train_sft(config, world)
-    model, tokenizer = load_model(source or init, world.device)
-    require(init.is_dir(), f"{init}, where the run started, is gone")
-    known = load_training(init)
+    if begin:
+        init = Path(load_training(source)["start"])
+        require(init.is_dir(), f"{init}, where the run started, is gone")
+    else:
+        init = known or train_sft_first(config, world)
+    taught = load_training(init)
     for name in ("field", "relabel"):
         given = getattr(config, name)
-        require(known.get(name, given) == given, f"{init} was trained with --{name} {known.get(name)}, not {given}")
-    check_tokenizer(tokenizer, config.field)
-    precision = choose_precision(config, model, source, world)
+        require(taught.get(name, given) == given, f"{init} was trained with --{name} {taught.get(name)}, not {given}")
+    precision = choose_precision(config.precision, read_config(init), source, world)
+    model, tokenizer, initial = load_policy(config, init, source, precision, world.device)
+    tokenizer.check(config.field)
     copy = working_copy(model, precision)
     copy.recompute = config.recompute
-    reference = None
-    if config.beta:
-        reference = working_copy(load_model(init, world.device)[0], precision).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if begin:
         load_optimizer(source, optimizer)
 
     max_new_tokens = token_budget(model, tokenizer, task, config.max_new_tokens)
-    sampler = Sampler(copy, stop_tokens(tokenizer), config.group, max_new_tokens, config.temperature)
+    sampler = Sampler(copy, tokenizer.stops, config.group, max_new_tokens, config.temperature)
     if world.leads:
         print(describe(copy))
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
     for update in bar:
         clock = time.perf_counter()
-        rng = stream(config.seed, "problems", update)
-        drawn = [task.sample(rng, "train") for _ in range(config.prompts)][world.rank :: world.size]
-        prompts = [encode(tokenizer, problem.prompt()) for problem in drawn]
+        drawn = draw_problems(config, task, update)[world.rank :: world.size]
+        prompts = [tokenizer.prompt(problem) for problem in drawn]
         rollout = sampler.sample(prompts, torch_stream(config.seed, "sampling", update, world.rank))
         sampled = time.perf_counter()
-        judged = judge_groups(drawn, decode(tokenizer, rollout.responses()), rollout.stopped.tolist())
+        judged = judge_groups(drawn, tokenizer.decode(rollout.responses()), rollout.stopped.tolist())
         rewards = torch.tensor([[float(r.correct) for r in group] for group in judged], device=world.device)
 
-        figures = add_gradient(model, copy, reference, pad(prompts, world.device), rollout, rewards, config, world)
+        reference, padded = initial if config.beta else None, pad(prompts, world.device)
+        figures = add_gradient(model, copy, reference, padded, rollout, rewards, config, world, update)
         world.sum_gradients(model)
         figures["gradient_norm"] = clip_gradient(model, config.clip_gradient)
         if figures["groups_without_signal"] < 1:
@@ -350,8 +398,7 @@ def main(config: GrpoConfig, world: World) -> None:
                 save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
         world.wait()
     if world.leads:
-        before = working_copy(load_model(init, world.device)[0], precision)
-        report((init, before), (run, copy), tokenizer, problems, max_new_tokens, config)
+        report((init, initial), (run, copy), tokenizer, problems, max_new_tokens, config)
 
 
 def progress(row: dict) -> dict[str, str]:
@@ -364,7 +411,7 @@ def progress(row: dict) -> dict[str, str]:
 def report(
     start: tuple[Path, Transformer],
     end: tuple[Path, Transformer],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     problems: list[Problem],
     budget: int,
     config: GrpoConfig,

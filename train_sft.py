@@ -2,6 +2,7 @@
 
     python train_sft.py                          # the tiny model, from nothing, either strategy for either type
     python train_sft.py --strategy forward       # forward solutions only: inversion must begin with a guess
+    python train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --out runs/qwen    # the paper's recipe
     torchrun --nproc-per-node 2 train_sft.py     # two processes share each batch
 
 The loss is the mean of -log p over the tokens of the responses, the stop token included, prompts excluded. A tiny
@@ -17,32 +18,43 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from checkpoint import (
     Log,
-    check_tokenizer,
     choose_precision,
-    encode,
     find_checkpoint,
-    is_word_level,
     load_model,
     load_optimizer,
+    load_policy,
+    load_training,
     new_model,
     newest_checkpoint,
     open_run,
+    read_config,
     save_checkpoint,
-    stop_tokens,
 )
 from data.finite_field import Problem, Task, choose_strategies
 from eval import evaluate, percent, summarise, token_budget, validation_problems
-from model import Packed, Transformer, add_gradients, describe, pack, pad, refresh, response_log_probs, working_copy
-from runtime import World, clip_gradient, n_threads, parse_flags, refusals, require, start, stream, torch_stream
+from lora import check_lora, dropout_key
+from model import (
+    Packed,
+    Transformer,
+    add_gradients,
+    describe,
+    pack,
+    pad,
+    refresh,
+    response_log_probs,
+    trained,
+    working_copy,
+)
+from runtime import World, clip_gradient, n_threads, parse_flags, places, refusals, require, start, stream, torch_stream
+from tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass
 class SftConfig:
-    model: str = "tiny"  # tiny: random at first; or the folder of a Qwen2 / Qwen2.5 checkpoint
+    model: str = "tiny"  # tiny: random at first; or a folder or hub name: Qwen2, Qwen2.5, Qwen3, Llama 3, SmolLM2
     strategy: Literal["forward", "backward", "mixed"] = "mixed"  # of the solutions; mixed: either for either type
     difficulty: Literal["easy", "hard", "extreme"] = "easy"  # easy (2-5 steps), hard (6-9) or extreme (6-15)
     steps: str = ""  # such as 3-7, instead of --difficulty
@@ -59,6 +71,10 @@ class SftConfig:
     clip_gradient: float = 1.0  # longest gradient
     position_gap: int | None = None  # longest sum of random gaps in the positions [tiny 130, pretrained 0]
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto measures. Weights stay fp32
+    lora: int | None = None  # rank of LoRA adapters, 0 to train all the weights [tiny 0, pretrained 64]
+    lora_alpha: int = 128  # the adapters' scale, times their rank
+    lora_dropout: float = 0.05  # share of the adapters' inputs that is dropped in training
+    no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
     seed: int = 0  # of weights, problems and everything else
     eval_every: int = 200  # updates between validations
     save_every: int = 400  # updates between checkpoints
@@ -70,12 +86,11 @@ def default_place(strategy: str, field: int, relabel: str) -> Path:
     return Path("runs") / f"sft-{strategy}-gf{field}{'-shown' if relabel == 'shown' else ''}"
 
 
-def complete(config: SftConfig) -> SftConfig:
+def complete(config: SftConfig, tiny: bool) -> SftConfig:
     """The config with the defaults that depend on the model, and checked."""
-    tiny = config.model == "tiny"
-    defaults = {"examples": 0, "updates": 1200, "batch_size": 32, "lr": 3e-3, "position_gap": 130}
+    defaults = {"examples": 0, "updates": 1200, "batch_size": 32, "lr": 3e-3, "position_gap": 130, "lora": 0}
     if not tiny:
-        defaults = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "position_gap": 0}
+        defaults = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "position_gap": 0, "lora": 64}
         if config.updates is None:
             defaults["epochs"] = 20
     for name, value in defaults.items():
@@ -94,6 +109,9 @@ def complete(config: SftConfig) -> SftConfig:
     require(config.weight_decay >= 0 and config.warmup >= 0, "--weight-decay and --warmup must not be negative")
     require(config.clip_gradient > 0, "--clip-gradient must be above 0")
     require(config.position_gap >= 0, "--position-gap must not be negative")
+    require(tiny or config.position_gap == 0, "--position-gap needs the word-level tokenizer of the tiny model")
+    require(config.model != "tiny" or config.lora == 0, "--lora needs a trained --model: the tiny one is random")
+    check_lora(config)
     require(config.eval_every >= 1 and config.save_every >= 1, "--eval-every and --save-every must be at least 1")
     return config
 
@@ -113,38 +131,38 @@ def draw_examples(config: SftConfig, task: Task, update: int) -> list[tuple[Prob
     first = update * config.batch_size
     if config.examples == 0:
         return [example("fresh", i) for i in range(first, first + config.batch_size)]
-    places = [divmod(i, config.examples) for i in range(first, first + config.batch_size)]
-    orders = {}
-    for epoch in {epoch for epoch, _ in places}:
-        orders[epoch] = list(range(config.examples))
-        stream(config.seed, "order", epoch).shuffle(orders[epoch])
-    return [example("data set", orders[epoch][place]) for epoch, place in places]
+    return [example("data set", i) for i in places(config.seed, config.examples, first, config.batch_size)]
 
 
 def make_batch(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     examples: list[tuple[Problem, str]],
     device: torch.device,
     longest_gap: int = 0,
     generator: torch.Generator | None = None,
     parts: int = 1,
 ) -> list[Packed]:
-    """Pack prompts and solutions, in `parts` parts; with `longest_gap`, over positions that `spread` chooses."""
-    prompts, prompt_lengths = pad([encode(tokenizer, problem.prompt()) for problem, _ in examples])
-    stop = stop_tokens(tokenizer)
-    responses, lengths = pad([encode(tokenizer, solution) + stop for _, solution in examples])
-    positions = None
+    """Pack prompts and solutions, in `parts` parts; with `longest_gap`, over positions that `spread` chooses.
+
+    Without gaps, what all prompts begin with (a word at least, or a template's and an explanation) is computed once.
+    """
+    prompts = [tokenizer.prompt(problem) for problem, _ in examples]
+    solutions = [tokenizer.solution(solution) for _, solution in examples]
+    pieces = torch.arange(len(examples)).tensor_split(min(parts, len(examples)))
     if longest_gap:
-        starts = torch.tensor(
-            [i for word, i in tokenizer.get_vocab().items() if word in ("start", "end") or word[-1] == ":"]
-        )
-        positions = spread(prompts, prompt_lengths, responses, starts, longest_gap, generator)
-    whole = (prompts, prompt_lengths, responses, lengths, *(positions or ()))
-    packed = []
-    for mine in torch.arange(len(examples)).tensor_split(min(parts, len(examples))):
-        part = [x[mine].to(device) for x in whole]
-        packed.append(pack(*part[:4], torch.arange(len(mine), device=device), tuple(part[4:]) or None))
-    return packed
+        whole = [*pad(prompts), *pad(solutions)]
+        starts = torch.tensor(tokenizer.line_starts())
+        whole += spread(whole[0], whole[1], whole[2], starts, longest_gap, generator)
+        split = [[x[mine].to(device) for x in whole] for mine in pieces]
+        return [pack(*part[:4], torch.arange(len(part[0]), device=device), tuple(part[4:])) for part in split]
+
+    differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
+    shared = next(differ, min(map(len, prompts)))
+    head = pad([prompts[0][:shared]], device)
+    rests, lengths = pad([prompt[shared:] + solution for prompt, solution in zip(prompts, solutions)], device)
+    scored = torch.tensor([len(solution) for solution in solutions], device=device)
+    split = [[x[mine.to(device)] for x in (rests, lengths, torch.zeros_like(lengths))] for mine in pieces]
+    return [pack(*head, *part, scored=scored[mine.to(device)]) for part, mine in zip(split, pieces)]
 
 
 def spread(
@@ -167,9 +185,9 @@ def spread(
     return torch.arange(Tp) + gaps[:, :Tp], prompt_lengths[:, None] + torch.arange(Tr) + gaps[:, Tp:]
 
 
-def loss_sum(model: Transformer, batch: Packed) -> Tensor:
+def loss_sum(model: Transformer, batch: Packed, dropout_key: int | None = None) -> Tensor:
     """-log p summed over the response tokens."""
-    return -response_log_probs(model, batch)[0].sum()
+    return -response_log_probs(model, batch, dropout_key=dropout_key)[0].sum()
 
 
 def learning_rate(config: SftConfig, update: int, updates: int) -> float:
@@ -182,7 +200,7 @@ def learning_rate(config: SftConfig, update: int, updates: int) -> float:
 
 @torch.no_grad()
 def validate(
-    model: Transformer, tokenizer: PreTrainedTokenizerFast, config: SftConfig, problems: list[Problem], budget: int
+    model: Transformer, tokenizer: Tokenizer, config: SftConfig, problems: list[Problem], budget: int
 ) -> dict[str, float | None]:
     """Loss on validation solutions; accuracy of one sampled response each."""
     rng = stream(config.seed, "validation strategies")
@@ -198,7 +216,8 @@ def validate(
 
 def main(config: SftConfig, world: World) -> Path:
     """Train, and return the final checkpoint."""
-    config = complete(config)
+    given = None if config.model == "tiny" else find_checkpoint(config.model)
+    config = complete(config, given is None or load_tokenizer(given).word_level)
     with refusals():
         task = Task.from_flags(config.difficulty, config.steps, config.field, config.relabel, config.parts)
         problems = validation_problems(task, 128, config.seed)
@@ -208,22 +227,22 @@ def main(config: SftConfig, world: World) -> Path:
     updates = config.updates or math.ceil(config.epochs * config.examples / config.batch_size)
 
     source = newest_checkpoint(run) if begin else None
-    if source is None and config.model == "tiny":
-        model, tokenizer = new_model(config.field, config.seed)
+    if given is None:
+        model, tokenizer = load_model(source) if source else new_model(config.field, config.seed)
         model.to(world.device)
+        precision = choose_precision(config.precision, model.config, source, world)
     else:
-        model, tokenizer = load_model(source or find_checkpoint(Path(config.model)), world.device)
-    check_tokenizer(tokenizer, config.field)
+        given = Path(load_training(source)["start"]) if source else given.resolve()
+        precision = choose_precision(config.precision, read_config(given), source, world)
+        model, tokenizer, _ = load_policy(config, given, source, precision, world.device)
+    tokenizer.check(config.field)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+        trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
     if source:
         load_optimizer(source, optimizer)
 
-    gapped = config.position_gap == 0 or is_word_level(tokenizer)
-    require(gapped, "--position-gap needs the word-level tokenizer of the tiny model")
     budget = token_budget(model, tokenizer, task)
-    precision = choose_precision(config, model, source, world)
     copy = working_copy(model, precision)
     n_parts = n_threads(world.device)
     if world.leads:
@@ -238,11 +257,14 @@ def main(config: SftConfig, world: World) -> Path:
         parts = make_batch(tokenizer, examples, world.device, config.position_gap, generator, n_parts)
         (n_tokens,) = world.sum(sum(len(part.targets) for part in parts))
 
-        def loss(part: Packed, n_tokens: float = n_tokens) -> tuple[Tensor, float]:
-            value = loss_sum(copy, part) / n_tokens
+        def loss(
+            numbered: tuple[int, Packed], update: int = update, n_tokens: float = n_tokens
+        ) -> tuple[Tensor, float]:
+            i, part = numbered
+            value = loss_sum(copy, part, dropout_key(config, update, world.rank, i)) / n_tokens
             return value, value.item()
 
-        losses = add_gradients(model, copy, loss, parts)
+        losses = add_gradients(model, copy, loss, list(enumerate(parts)))
         world.sum_gradients(model)
         norm = clip_gradient(model, config.clip_gradient)
         for group in optimizer.param_groups:
@@ -264,7 +286,7 @@ def main(config: SftConfig, world: World) -> Path:
             bar.set_postfix({"loss": f"{total_loss:.3f}"} | shown)
             if (update + 1) % config.save_every == 0 or last:
                 training = asdict(config) | {"stage": "sft", "processes": world.size, "total": updates}
-                training["computed_in"] = precision
+                training |= {"start": str(given or ""), "computed_in": precision}
                 save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
         world.wait()
     return newest_checkpoint(run)

@@ -126,6 +126,15 @@ class Problem:
         first = self.first_label + sum(len(p.steps) for p in self.parts[:part])
         return range(first, first + len(self.parts[part].steps))
 
+    @property
+    def explanation(self) -> str:
+        """A sentence for models that have read other texts than these."""
+        p, order = self.field.p, "the order listed" if self.shown else "a secret order"
+        return (
+            f"The elements of GF({p}) are written e0 to e{p - 1} in {order}: carry the numbered steps out from start "
+            "to end, or undo them from end to start, to find the element marked by ?."
+        )
+
     def prompt(self) -> str:
         name = self.field.name
         lines = ["elements " + " ".join(name(v) for v in range(self.field.p))] if self.shown else []

@@ -1,12 +1,16 @@
-"""A small random model that every test can afford."""
+"""Small random models that every test can afford."""
 
+import json
 import socket
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from checkpoint import word_tokenizer
 from model import ModelConfig, Transformer
+from tokenizer import word_tokenizer
 
 
 def small_model(seed: int = 0, **shape) -> Transformer:
@@ -18,6 +22,38 @@ def small_model(seed: int = 0, **shape) -> Transformer:
         for weight in model.parameters():
             weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.2, generator=generator)
     return model
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_pretrained(folder: Path, model_type: str = "llama", shard_size: str = "5GB", **shape) -> Path:
+    """A checkpoint as transformers writes them: random weights, a tokenizer of bytes, a chat template, two stops."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = {letter: i + 3 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary = {word: i for i, word in enumerate(special)} | letters
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    options = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHAT}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **options).save_pretrained(folder)
+
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.2, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=len(vocabulary), eos_token_id=2, **(sizes | shape))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
+    stops = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [2, 0]}
+    (folder / "generation_config.json").write_text(json.dumps(stops))
+    return folder
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    return make_pretrained(tmp_path / "pretrained")
 
 
 @pytest.fixture

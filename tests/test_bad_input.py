@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import make_pretrained, small_model
 
 import bench
 import eval as evaluation
 import train_grpo
 import train_sft
-from checkpoint import Log, read_log, save_checkpoint, word_tokenizer
+from checkpoint import Log, read_log, save_checkpoint
 from runtime import parse_flags, start
+from tokenizer import word_tokenizer
 
 SCRIPTS = {
     "sft": (train_sft, train_sft.SftConfig, None),
@@ -27,8 +28,9 @@ SCRIPTS = {
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A working folder with a checkpoint in `good/step-3`."""
+    """A working folder with a checkpoint in `good/step-3` and a pretrained model."""
     monkeypatch.chdir(tmp_path)
+    make_pretrained(tmp_path / "pretrained")
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters())
     training = {"stage": "sft", "field": 11, "relabel": "fixed", "total": 3, "lr": 0.003, "processes": 1}
@@ -41,6 +43,7 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
     module, config, positional = SCRIPTS[script]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
     before = sorted(Path().rglob("*"))
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         module.main(parse_flags(config, "", positional), start())
     out, err = capsys.readouterr()
@@ -70,9 +73,15 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
         ("sft", "--out good", "holds a run already"),
         ("sft", "--out good --resume --lr 0.1", "--lr"),
         ("sft", "--precision fp8", "fp8"),
+        ("sft", "--lora 4", "--lora needs a trained --model"),
+        ("sft", "--model good --lora -1", "--lora"),
+        ("sft", "--model good --lora 4 --lora-dropout 1", "--lora-dropout"),
+        ("sft", "--model pretrained --position-gap 5", "--position-gap"),
+        ("sft", "--model pretrained --lora-alpha 0", "--lora-alpha"),
         ("bench", "--rounds 0", "--rounds"),
         ("bench", "--json nowhere/b.json", "nowhere/b.json"),
         ("grpo", "--micro-tokens -1", "--micro-tokens"),
+        ("grpo", "--init good --examples -1", "--examples"),
         ("grpo", "--group 1", "--group"),
         ("grpo", "--group x", "--group"),
         ("grpo", "--temperature 0", "--temperature"),
@@ -138,7 +147,7 @@ def spoil(folder: Path, how: str) -> None:
     elif how == "index":
         (folder / "model.safetensors.index.json").write_text("{}")
     elif how == "tokenizer":
-        word_tokenizer(2).save_pretrained(folder)
+        word_tokenizer(2).inner.save_pretrained(folder)
 
 
 HOW = [

@@ -85,11 +85,11 @@ def test_resume_is_exact(sft, tmp_path):
 def test_a_resumed_run_computes_as_it_began(sft, tmp_path, monkeypatch):
     """In the precision that was measured at its start, whatever a measurement says now."""
     flags = {"updates": 2, "save_every": 1, "precision": "auto"}
-    monkeypatch.setattr("checkpoint.measure_precision", lambda model: "bf16")
+    monkeypatch.setattr("checkpoint.measure_precision", lambda *_: "bf16")
     whole = grpo(tmp_path / "whole", sft, **flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "step-2")
-    monkeypatch.setattr("checkpoint.measure_precision", lambda model: "fp32")
+    monkeypatch.setattr("checkpoint.measure_precision", lambda *_: "fp32")
     parts = grpo(tmp_path / "parts", sft, resume=True, **flags)
     assert same_weights(*(load_model(tmp_path / name / "step-2")[0] for name in ("whole", "parts")))
     assert [row["loss"] for row in whole] == [row["loss"] for row in parts]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import small_model
 
-from checkpoint import save_checkpoint, word_tokenizer
+from checkpoint import save_checkpoint
 from data.finite_field import BACKWARD, EVALUATION, FITTING, FORWARD, Task, is_validation
 from eval import (
     EvalConfig,
@@ -27,6 +27,7 @@ from eval import (
     wilson,
 )
 from runtime import World
+from tokenizer import word_tokenizer
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -113,7 +114,7 @@ def test_every_solution_fits_the_token_budget(model, tokenizer):
     for task in (Task((6, 9)), Task((2, 4), parts=(1, 4)), Task((6, 15))):
         budget = token_budget(model, tokenizer, task)
         problems = [task.longest().sample(random.Random(i), "train") for i in range(50)]
-        longest = max(len(tokenizer.encode(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD))
+        longest = max(len(tokenizer.solution(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD))
         assert longest < budget <= longest + 8
     with pytest.raises(SystemExit):
         token_budget(small_model(max_position_embeddings=64), tokenizer, Task((6, 9)))

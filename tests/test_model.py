@@ -1,15 +1,18 @@
-"""The transformer against transformers' Qwen2ForCausalLM, and packing against one sequence at a time."""
+"""The transformer against that of transformers, all families, and packing against one sequence at a time."""
+
+from copy import deepcopy
 
 import pytest
 import torch
 from conftest import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from checkpoint import hf_config, join_projections, load_model, save_checkpoint, split_projections
+from checkpoint import hf_config, load_model, save_checkpoint
 from model import (
     VARLEN_CAUSAL,
     ModelConfig,
+    RopeScaling,
     Transformer,
     init_weights,
     pack,
@@ -17,6 +20,7 @@ from model import (
     packed_attention,
     pad,
     padded_attention,
+    plain_weights,
     refresh,
     response_log_probs,
     split_heads,
@@ -31,15 +35,18 @@ SHAPES = {
     "a key head each": {"num_key_value_heads": 4},
     "untied": {"tie_word_embeddings": False},
     "theta 1e4": {"rope_theta": 1e4},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "llama": {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1},
+    "llama 3.1": {"model_type": "llama", "rope_theta": 1e3, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)},
 }
 
 
-def twin(model, tokenizer) -> Qwen2ForCausalLM:
+def twin(model, tokenizer) -> PreTrainedModel:
     """transformers' model with the same weights."""
-    reference = Qwen2ForCausalLM(Qwen2Config(**hf_config(model.config, tokenizer))).eval()
-    weights = split_projections(model.state_dict(), model.config)
-    missing, unexpected = reference.load_state_dict(weights, strict=False)
-    assert not missing and not unexpected
+    config = AutoConfig.for_model(**hf_config(model.config, tokenizer))
+    reference = AutoModelForCausalLM.from_config(config).float().eval()
+    missing, unexpected = reference.load_state_dict(plain_weights(model), strict=False)
+    assert set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set()) and not unexpected
     return reference
 
 
@@ -92,17 +99,20 @@ def test_prefill_and_decode_equal_transformers(shape, tokenizer):
 
 
 @torch.no_grad()
-def test_saved_checkpoint_loads_in_transformers_and_here(tmp_path, model, tokenizer):
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_saved_checkpoint_loads_in_transformers_and_here(shape, tmp_path, tokenizer):
+    model = small_model(**shape)
     optimizer = torch.optim.AdamW(model.parameters())
     folder = save_checkpoint(tmp_path, 3, model, tokenizer, optimizer, {})
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     again, tokenizer_again = load_model(folder)
-    assert tokenizer_again.get_vocab() == tokenizer.get_vocab()
+    assert again.config == model.config
+    assert tokenizer_again.inner.get_vocab() == tokenizer.inner.get_vocab()
     tokens = torch.tensor([random_rows(model.config.vocab_size, [11])[0]])
     expected = twin(model, tokenizer)(tokens).logits
     torch.testing.assert_close(reference(tokens).logits, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(twin(again, tokenizer)(tokens).logits, expected, atol=0, rtol=0)
-    assert reference.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert reference.generation_config.eos_token_id == tokenizer.stops
 
 
 def one_by_one(model, reference, prompts, responses, parents, temperature):
@@ -115,15 +125,18 @@ def one_by_one(model, reference, prompts, responses, parents, temperature):
     return torch.cat(values)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_response_log_probs_equal_transformers(model, tokenizer, temperature):
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_response_log_probs_equal_transformers(shape, tokenizer, temperature):
     """Ragged prompts shared by groups of any size, a response of one token among them; and their gradients."""
+    model = small_model(**shape)
     reference = twin(model, tokenizer)
     prompts = random_rows(model.config.vocab_size, [4, 9, 1])
     responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
     parents = [0, 0, 2, 1, 2]
     batch = pack(*pad(prompts), *pad(responses), torch.tensor(parents))
-    log_probs, entropy = response_log_probs(model, batch, temperature, 4 * model.config.vocab_size)
+    chunk = 4 * model.config.vocab_size
+    log_probs, entropy = response_log_probs(model, batch, temperature, entropy=True, largest=chunk)
     expected = one_by_one(model, reference, prompts, responses, parents, temperature)
     torch.testing.assert_close(log_probs, expected, atol=2e-5, rtol=0)
     assert entropy.shape == log_probs.shape and not entropy.requires_grad
@@ -131,9 +144,11 @@ def test_response_log_probs_equal_transformers(model, tokenizer, temperature):
     weights = torch.linspace(-1, 1, len(expected))
     (log_probs * weights).sum().backward()
     (expected * weights).sum().backward()
-    theirs = join_projections({name: weight.grad for name, weight in reference.named_parameters()})
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight.grad, theirs[name], atol=1e-5, rtol=1e-4)
+    gradient = deepcopy(model)
+    for weight, of in zip(gradient.parameters(), model.parameters()):
+        weight.data = of.grad
+    theirs = {name: weight.grad for name, weight in reference.named_parameters()}
+    torch.testing.assert_close(plain_weights(gradient), theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
@@ -141,7 +156,8 @@ def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
     results = []
     for chunk in (1, 3, 100):
         model.zero_grad()
-        log_probs, entropy = response_log_probs(model, batch, largest=chunk * model.config.vocab_size)
+        largest = chunk * model.config.vocab_size
+        log_probs, entropy = response_log_probs(model, batch, entropy=True, largest=largest)
         log_probs.sum().backward()
         results.append((log_probs.detach(), entropy, model.lm_head.weight.grad.clone()))
     for other in results[1:]:
@@ -169,7 +185,7 @@ def test_logits_are_never_all_there():
         model = Transformer(ModelConfig(size, 32, 48, 1))
         with Largest():
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                log_probs, _ = response_log_probs(model, batch, largest=20 * size)
+                log_probs, _ = response_log_probs(model, batch, entropy=True, largest=20 * size)
             log_probs.sum().backward()
     assert kept[100] == kept[10_000] > 0
     assert largest[10_000] <= 32 * 10_000, "no tensor is larger than the embedding or a chunk, 20 x vocabulary"

