@@ -40,7 +40,7 @@ def test_sft_learns(sft):
     rows = read_log(sft / "metrics.jsonl")
     assert fmean(r["loss"] for r in rows[-20:]) < 0.3 * fmean(r["loss"] for r in rows[:20])
     assert rows[-1]["accuracy_given_fit"] > 0.5
-    assert find_checkpoint(sft).name == "step-250"
+    assert find_checkpoint(str(sft)).name == "step-250"
 
 
 def test_grpo_improves_and_reports(sft, tmp_path, capsys):
