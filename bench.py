@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from checkpoint import hf_config
-from model import PRECISIONS, ModelConfig, Transformer, measure_precision, pad, plain_weights, refresh, working_copy
+from model import PRECISIONS, ModelConfig, Transformer, measure_precision, plain_weights, refresh, working_copy
+from packed import pad
 from rollout import Rollout, Sampler
 from runtime import World, check_outputs, clip_gradient, parse_flags, require, start, torch_stream
 from tokenizer import word_tokenizer

@@ -1,7 +1,7 @@
 """Evaluate one checkpoint, or two on the same problems.
 
     python eval.py runs/grpo-hard-gf11                          # the run's newest checkpoint
-    python eval.py runs/sft-mixed-gf11 runs/grpo-hard-gf11      # side by side, with paired differences
+    python eval.py runs/sft-mixed-gf11 runs/grpo-hard-gf11      # side by side, and why accuracy changed: split.py
 
 pass@1 is the share of sampled responses that are right, averaged over problems; pass@k is the unbiased estimate of
 Chen et al. (arXiv 2107.03374, equation 1). Intervals are 95% over problems: Wilson's for a pass rate, which is
@@ -16,14 +16,14 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
 
-import numpy as np
-
 from checkpoint import choose_precision, find_checkpoint, load_model, load_training, read_config
-from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task, reward
-from model import PRECISIONS, Transformer, describe
+from data.finite_field import BACKWARD, FORWARD, Problem, Task
+from model import PRECISIONS, Transformer
+from packed import describe
 from rollout import Sampler
 from runtime import World, check_outputs, parse_flags, refusals, require, start, stream, torch_stream
-from strategies import MIXED, NONE, fits, tag
+from split import CAUSES, explain
+from strategies import MIXED, NONE, Response, judge
 from tokenizer import Tokenizer
 
 
@@ -44,19 +44,6 @@ class EvalConfig:
     plot: str = ""  # draw accuracy and strategies to this PNG
 
 
-@dataclass(frozen=True)
-class Response:
-    """What is kept of a response."""
-
-    kind: str  # the problem's type
-    steps: int
-    strategy: str
-    fits: bool
-    correct: bool
-    error: str | None  # the kind of the first wrong line
-    stopped: bool
-
-
 def token_budget(model: Transformer, tokenizer: Tokenizer, task: Task, wanted: int = 0) -> int:
     """Tokens of a response: as many as `wanted`, or where that is 0 the longest solution of the task and a line more.
 
@@ -74,13 +61,6 @@ def token_budget(model: Transformer, tokenizer: Tokenizer, task: Task, wanted: i
         prompt + budget <= limit, f"prompts and responses take {prompt + budget} tokens, the model {limit} positions"
     )
     return budget
-
-
-def judge(problem: Problem, response: str, stopped: bool) -> Response:
-    found = tag(problem, response)
-    correct = bool(reward(problem, response))
-    error = found.error.kind if found.error else None
-    return Response(problem.kind, problem.steps, found.strategy, fits(problem, found), correct, error, stopped)
 
 
 def judge_groups(problems: list[Problem], texts: list[str], stopped: list[bool]) -> list[list[Response]]:
@@ -201,7 +181,7 @@ def compare(before: list[list[Response]], after: list[list[Response]]) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Table and plots
+# Tables
 
 
 def rows_of(summary: dict) -> list[tuple[str, dict]]:
@@ -213,7 +193,12 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def table(summaries: dict[str, dict], difference: dict | None = None) -> str:
+def signed(figure: dict, key: str = "mean") -> str:
+    """A change and its interval, in percent."""
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (figure[key], *figure["ci95"])))
+
+
+def table(summaries: dict[str, dict], difference: dict | None = None, reasons: dict | None = None) -> str:
     """The figures of checkpoints, in percent, as text."""
     top = max(int(key[5:]) for key in next(iter(summaries.values()))["overall"] if key.startswith("pass@"))
     ks = [1] if top == 1 else [1, top]
@@ -228,74 +213,14 @@ def table(summaries: dict[str, dict], difference: dict | None = None) -> str:
     if difference:
         text += "\nchange of pass@1, paired by problem\n"
         for row, c in rows_of(difference):
-            low, high = c["ci95"]
-            text += f"{row:14}{100 * c['pass@1']:>+14.1f}{f'{100 * low:+.1f} to {100 * high:+.1f}':>18}\n"
+            text += f"{row:14}{signed(c, 'pass@1'):>26}\n"
+    if reasons:
+        text += "\nwhy: the gain is selection + improvement; improvement is of arithmetic, procedure and guesses\n"
+        text += f"{'':14}{'selection':>26}{'improvement':>26}" + "".join(f"{cause:>12}" for cause in CAUSES) + "\n"
+        for row, c in rows_of(reasons):
+            text += f"{row:14}{signed(c['selection']):>26}{signed(c['improvement']):>26}"
+            text += "".join(f"{100 * c[cause]['mean']:>+12.1f}" for cause in CAUSES) + "\n"
     return text
-
-
-COLOURS = {"evaluation": "tab:blue", "inversion": "tab:orange", "composition": "tab:green"}
-SHADES = {FORWARD: "tab:blue", BACKWARD: "tab:orange", MIXED: "tab:purple", NONE: "lightgrey"}
-
-
-def _figure(width: float, panels: int):
-    from matplotlib.figure import Figure  # only where a plot is asked for: the import takes a second
-
-    figure = Figure((width, 4), layout="constrained")
-    axes = figure.subplots(1, panels)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(0, 1.02)
-    return figure, axes
-
-
-def plot_evaluation(summaries: dict[str, dict], path: Path) -> None:
-    """Accuracy by number of steps and type; strategy shares by type."""
-    figure, (left, right) = _figure(11, 2)
-    for i, (name, summary) in enumerate(summaries.items()):
-        style = {"fmt": "o-"} if i == len(summaries) - 1 else {"fmt": "o--", "markerfacecolor": "white"}
-        for j, (kind, by_steps) in enumerate(summary["by_type_and_steps"].items()):
-            cells = list(by_steps.values())
-            mean = np.array([c["pass@1"] for c in cells])
-            low, high = np.array([c["ci95"] for c in cells]).T
-            x = np.array([int(n) for n in by_steps]) + 0.08 * j  # side by side where they agree
-            bars = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
-            left.errorbar(x, mean, bars, color=COLOURS[kind], capsize=2, label=f"{kind} {name}", **style)
-    left.set(xlabel="number of steps", ylabel="pass@1", title="Accuracy, with 95% intervals")
-    left.xaxis.get_major_locator().set_params(integer=True)
-
-    columns = [(kind, name) for kind in next(iter(summaries.values()))["by_type"] for name in summaries]
-    cells = [summaries[name]["by_type"][kind] for kind, name in columns]
-    base = np.zeros(len(cells))
-    for strategy, shade in SHADES.items():
-        share = np.array([c[f"{strategy}_share"] for c in cells])
-        if share.any():
-            right.bar(range(len(cells)), share, bottom=base, color=shade, label=strategy)
-            base += share
-    right.set(xticks=range(len(cells)), ylabel="share of responses", title="Strategies")
-    right.set_xticklabels([f"{kind}\n{name}" for kind, name in columns])
-    for axis in (left, right):
-        axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def plot_training(rows: list[dict], path: Path) -> None:
-    """Accuracy and strategy shares by type over the updates of a GRPO run, from its metrics.jsonl."""
-    figure, (left, right) = _figure(11, 2)
-    for kind in (k for k in COLOURS if any(f"accuracy/{k}" in row for row in rows)):
-        seen = [row for row in rows if f"accuracy/{kind}" in row]
-        updates = [row["update"] for row in seen]
-        left.plot(updates, [row[f"accuracy/{kind}"] for row in seen], color=COLOURS[kind], alpha=0.8, label=kind)
-        if kind == COMPOSITION:
-            continue
-        for strategy, style in ((FORWARD, "-"), (BACKWARD, "--")):
-            shares = [row[f"{strategy}/{kind}"] for row in seen]
-            right.plot(updates, shares, style, color=COLOURS[kind], alpha=0.8, label=f"{strategy} on {kind}")
-    left.set(xlabel="update", ylabel="reward of the sampled responses", title="Accuracy by problem type")
-    right.set(xlabel="update", ylabel="share of responses", title="Strategy by problem type")
-    for axis in (left, right):
-        if axis.lines:  # compositions have no strategy of their own
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -332,18 +257,22 @@ def main(config: EvalConfig, world: World) -> None:
         judged[str(path)] = evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
     summaries = {name: summarise(groups) for name, groups in judged.items()}
     difference = compare(*judged.values()) if len(judged) == 2 else None
+    reasons = explain(*judged.values()) if len(judged) == 2 else None
 
     low, high = task.steps
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
     print(f"{len(problems)} validation problems of {low}-{high} steps in GF({task.p}), {how}; figures in %")
-    print(table(summaries, difference))
+    print(table(summaries, difference, reasons))
     if config.json:
         result = next(iter(summaries.values()))
         if difference:
-            result = dict(zip(("before", "after"), summaries.values()), difference=difference)
+            result = dict(zip(("before", "after"), summaries.values()), difference=difference, reasons=reasons)
         Path(config.json).write_text(json.dumps({"checkpoints": list(judged), **result}, indent=2) + "\n")
     if config.plot:
-        plot_evaluation(dict(zip(("before", "after") if difference else ("",), summaries.values())), Path(config.plot))
+        from plot import plot_evaluation  # matplotlib, which takes a second, only where a plot is asked for
+
+        names = ("before", "after") if difference else ("",)
+        plot_evaluation(dict(zip(names, summaries.values())), Path(config.plot), reasons)
 
 
 if __name__ == "__main__":

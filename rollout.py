@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from model import Attend, Rope, Transformer, log_softmax, pack_prompts, packed_attention, pad, split_heads
+from model import Attend, Rope, Transformer, split_heads
+from packed import log_softmax, pack_prompts, packed_attention, pad
 from runtime import in_threads, n_threads
 
 try:  # needs CUDA: requirements-gpu.txt

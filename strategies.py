@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from data.finite_field import BACKWARD, FITTING, FORWARD, Problem
+from data.finite_field import BACKWARD, FITTING, FORWARD, Problem, reward
 
 MIXED, NONE = "mixed", "none"
 
@@ -92,6 +92,26 @@ def tag(problem: Problem, response: str) -> Tag:
 def fits(problem: Problem, tag: Tag) -> bool:
     """Whether every part is solved with the strategy that needs no guess."""
     return all(strategy == FITTING[part.kind] for strategy, part in zip(tag.parts, problem.parts))
+
+
+@dataclass(frozen=True)
+class Response:
+    """What is kept of a response."""
+
+    kind: str  # the problem's type
+    steps: int
+    strategy: str
+    fits: bool
+    correct: bool
+    error: str | None  # the kind of the first wrong line
+    stopped: bool
+
+
+def judge(problem: Problem, response: str, stopped: bool) -> Response:
+    found = tag(problem, response)
+    correct = bool(reward(problem, response))
+    error = found.error.kind if found.error else None
+    return Response(problem.kind, problem.steps, found.strategy, fits(problem, found), correct, error, stopped)
 
 
 def read(response: str) -> list[Line]:

@@ -47,26 +47,14 @@ from eval import (
     evaluate,
     group_by,
     judge_groups,
-    plot_evaluation,
-    plot_training,
     summarise,
     table,
     token_budget,
     validation_problems,
 )
 from lora import check_lora, dropout_key
-from model import (
-    Packed,
-    Transformer,
-    add_gradients,
-    describe,
-    pack,
-    pad,
-    refresh,
-    response_log_probs,
-    trained,
-    working_copy,
-)
+from model import Transformer, refresh, trained, working_copy
+from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
 from rollout import Rollout, Sampler
 from runtime import (
     World,
@@ -80,6 +68,7 @@ from runtime import (
     torch_stream,
     write_json,
 )
+from split import explain
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -274,14 +263,17 @@ def add_gradient(
 
 
 def behaviour(judged: list[list[Response]]) -> dict[str, float | None]:
-    """Accuracy and strategy shares by type, from the responses of an update."""
+    """Accuracy by type, strategy shares by type, and accuracy given the strategy, from the responses of an update."""
     figures = {}
     for kind, groups in group_by(judged, "kind").items():
         c = cell(groups)
         figures |= {f"accuracy/{kind}": c["pass@1"], f"accuracy_given_fit/{kind}": c["accuracy_given_fit"]}
-        if kind != COMPOSITION:
-            figures |= {f"{strategy}/{kind}": c[f"{strategy}_share"] for strategy in (FORWARD, BACKWARD)}
-    return figures
+        for strategy in (FORWARD, BACKWARD) if kind != COMPOSITION else ():
+            right = [r.correct for group in groups for r in group if r.strategy == strategy]
+            figures[f"{strategy}/{kind}"] = c[f"{strategy}_share"]
+            figures[f"accuracy_given_{strategy}/{kind}"] = fmean(right) if right else None
+    steps = group_by(judged, "steps")
+    return figures | {f"accuracy_at_steps/{n}": cell(groups)["pass@1"] for n, groups in steps.items()}
 
 
 def learning_rate(config: GrpoConfig, update: int) -> float:
@@ -417,15 +409,18 @@ def report(
     config: GrpoConfig,
 ) -> None:
     """Evaluate the start and the end of the run on the same problems; print, write and draw it."""
+    from plot import plot_evaluation, plot_training  # matplotlib, which takes a second
+
     (init, before), (run, after) = start, end
     judged = [evaluate(m, tokenizer, problems, budget, 4, config.temperature, config.seed) for m in (before, after)]
     summaries = {f"before: {init}": summarise(judged[0]), f"after: {newest_checkpoint(run)}": summarise(judged[1])}
-    difference = compare(*judged)
-    write_json(run / "evaluation.json", dict(zip(("before", "after"), summaries.values()), difference=difference))
-    plot_evaluation(dict(zip(("SFT", "RL"), summaries.values())), run / "evaluation.png")
-    plot_training(read_log(run / "metrics.jsonl"), run / "training.png")
+    difference, reasons = compare(*judged), explain(*judged)
+    figures = dict(zip(("before", "after"), summaries.values()), difference=difference, reasons=reasons)
+    write_json(run / "evaluation.json", figures)
+    plot_evaluation(dict(zip(("SFT", "RL"), summaries.values())), run / "evaluation.png", reasons)
+    plot_training({run.name: read_log(run / "metrics.jsonl")}, run / "training.png")
     print(f"\n{len(problems)} validation problems, 4 samples each at temperature {config.temperature}; figures in %")
-    print(table(summaries, difference))
+    print(table(summaries, difference, reasons))
     print(f"checkpoint  {newest_checkpoint(run)}\nlog         {run / 'metrics.jsonl'}")
     print(f"plots       {run / 'training.png'}\n            {run / 'evaluation.png'}")
 

@@ -36,18 +36,8 @@ from checkpoint import (
 from data.finite_field import Problem, Task, choose_strategies
 from eval import evaluate, percent, summarise, token_budget, validation_problems
 from lora import check_lora, dropout_key
-from model import (
-    Packed,
-    Transformer,
-    add_gradients,
-    describe,
-    pack,
-    pad,
-    refresh,
-    response_log_probs,
-    trained,
-    working_copy,
-)
+from model import Transformer, refresh, trained, working_copy
+from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
 from runtime import World, clip_gradient, n_threads, parse_flags, places, refusals, require, start, stream, torch_stream
 from tokenizer import Tokenizer, load_tokenizer
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import checkpoint
 from checkpoint import choose_precision, find_checkpoint, load_model
-from model import ModelConfig, pack_prompts, packed_attention, pad
+from model import ModelConfig
+from packed import pack_prompts, packed_attention, pad
 from rollout import Sampler
 from runtime import World
 

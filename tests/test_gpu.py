@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import small_model
 
-from model import pad, working_copy
+from model import working_copy
+from packed import pad
 from rollout import Batch, Sampler
 from runtime import World
 from train_grpo import GrpoConfig, add_gradient

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from conftest import small_model
 
 import kernels
-from model import PRECISIONS, describe, pack, pad, response_log_probs, working_copy
+from model import PRECISIONS, working_copy
+from packed import describe, pack, pad, response_log_probs
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="needs a C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -12,7 +12,8 @@ import train_grpo
 import train_sft
 from checkpoint import find_checkpoint, load_model, read_log, save_checkpoint
 from lora import adapted, add_lora, load_adapters, updates
-from model import PRECISIONS, pack, pad, plain_weights, refresh, response_log_probs, trained, working_copy
+from model import PRECISIONS, plain_weights, refresh, trained, working_copy
+from packed import pack, pad, response_log_probs
 from rollout import Sampler
 from runtime import World
 from tokenizer import load_tokenizer

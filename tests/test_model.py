@@ -9,23 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from checkpoint import hf_config, load_model, save_checkpoint
-from model import (
+from model import ModelConfig, RopeScaling, Transformer, init_weights, plain_weights, refresh, split_heads, working_copy
+from packed import (
     VARLEN_CAUSAL,
-    ModelConfig,
-    RopeScaling,
-    Transformer,
-    init_weights,
     pack,
     pack_prompts,
     packed_attention,
     pad,
     padded_attention,
-    plain_weights,
-    refresh,
     response_log_probs,
-    split_heads,
     varlen_attention,
-    working_copy,
 )
 from rollout import Batch, Sampler
 
@@ -234,8 +227,8 @@ def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
             out[a:b] = one[0].transpose(0, 1)
         return out
 
-    monkeypatch.setattr("model.flash_attn_varlen_func", None)
-    monkeypatch.setattr(f"model.{which}", kernel)
+    monkeypatch.setattr("packed.flash_attn_varlen_func", None)
+    monkeypatch.setattr(f"packed.{which}", kernel)
     prompts = random_rows(model.config.vocab_size, [4, 9, 1])
     responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
     batch = pack(*pad(prompts), *pad(responses), torch.tensor([0, 0, 2, 1, 2]))

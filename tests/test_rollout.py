@@ -6,7 +6,8 @@ from conftest import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from model import pack, pack_prompts, packed_attention, pad, response_log_probs, working_copy
+from model import working_copy
+from packed import pack, pack_prompts, packed_attention, pad, response_log_probs
 from rollout import Batch, Rollout, Sampler, draw
 
 STOP = [1]

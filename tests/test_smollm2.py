@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 from checkpoint import load_model
-from model import pack_prompts, packed_attention, pad
+from packed import pack_prompts, packed_attention, pad
 from rollout import Sampler
 
 HERE = Path(checkpoint.__file__).parent

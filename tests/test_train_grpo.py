@@ -11,7 +11,7 @@ from conftest import small_model
 
 from data.finite_field import Task
 from eval import judge_groups
-from model import pad, response_log_probs
+from packed import pad, response_log_probs
 from rollout import Rollout, Sampler
 from runtime import World, start
 from train_grpo import (
