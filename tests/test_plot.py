@@ -1,0 +1,61 @@
+"""Plots of logs and evaluations; a log that is none is refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import plot
+from plot import PANELS, PlotConfig, plot_training, smooth
+from runtime import parse_flags
+from strategies import Response
+from train_grpo import behaviour
+
+
+def log(n: int, kl: bool) -> list[dict]:
+    """A log as train_grpo.py writes it; compositions and inversions come and go."""
+    rows = []
+    for update in range(1, n + 1):
+        kind = ("evaluation", "inversion")[update % 2]
+        judged = [[Response(kind, 6, "forward", kind == "evaluation", True, None, True)] * 2]
+        row = {"update": update, "reward": 0.5, "groups_without_signal": 0.1, "entropy": 0.1, "response_length": 9.0}
+        rows.append(row | behaviour(judged) | ({"kl": 0.01} if kl else {}))
+    return rows
+
+
+def test_every_panel_is_fed_by_what_the_trainer_logs():
+    logged = {key for row in log(4, True) for key in row}
+    for title, metrics in PANELS.items():
+        assert set(metrics) & logged, title
+
+
+def test_running_means_keep_constants_and_ends():
+    assert smooth(np.full(50, 0.3), 7) == pytest.approx(np.full(50, 0.3))
+    assert smooth(np.array([1.0]), 5) == pytest.approx([1.0])
+    assert smooth(np.arange(9.0), 3) == pytest.approx([0.5, 1, 2, 3, 4, 5, 6, 7, 7.5])
+
+
+def test_one_run_or_many(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("a", log(30, True)), ("b", log(3, False))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for runs in (["a"], ["a", "b"]):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *runs, "--out", "p.png"])
+        plot.main(parse_flags(PlotConfig, "", "runs"))
+        assert (tmp_path / "p.png").stat().st_size > 20_000
+    assert "a (30 updates), b (3 updates)" in capsys.readouterr().out
+    plot_training({"one": log(1, False)}, tmp_path / "short.png")
+
+
+@pytest.mark.parametrize(
+    "written, says", [(None, "no run folder"), ('{"update": 1}\n', "not the log"), ("", "not the log")]
+)
+def test_what_is_no_log_is_refused(written, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    if written is not None:
+        (tmp_path / "run" / "metrics.jsonl").write_text(written)
+    with pytest.raises(SystemExit) as stop:
+        plot.main(PlotConfig([str(tmp_path / "run")], str(tmp_path / "p.png")))
+    assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "p.png").exists()
