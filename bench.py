@@ -32,7 +32,7 @@ from checkpoint import hf_config
 from model import PRECISIONS, ModelConfig, Transformer, measure_precision, plain_weights, refresh, working_copy
 from packed import pad
 from rollout import Rollout, Sampler
-from runtime import World, check_outputs, clip_gradient, parse_flags, require, start, torch_stream
+from runtime import World, check_outputs, clip_gradient, parse_flags, require, start
 from tokenizer import word_tokenizer
 from train_grpo import GrpoConfig, add_gradient
 
@@ -154,7 +154,7 @@ class Ours:
         self.rewards = torch.tensor([0.0, 1.0]).repeat(work.prompts, work.group)[:, : work.group].to(device)
 
     def rollout(self) -> Rollout:
-        return self.sampler.sample(self.prompts, torch_stream("bench"))
+        return self.sampler.sample(self.prompts, [("bench", i) for i in range(self.work.prompts)])
 
     def train(self, rollout: Rollout) -> None:
         prompts = pad(self.prompts, self.world.device)

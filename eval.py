@@ -21,7 +21,7 @@ from data.finite_field import BACKWARD, FORWARD, Problem, Task
 from model import PRECISIONS, Transformer
 from packed import describe
 from rollout import Sampler
-from runtime import World, check_outputs, parse_flags, refusals, require, start, stream, torch_stream
+from runtime import World, check_outputs, parse_flags, refusals, require, start, stream
 from split import CAUSES, explain
 from strategies import MIXED, NONE, Response, judge
 from tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def evaluate(
     """Sample and judge `samples` responses of at most `max_new_tokens` tokens to each problem."""
     sampler = Sampler(model, tokenizer.stops, samples, max_new_tokens, temperature)
     prompts = [tokenizer.prompt(problem) for problem in problems]
-    rollout = sampler.sample(prompts, torch_stream(seed, "evaluation sampling"))
+    rollout = sampler.sample(prompts, [(seed, "evaluation sampling", i) for i in range(len(prompts))])
     return judge_groups(problems, tokenizer.decode(rollout.responses()), rollout.stopped.tolist())
 
 

@@ -8,8 +8,8 @@ A decoding step touches tensors of fixed place and size alone and never waits fo
 tokens and the noise are read from the device, the drawn tokens written there. On a GPU it is captured in a graph for
 each size of the batch; the host only looks every few steps at which groups have finished.
 
-Every row owns its random numbers (one uniform a token, drawn before the first step), so what a row says depends
-neither on the rows beside it nor on how the work is split.
+Every prompt has random numbers of its own (one uniform for each token of its group, drawn before the first step), so
+what is said to it depends neither on the prompts beside it nor on how they are split over batches and processes.
 """
 
 import math
@@ -22,7 +22,7 @@ from torch import Tensor
 import kernels
 from model import Attend, Rope, Transformer, split_heads
 from packed import log_softmax, pack_prompts, packed_attention, pad
-from runtime import in_threads, n_threads
+from runtime import in_threads, n_threads, torch_stream
 
 try:  # needs CUDA: requirements-gpu.txt
     from flash_attn import flash_attn_with_kvcache
@@ -70,8 +70,8 @@ class Sampler:
         self.stops = torch.tensor(stop_tokens, dtype=torch.long, device=model.device)
         self.batch: Batch | None = None
 
-    def sample(self, prompts: list[list[int]], generator: torch.Generator) -> Rollout:
-        """Responses to the prompts. `generator` is a CPU generator, on any device.
+    def sample(self, prompts: list[list[int]], keys: list[tuple]) -> Rollout:
+        """Responses to the prompts, with the random numbers of each prompt's key (runtime.torch_stream).
 
         Raises ValueError when a prompt is empty or a prompt and its response exceed the model's positions.
         """
@@ -82,7 +82,7 @@ class Sampler:
         if (most := longest_prompt + T) > limit:
             raise ValueError(f"prompt and response may take {most} tokens, more than the model's {limit} positions")
 
-        noise = torch.rand(len(prompts) * G, T, generator=generator).to(device)
+        noise = torch.cat([torch.rand(G, T, generator=torch_stream(*key)) for key in keys]).to(device)
         out = Drawn.empty(len(noise), T, device)
         # Prompts of like length share a batch: their responses tend to end together.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -65,7 +65,6 @@ from runtime import (
     require,
     start,
     stream,
-    torch_stream,
     write_json,
 )
 from split import explain
@@ -348,9 +347,11 @@ def main(config: GrpoConfig, world: World) -> None:
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
     for update in bar:
         clock = time.perf_counter()
-        drawn = draw_problems(config, task, update)[world.rank :: world.size]
+        mine = range(world.rank, config.prompts, world.size)
+        problems_drawn = draw_problems(config, task, update)
+        drawn = [problems_drawn[i] for i in mine]
         prompts = [tokenizer.prompt(problem) for problem in drawn]
-        rollout = sampler.sample(prompts, torch_stream(config.seed, "sampling", update, world.rank))
+        rollout = sampler.sample(prompts, [(config.seed, "sampling", update, i) for i in mine])
         sampled = time.perf_counter()
         judged = judge_groups(drawn, tokenizer.decode(rollout.responses()), rollout.stopped.tolist())
         rewards = torch.tensor([[float(r.correct) for r in group] for group in judged], device=world.device)

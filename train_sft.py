@@ -129,10 +129,11 @@ def make_batch(
     examples: list[tuple[Problem, str]],
     device: torch.device,
     longest_gap: int = 0,
-    generator: torch.Generator | None = None,
+    keys: list[tuple] | None = None,
     parts: int = 1,
 ) -> list[Packed]:
-    """Pack prompts and solutions, in `parts` parts; with `longest_gap`, over positions that `spread` chooses.
+    """Pack prompts and solutions, in `parts` parts; with `longest_gap`, over positions that `spread` chooses, by the
+    random numbers of each example's key.
 
     Without gaps, what all prompts begin with (a word at least, or a template's and an explanation) is computed once.
     """
@@ -140,9 +141,10 @@ def make_batch(
     solutions = [tokenizer.solution(solution) for _, solution in examples]
     pieces = torch.arange(len(examples)).tensor_split(min(parts, len(examples)))
     if longest_gap:
-        whole = [*pad(prompts), *pad(solutions)]
         starts = torch.tensor(tokenizer.line_starts())
-        whole += spread(whole[0], whole[1], whole[2], starts, longest_gap, generator)
+        spreads = [spread(p, s, starts, longest_gap, torch_stream(*k)) for p, s, k in zip(prompts, solutions, keys)]
+        positions = [pad(list(rows))[0] for rows in zip(*spreads)]
+        whole = [*pad(prompts), *pad(solutions), *positions]
         split = [[x[mine].to(device) for x in whole] for mine in pieces]
         return [pack(*part[:4], torch.arange(len(part[0]), device=device), tuple(part[4:])) for part in split]
 
@@ -156,23 +158,19 @@ def make_batch(
 
 
 def spread(
-    prompts: Tensor,
-    prompt_lengths: Tensor,
-    responses: Tensor,
-    starts: Tensor,
-    longest: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Positions (B, Tp) and (B, Tr) with random gaps, up to `longest` in all, before the tokens `starts`.
+    prompt: list[int], response: list[int], starts: Tensor, longest: int, generator: torch.Generator
+) -> tuple[list[int], list[int]]:
+    """Positions of both with random gaps, up to `longest` in all, before the tokens `starts`.
 
     A model that learns on short chains finds the steps of its prompt by their distance and counts lines to know when
     to stop, and fails on longer chains. With gaps it must go by the labels. (Randomised positions: arXiv 2305.16843.)
     """
-    (B, Tp), Tr = prompts.shape, responses.shape[1]
-    weights = torch.rand(B, Tp + Tr, generator=generator) * torch.isin(torch.cat((prompts, responses), 1), starts)
-    total = torch.rand(B, 1, generator=generator) * longest
-    gaps = (weights.cumsum(1) / weights.sum(1, keepdim=True) * total).long()
-    return torch.arange(Tp) + gaps[:, :Tp], prompt_lengths[:, None] + torch.arange(Tr) + gaps[:, Tp:]
+    tokens = torch.tensor(prompt + response)
+    weights = torch.rand(len(tokens), generator=generator) * torch.isin(tokens, starts)
+    total = torch.rand(1, generator=generator) * longest
+    gaps = (weights.cumsum(0) / weights.sum() * total).long()
+    positions = (torch.arange(len(tokens)) + gaps).tolist()
+    return positions[: len(prompt)], positions[len(prompt) :]
 
 
 def loss_sum(model: Transformer, batch: Packed, dropout_key: int | None = None) -> Tensor:
@@ -242,9 +240,10 @@ def main(config: SftConfig, world: World) -> Path:
     shown: dict[str, str] = {}  # accuracy in percent, as last measured
     for update in bar:
         clock = time.perf_counter()
-        examples = draw_examples(config, task, update)[world.rank :: world.size]
-        generator = torch_stream(config.seed, "gaps", update, world.rank)
-        parts = make_batch(tokenizer, examples, world.device, config.position_gap, generator, n_parts)
+        mine = range(world.rank, config.batch_size, world.size)
+        examples = draw_examples(config, task, update)
+        chosen, keys = [examples[i] for i in mine], [(config.seed, "gaps", update, i) for i in mine]
+        parts = make_batch(tokenizer, chosen, world.device, config.position_gap, keys, n_parts)
         (n_tokens,) = world.sum(sum(len(part.targets) for part in parts))
 
         def loss(

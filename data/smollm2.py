@@ -56,7 +56,7 @@ def ask(folder: Path, question: str) -> str:
     model, tokenizer = load_model(folder)
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.inner.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], torch.Generator())
+    rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], [()])
     return tokenizer.decode(rollout.responses())[0]
 
 

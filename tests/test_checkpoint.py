@@ -46,7 +46,7 @@ def test_what_transformers_wrote_computes_the_same_here(kind, tmp_path):
     expected = reference(row[None]).logits[0]
     assert expected.std() > 0.1
     torch.testing.assert_close(logits(model, [row.tolist()]), expected, atol=1e-4, rtol=0)
-    rollout = Sampler(model, tokenizer.stops, 1, 40, 0.0).sample([row.tolist()], torch.Generator())
+    rollout = Sampler(model, tokenizer.stops, 1, 40, 0.0).sample([row.tolist()], [()])
     theirs = reference.generate(row[None], max_new_tokens=40, do_sample=False)[0, len(row) :]
     assert rollout.tokens[0].tolist() == theirs.tolist()
 

@@ -122,6 +122,8 @@ def test_two_processes(sft, tmp_path):
     one = grpo(tmp_path / "one", sft, updates=1)
     kinds = [{key for key in row if key.startswith("accuracy/")} for row in (rows[0], one[0])]
     assert kinds[0] == kinds[1], "the same problems"
+    assert rows[0]["reward"] == one[0]["reward"] and rows[0]["entropy"] == pytest.approx(one[0]["entropy"], abs=1e-5)
+    assert rows[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-4), "and the same responses"
     assert done.stdout.count("checkpoint  ") == 1, "one process prints"
 
 

@@ -9,12 +9,17 @@ import kernels
 from model import working_copy
 from packed import pack, pack_prompts, packed_attention, pad, response_log_probs
 from rollout import Batch, Rollout, Sampler, draw
+from runtime import torch_stream
 
 STOP = [1]
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def keys(prompts: list, seed: int = 0) -> list[tuple]:
+    return [(seed, i) for i in range(len(prompts))]
+
+
+def noise_of(prompts: list, group: int, T: int) -> torch.Tensor:
+    return torch.cat([torch.rand(group, T, generator=torch_stream(*key)) for key in keys(prompts)])
 
 
 @torch.no_grad()
@@ -76,8 +81,8 @@ PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3, 3, 3]]
 @pytest.mark.parametrize("group", [1, 3])
 def test_equals_sampling_one_sequence_at_a_time(model, way, temperature, group):
     """Ragged prompts, rows that stop at different times, groups that leave: the same tokens, the same log-probs."""
-    rollout = Sampler(model, STOP, group, 12, temperature).sample(PROMPTS, generator())
-    noise = torch.rand(len(PROMPTS) * group, 12, generator=generator())
+    rollout = Sampler(model, STOP, group, 12, temperature).sample(PROMPTS, keys(PROMPTS))
+    noise = noise_of(PROMPTS, group, 12)
     expected = naive(model, PROMPTS, noise, group, 12, temperature)
     assert torch.equal(rollout.tokens, expected.tokens)
     assert torch.equal(rollout.lengths, expected.lengths)
@@ -96,17 +101,26 @@ def stopping_model():
 def test_groups_that_finish_leave_the_others_as_they_are(way):
     model = stopping_model()
     prompts = [[3 + i % 5] * (1 + i % 4) for i in range(12)]
-    rollout = Sampler(model, STOP, 2, 40).sample(prompts, generator())
+    rollout = Sampler(model, STOP, 2, 40).sample(prompts, keys(prompts))
     assert rollout.lengths.unique().numel() > 4, "the test needs rows that end at different times"
-    noise = torch.rand(24, 40, generator=generator())
+    noise = noise_of(prompts, 2, 40)
     expected = naive(model, prompts, noise, 2, 40, 1.0)
     assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.lengths, expected.lengths)
 
 
+def test_the_split_over_processes_does_not_matter(model):
+    """A prompt's responses depend on its own key alone."""
+    whole = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
+    for rank in range(2):
+        mine = Sampler(model, STOP, 3, 12).sample(PROMPTS[rank::2], keys(PROMPTS)[rank::2])
+        rows = [3 * i + j for i in range(rank, len(PROMPTS), 2) for j in range(3)]
+        assert mine.responses() == [whole.responses()[row] for row in rows]
+
+
 @pytest.mark.parametrize("max_rows", [1, 3, 8, 100])
 def test_the_split_into_batches_does_not_matter(model, max_rows):
-    whole = Sampler(model, STOP, 3, 12).sample(PROMPTS, generator())
-    parts = Sampler(model, STOP, 3, 12, max_rows=max_rows).sample(PROMPTS, generator())
+    whole = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
+    parts = Sampler(model, STOP, 3, 12, max_rows=max_rows).sample(PROMPTS, keys(PROMPTS))
     assert torch.equal(whole.tokens, parts.tokens) and torch.equal(whole.lengths, parts.lengths)
     torch.testing.assert_close(whole.log_probs, parts.log_probs, atol=1e-5, rtol=0)
 
@@ -114,7 +128,7 @@ def test_the_split_into_batches_does_not_matter(model, max_rows):
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.0])
 def test_log_probs_equal_the_trainers_at_any_temperature(model, temperature):
-    rollout = Sampler(model, STOP, 4, 20, temperature).sample(PROMPTS, generator())
+    rollout = Sampler(model, STOP, 4, 20, temperature).sample(PROMPTS, keys(PROMPTS))
     parents = torch.arange(len(PROMPTS)).repeat_interleave(4)
     batch = pack(*pad(PROMPTS), rollout.tokens, rollout.lengths, parents)
     log_probs, _ = response_log_probs(model, batch, temperature)
@@ -127,7 +141,7 @@ def test_log_probs_equal_the_trainers_at_any_temperature(model, temperature):
 @pytest.mark.parametrize("way", ["kernel", "matmul"], indirect=True)
 def test_log_probs_in_bf16_equal_the_trainers_in_bf16(way):
     model = working_copy(small_model(), "bf16")
-    rollout = Sampler(model, STOP, 4, 20).sample(PROMPTS, generator())
+    rollout = Sampler(model, STOP, 4, 20).sample(PROMPTS, keys(PROMPTS))
     batch = pack(*pad(PROMPTS), rollout.tokens, rollout.lengths, torch.arange(4).repeat_interleave(4))
     log_probs, _ = response_log_probs(model, batch)
     mask = torch.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
@@ -188,8 +202,8 @@ def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
     sampler.use_graphs = True
     for seed, (n, length) in enumerate(((12, 3), (12, 2), (9, 3), (12, 3))):
         prompts = [[3 + i % 5 + seed] * (1 + i % length) for i in range(n)]
-        rollout = sampler.sample(prompts, generator(seed))
-        expected = Sampler(model, STOP, 2, 40).sample(prompts, generator(seed))
+        rollout = sampler.sample(prompts, keys(prompts, seed))
+        expected = Sampler(model, STOP, 2, 40).sample(prompts, keys(prompts, seed))
         assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.lengths, expected.lengths)
         torch.testing.assert_close(rollout.log_probs, expected.log_probs, atol=1e-5, rtol=0)
         with torch.no_grad():
@@ -203,25 +217,25 @@ def test_a_prompt_that_leaves_no_room_for_more(model, way):
     """Prompt and response fill the model's positions, and the cache, to the last place."""
     limit = model.config.max_position_embeddings
     prompts = [[3] * (limit - 6), [4]]
-    rollout = Sampler(model, [], 2, 6).sample(prompts, generator())
-    expected = naive(model, prompts, torch.rand(4, 6, generator=generator()), 2, 6, 1.0)
+    rollout = Sampler(model, [], 2, 6).sample(prompts, keys(prompts))
+    expected = naive(model, prompts, noise_of(prompts, 2, 6), 2, 6, 1.0)
     assert torch.equal(rollout.tokens, expected.tokens)
     torch.testing.assert_close(rollout.log_probs, expected.log_probs, atol=1e-4, rtol=0)
 
 
 def test_more_prompts_than_fit_wait(model, monkeypatch):
     """The batch is planned from the memory that is free; what a row says does not depend on it."""
-    plenty = Sampler(model, STOP, 3, 12).sample(PROMPTS, generator())
+    plenty = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
     seen, run = [], Batch.run
     monkeypatch.setattr("os.sysconf", lambda name: 1)
     monkeypatch.setattr(Batch, "run", lambda *args: seen.append(len(args[1])) or run(*args))
-    scarce = Sampler(model, STOP, 3, 12).sample(PROMPTS, generator())
+    scarce = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
     assert seen == [1] * len(PROMPTS)
     assert torch.equal(plenty.tokens, scarce.tokens)
 
 
 def test_the_stop_token_counts_and_nothing_follows_it():
-    rollout = Sampler(stopping_model(), STOP, 8, 40).sample(PROMPTS, generator())
+    rollout = Sampler(stopping_model(), STOP, 8, 40).sample(PROMPTS, keys(PROMPTS))
     for tokens, length, stopped in zip(rollout.tokens, rollout.lengths, rollout.stopped):
         assert (tokens[length - 1] == 1) == stopped
         assert (tokens[: length - 1] != 1).all() and (tokens[length:] == 0).all()
@@ -230,18 +244,18 @@ def test_the_stop_token_counts_and_nothing_follows_it():
 
 def test_all_rows_ending_at_once_and_at_the_first_token(model):
     everything = list(range(model.config.vocab_size))
-    rollout = Sampler(model, everything, 2, 12).sample(PROMPTS, generator())
+    rollout = Sampler(model, everything, 2, 12).sample(PROMPTS, keys(PROMPTS))
     assert rollout.tokens.shape == (8, 1) and rollout.lengths.eq(1).all() and rollout.stopped.all()
 
 
 def test_cut_off_responses_are_marked(model):
-    rollout = Sampler(model, [], 2, 5).sample(PROMPTS, generator())
+    rollout = Sampler(model, [], 2, 5).sample(PROMPTS, keys(PROMPTS))
     assert rollout.lengths.eq(5).all() and not rollout.stopped.any()
 
 
 def test_greedy_needs_no_luck(model):
-    a = Sampler(model, STOP, 1, 12, temperature=0.0).sample(PROMPTS, generator(0))
-    b = Sampler(model, STOP, 1, 12, temperature=0.0).sample(PROMPTS, generator(1))
+    a = Sampler(model, STOP, 1, 12, temperature=0.0).sample(PROMPTS, keys(PROMPTS, 0))
+    b = Sampler(model, STOP, 1, 12, temperature=0.0).sample(PROMPTS, keys(PROMPTS, 1))
     assert torch.equal(a.tokens, b.tokens)
 
 
@@ -263,6 +277,6 @@ def test_draw_never_takes_what_has_no_probability():
 
 def test_refuses_what_cannot_be_continued(model):
     with pytest.raises(ValueError, match="empty"):
-        Sampler(model, STOP).sample([[3], []], generator())
+        Sampler(model, STOP).sample([[3], []], keys([[3], []]))
     with pytest.raises(ValueError, match="positions"):
-        Sampler(model, STOP, 1, 100).sample([[3] * 2000], generator())
+        Sampler(model, STOP, 1, 100).sample([[3] * 2000], keys([[3]]))

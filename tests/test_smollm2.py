@@ -45,5 +45,5 @@ def test_real_weights_compute_as_in_transformers(smollm2):
     ours = model.logits(model(batch.tokens, batch.positions, packed_attention(batch, model)))
     torch.testing.assert_close(ours, reference(torch.tensor([prompt])).logits[0], atol=1e-4, rtol=0)
     expected = reference.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False)[0, len(prompt) :]
-    rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], torch.Generator())
+    rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], [()])
     assert len(expected) == 50 and rollout.tokens[0].tolist() == expected.tolist()

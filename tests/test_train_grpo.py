@@ -52,7 +52,7 @@ class Batch:
             for w in sampler.parameters():
                 w.add_(0.02 * torch.randn(w.shape, generator=generator))
         stops = list(range(1, 30))  # so that lengths differ
-        self.rollout = Sampler(sampler, stops, 4, 20, CONFIG.temperature).sample(self.rows, generator)
+        self.rollout = Sampler(sampler, stops, 4, 20, CONFIG.temperature).sample(self.rows, [(i,) for i in range(6)])
         self.rewards = torch.tensor(
             [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
         )

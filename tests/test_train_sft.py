@@ -19,6 +19,10 @@ def examples(n: int = 6, **flags):
     return draw_examples(complete(SftConfig(batch_size=n, **flags), tiny=True), Task(), 0)
 
 
+def keys(chosen: list) -> list[tuple]:
+    return [(i,) for i in range(len(chosen))]
+
+
 def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
     """The stop token is the last target; prompts are no targets."""
     chosen = examples()
@@ -38,7 +42,7 @@ def test_what_prompts_share_is_computed_once_and_changes_nothing(parts, tokenize
     results = []
     for longest_gap in (0, 1):
         model.zero_grad()
-        batch = make_batch(tokenizer, longer, torch.device("cpu"), longest_gap, torch.Generator(), parts)
+        batch = make_batch(tokenizer, longer, torch.device("cpu"), longest_gap, keys(longer), parts)
         loss = sum(loss_sum(model, part) for part in batch)
         loss.backward()
         results.append((loss, [w.grad.clone() for w in model.parameters()]))
@@ -47,8 +51,8 @@ def test_what_prompts_share_is_computed_once_and_changes_nothing(parts, tokenize
 
 def test_gaps_keep_lines_together_and_order(tokenizer):
     chosen = examples(20)
-    (plain,) = make_batch(tokenizer, chosen, torch.device("cpu"), 1, torch.Generator())  # gaps below 1 are none
-    (gapped,) = make_batch(tokenizer, chosen, torch.device("cpu"), 130, torch.Generator().manual_seed(0))
+    (plain,) = make_batch(tokenizer, chosen, torch.device("cpu"), 1, keys(chosen))  # gaps below 1 are none
+    (gapped,) = make_batch(tokenizer, chosen, torch.device("cpu"), 130, keys(chosen))
     assert torch.equal(plain.tokens, gapped.tokens) and torch.equal(plain.targets, gapped.targets)
     moved = gapped.positions - plain.positions
     assert moved.min() == 0 and 100 < moved.max() <= 130
@@ -66,14 +70,11 @@ def test_gaps_keep_lines_together_and_order(tokenizer):
 
 
 def test_gaps_start_at_any_line_of_the_prompt_and_of_the_response():
-    prompts, responses = torch.tensor([[9, 5, 9]]), torch.tensor([[9, 5]])
-    starts = torch.tensor([9])
     seen = set()
     for seed in range(50):
-        generator = torch.Generator().manual_seed(seed)
-        p, r = spread(prompts, torch.tensor([3]), responses, starts, 100, generator)
-        assert p[0, 1] == p[0, 0] + 1 and r[0, 1] == r[0, 0] + 1
-        seen |= {("prompt", bool(p[0, 2] > p[0, 1] + 1)), ("response", bool(r[0, 0] > p[0, 2] + 1))}
+        p, r = spread([9, 5, 9], [9, 5], torch.tensor([9]), 100, torch.Generator().manual_seed(seed))
+        assert p[1] == p[0] + 1 and r[1] == r[0] + 1
+        seen |= {("prompt", p[2] > p[1] + 1), ("response", r[0] > p[2] + 1)}
     assert {("prompt", True), ("response", True)} <= seen
 
 
