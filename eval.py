@@ -227,7 +227,7 @@ def table(summaries: dict[str, dict], difference: dict | None = None, reasons: d
 
 
 def check(config: EvalConfig) -> None:
-    require(len(config.checkpoints) <= 2, "name one checkpoint, or two to compare")
+    require(1 <= len(config.checkpoints) <= 2, "name one checkpoint, or two to compare")
     require(config.problems >= 1, "--problems must be at least 1")
     require(config.samples >= 1, "--samples must be at least 1")
     require(config.temperature > 0, "--temperature must be above 0; for the likeliest tokens there is --greedy")

@@ -150,6 +150,7 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
 
 def main(config: PlotConfig) -> None:
     check_outputs("", config.out)
+    require(bool(config.runs), "name the folder of a run, or of several")
     runs = {}
     for name in config.runs:
         log = Path(name) / "metrics.jsonl"

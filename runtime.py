@@ -75,13 +75,13 @@ class _Parser(argparse.ArgumentParser):
 def parse_flags(config_class: type[Config], description: str, positional: str | None = None) -> Config:
     """Flags from a data class: one a field, its type from the annotation, its help from the comment on its line.
 
-    The field named `positional` takes the arguments that are not flags, one or more.
+    The field named `positional` takes the arguments that are not flags.
     """
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(config_class), re.M))
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
         if field.name == positional:
-            parser.add_argument(positional, nargs="+", metavar=positional.upper(), help=comments[field.name])
+            parser.add_argument(positional, nargs="*", metavar=positional.upper(), help=comments[field.name])
             continue
         kind, options = typing.get_type_hints(config_class)[field.name], {}
         if isinstance(kind, types.UnionType):  # `int | None`

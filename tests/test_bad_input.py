@@ -98,7 +98,7 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
         ("grpo", "--init good --out good --resume", "no checkpoint of this script"),
         ("eval", "nowhere", "nowhere"),
         ("eval", ".", "no checkpoint"),
-        ("eval", "", "CHECKPOINTS"),
+        ("eval", "", "name one checkpoint"),
         ("eval", "good good good", "one checkpoint, or two"),
         ("eval", "good --problems 0", "--problems"),
         ("eval", "good --temperature 0", "--greedy"),
