@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from model import (
 from runtime import World, fail, read_json, refusals, require, torch_stream, write_json
 from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
+TINY = ModelConfig(vocab_size=0)  # but for its vocabulary, which follows from the field
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "
 def new_model(p: int, seed: int) -> tuple[Transformer, Tokenizer]:
     """The tiny model, random, and its tokenizer."""
     tokenizer = word_tokenizer(p)
-    model = Transformer(ModelConfig(vocab_size=len(tokenizer)))
+    model = Transformer(replace(TINY, vocab_size=len(tokenizer)))
     init_weights(model, torch_stream(seed, "weights"))
     return model, tokenizer
 
@@ -65,9 +66,10 @@ def read_config(folder: Path) -> ModelConfig:
     """The shape of the model in a Hugging Face folder; refuses what this transformer does not compute."""
     raw, path = read_json(folder / "config.json"), folder / "config.json"
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         fail(f"{folder} holds a {kind!r} model; supported: qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    require(isinstance(rope, dict) and isinstance(raw.get("layer_types") or [], list), f"{path} is no model's")
     scaled = rope.get("rope_type", rope.get("type", "default"))
     biased = (kind != "qwen2" and raw.get("attention_bias")) or raw.get("mlp_bias")
     other = set(raw.get("layer_types") or []) - {"full_attention"} or raw.get("use_sliding_window")
@@ -149,27 +151,26 @@ def read_weight(file: Path, name: str, device: torch.device | str = "cpu") -> to
 
 def load_policy(
     config, start: Path, source: Path | None, precision: str, device: torch.device
-) -> tuple[Transformer, Tokenizer, Transformer]:
-    """The model that training changes, its tokenizer, and the model at the start, which it leaves as it is.
-
-    All the weights in fp32 or, with --lora, adapters on the start; those of `source` where a run is resumed.
+) -> tuple[Transformer, Tokenizer]:
+    """The model that training changes, and its tokenizer: all the weights in fp32 or, with --lora, adapters on the
+    start; those of `source` where a run is resumed.
     """
-    initial, tokenizer = load_model(start, device, PRECISIONS[precision], not config.no_chat_template)
-    initial.requires_grad_(False)
+    template = not config.no_chat_template
     if not config.lora:
-        return load_model(source or start, device)[0], tokenizer, initial
+        return load_model(source or start, device, chat_template=template)
+    base, tokenizer = load_model(start, device, PRECISIONS[precision], template)
     generator = torch_stream(config.seed, "adapters")
-    policy = add_lora(initial, config.lora, config.lora_alpha, config.lora_dropout, generator)
+    policy = add_lora(base, config.lora, config.lora_alpha, config.lora_dropout, generator)
     if source:
         load_adapters(policy, source / "adapter")
-    return policy, tokenizer, initial
+    return policy, tokenizer
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Runs
 
 
-MAY_DIFFER = {"out", "resume", "eval_every", "save_every"}  # flags that a resumed run may change
+MAY_DIFFER = {"out", "resume", "eval_every", "save_every", "keep"}  # flags that a resumed run may change
 
 
 def open_run(run: Path, config, stage: str, world: World) -> int:
@@ -210,7 +211,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     training: dict,
 ) -> Path:
-    """Write RUN/step-UPDATE whole or not at all; `training` says what made it, as JSON."""
+    """Write RUN/step-UPDATE whole or not at all; `training` says what made it, as JSON.
+
+    Of the run's checkpoints the newest training["keep"] stay, or all where that is 0.
+    """
     folder, draft = run / f"step-{update}", run / f".step-{update}.part"
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -221,6 +225,9 @@ def save_checkpoint(
         fail(f"cannot write the checkpoint {folder}: {error}")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    if keep := training.get("keep", 0):
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -247,22 +254,29 @@ def weights_to_save(model: Transformer, training: dict) -> dict[str, torch.Tenso
     """The weights in fp32; with LoRA those of the start as they lie on disk, to which the adapters are added."""
     weights = plain_weights(model)
     if training.get("lora"):
-        places, added = find_weights(Path(training["start"])), updates(model)
-        return {name: read_weight(places[name], name).float() + added.get(name, 0) for name in weights}
+        places = find_weights(Path(training["start"]))
+        weights = {name: read_weight(places[name], name).float() for name in weights}
+        for name, added in updates(model):
+            weights[name] += added
+        return weights
     return {name: weight.float().cpu().contiguous() for name, weight in weights.items()}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders RUN/step-N, by N."""
+    steps = {int(m[1]): p for p in run.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
+    return [steps[n] for n in sorted(steps)]
 
 
 def newest_checkpoint(run: Path) -> Path | None:
     """RUN/step-N with the largest N; None where there is none."""
-    steps = {int(m[1]): p for p in run.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    return steps[max(steps)] if steps else None
+    return next(reversed(checkpoints(run)), None)
 
 
 def find_checkpoint(name: str) -> Path:
     """A checkpoint folder, the newest checkpoint of a run folder, or a model from the Hugging Face hub or its cache."""
     path = Path(name)
-    hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.exists()
-    if hub_like:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists() and path.parts[0] not in ("runs", "models"):
         try:
             return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
         except Exception as error:  # no such model, no permission, no network: dozens of kinds
@@ -295,10 +309,11 @@ class Log:
     def __init__(self, run: Path, update: int):
         self.path = run / "metrics.jsonl"
         rows = read_log(self.path) if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["update"] <= update))
+        with refusals():
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["update"] <= update))
 
     def write(self, row: dict) -> None:
-        with self.path.open("a") as file:
+        with refusals(), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -8,7 +8,6 @@ Chen et al. (arXiv 2107.03374, equation 1). Intervals are 95% over problems: Wil
 conservative when there are several samples a problem, and the normal one for a paired difference.
 """
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ from typing import Literal
 
 from checkpoint import choose_precision, find_checkpoint, load_model, load_training, read_config
 from data.finite_field import BACKWARD, FORWARD, Problem, Task
-from model import PRECISIONS, Transformer
+from model import PRECISIONS, ModelConfig, Transformer
 from packed import describe
 from rollout import Sampler
-from runtime import World, check_outputs, parse_flags, refusals, require, start, stream
+from runtime import World, check_outputs, parse_flags, refusals, require, start, stream, write_json
 from split import CAUSES, explain
 from strategies import MIXED, NONE, Response, judge
 from tokenizer import Tokenizer
@@ -44,7 +43,7 @@ class EvalConfig:
     plot: str = ""  # draw accuracy and strategies to this PNG
 
 
-def token_budget(model: Transformer, tokenizer: Tokenizer, task: Task, wanted: int = 0) -> int:
+def token_budget(shape: ModelConfig, tokenizer: Tokenizer, task: Task, wanted: int = 0) -> int:
     """Tokens of a response: as many as `wanted`, or where that is 0 the longest solution of the task and a line more.
 
     Refuses a model with too few positions for them.
@@ -55,7 +54,7 @@ def token_budget(model: Transformer, tokenizer: Tokenizer, task: Task, wanted: i
     lines = [line for solution in solutions[:2] for line in solution.split("\n")]
     sizes = [max(len(tokenizer.solution(text)) - 1 for text in texts) for texts in (solutions, lines)]
     prompt = max(len(tokenizer.prompt(problem)) for problem in problems)
-    limit = model.config.max_position_embeddings
+    limit = shape.max_position_embeddings
     budget = wanted or sum(sizes)
     require(
         prompt + budget <= limit, f"prompts and responses take {prompt + budget} tokens, the model {limit} positions"
@@ -240,21 +239,23 @@ def main(config: EvalConfig, world: World) -> None:
     check(config)
     paths = [find_checkpoint(name) for name in config.checkpoints]
     require(len({path.resolve() for path in paths}) == len(paths), f"both names mean the checkpoint {paths[0]}")
-    fields = [(training.get("field", 11), training.get("relabel", "fixed")) for training in map(load_training, paths)]
+    made_here = [training for training in map(load_training, paths) if "field" in training]
+    fields = [(training["field"], training.get("relabel", "fixed")) for training in made_here] or [(11, "fixed")]
     require(fields[0] == fields[-1], "the two checkpoints were trained on different fields or namings")
     with refusals():
         task = Task.from_flags(config.difficulty, config.steps, *fields[0], config.parts)
         problems = validation_problems(task, config.problems, config.seed)
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
-    judged = {}
-    for path in paths:
+    def judge_checkpoint(path: Path) -> list[list[Response]]:
         precision = choose_precision(config.precision, read_config(path), path, World(0, 1, world.device))
         model, tokenizer = load_model(path, world.device, PRECISIONS[precision], not config.no_chat_template)
         tokenizer.check(task.p)
         print(describe(model))
-        budget = token_budget(model, tokenizer, task)
-        judged[str(path)] = evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
+        budget = token_budget(model.config, tokenizer, task)
+        return evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
+
+    judged = {str(path): judge_checkpoint(path) for path in paths}  # one model at a time in memory
     summaries = {name: summarise(groups) for name, groups in judged.items()}
     difference = compare(*judged.values()) if len(judged) == 2 else None
     reasons = explain(*judged.values()) if len(judged) == 2 else None
@@ -267,7 +268,7 @@ def main(config: EvalConfig, world: World) -> None:
         result = next(iter(summaries.values()))
         if difference:
             result = dict(zip(("before", "after"), summaries.values()), difference=difference, reasons=reasons)
-        Path(config.json).write_text(json.dumps({"checkpoints": list(judged), **result}, indent=2) + "\n")
+        write_json(Path(config.json), {"checkpoints": list(judged), **result})
     if config.plot:
         from plot import plot_evaluation  # matplotlib, which takes a second, only where a plot is asked for
 

@@ -1,6 +1,7 @@
 """LoRA: small trained matrices beside the frozen ones of the blocks (arXiv 2106.09685).
 
     policy = add_lora(base, rank, alpha, dropout, generator)    # shares every weight of `base`, which is frozen
+    base = without_adapters(policy)                             # and back
 
 For a matrix W of (out, in), A of (rank, in) and B of (out, rank), which is zero at first, add B A x * alpha / rank to
 W x. Where our model keeps several matrices of a checkpoint in one, each has an A and a B of its own, those of A one
@@ -13,6 +14,7 @@ for runs to resume from.
 
 import json
 import math
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -72,6 +74,14 @@ def add_lora(base: Transformer, rank: int, alpha: int, dropout: float, generator
     return policy
 
 
+def without_adapters(policy: Transformer) -> Transformer:
+    """The frozen model under the adapters; shares its weights."""
+    base = deepcopy(policy, {id(w): w for w in policy.parameters()})
+    for linear in adapted(base).values():
+        linear.adapter = None
+    return base
+
+
 def check_lora(config) -> None:
     """Refuse impossible --lora flags."""
     require(config.lora >= 0, "--lora must not be negative")
@@ -85,13 +95,11 @@ def dropout_key(config, update: int, rank: int, piece: int) -> int | None:
     return stream(config.seed, "dropout", update, rank, piece).getrandbits(60) if dropped else None
 
 
-def updates(model: Transformer) -> dict[str, Tensor]:
-    """What the adapters add to the weights of a checkpoint, by name; in fp32 on the CPU."""
-    added = {}
+def updates(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """What the adapters add to the weights of a checkpoint, one by one, with its name; in fp32 on the CPU."""
     for name, linear in adapted(model).items():
         for part, (a, b) in zip(part_names(name), linear.adapter.pairs()):
-            added[f"{part}.weight"] = (linear.adapter.scale * (b @ a)).detach().cpu()
-    return added
+            yield f"{part}.weight", (linear.adapter.scale * (b @ a)).detach().cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------------

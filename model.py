@@ -228,7 +228,7 @@ def measure_precision(config: ModelConfig, device: torch.device) -> str:
     It does on GPUs and on CPUs with AMX or AVX512-BF16; others are far slower in bf16 than in fp32.
     """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     best = {}
     for name, dtype in PRECISIONS.items():
         w = torch.ones(2 * config.intermediate_size, config.hidden_size, dtype=dtype)
@@ -252,7 +252,7 @@ def working_copy(model: Transformer, precision: str) -> Transformer:
 
 
 def lower(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model with its matrices in `dtype`; vectors stay fp32, since they weigh little."""
+    """The model with its matrices, and their biases, in `dtype`; norms stay fp32."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             module.to(dtype)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from checkpoint import read_log
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION
-from runtime import check_outputs, parse_flags, require
+from runtime import check_outputs, parse_flags, refusals, require
 from split import CAUSES
 from strategies import MIXED, NONE
 
@@ -46,7 +46,12 @@ def plot_evaluation(summaries: dict[str, dict], path: Path, reasons: dict | None
     draw_strategies(axes[1], summaries)
     if reasons:
         draw_reasons(axes[2], reasons)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    with refusals():
+        figure.savefig(path, dpi=110)
 
 
 def draw_accuracy(axis, summaries: dict[str, dict]) -> None:
@@ -132,7 +137,8 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
                     axis.plot(updates, values, color=f"C{i % 10}", linewidth=0.6, alpha=0.25)
                     axis.plot(updates, smooth(values, 1 + len(values) // 20), style, color=f"C{i % 10}")
         axis.set_title(title, fontsize=10)
-        drawn = [(metric, style) for metric, style in metrics.items() if any(metric in row for row in rows)]
+        logged = {metric for rows in runs.values() for row in rows for metric in row}
+        drawn = [(metric, style) for metric, style in metrics.items() if metric in logged]
         if not axis.lines:
             axis.text(0.5, 0.5, "not in the log", ha="center", transform=axis.transAxes, color="grey")
         elif len(metrics) > 1:  # which style is which type
@@ -145,7 +151,7 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     if len(runs) > 1:
         handles = [axes[0].plot([], [], color=f"C{i % 10}", label=name)[0] for i, name in enumerate(runs)]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def main(config: PlotConfig) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from checkpoint import load_training, newest_checkpoint, read_log
 from data.finite_field import EVALUATION, FORWARD, INVERSION
-from plot import COLOURS, new_figure, smooth
+from plot import COLOURS, new_figure, save, smooth
 from runtime import parse_flags, read_json, require, write_json
 
 HERE = Path(__file__).parent
@@ -140,7 +140,7 @@ class Lab:
         head = f"<details><summary>The commands, {minutes:.0f} minutes</summary>"
         text += f"\n\n{head}\n\n```\n{commands}\n```\n\n</details>\n"
         (folder / f"{self.name}.md").write_text(text)
-        figure.savefig(folder / f"{self.name}.png", dpi=110)
+        save(figure, folder / f"{self.name}.png")
         print(f"\n{text}\n{folder}")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from model import Attend, Rope, Transformer, split_heads
+from model import Rope, Transformer, split_heads
 from packed import log_softmax, pack_prompts, packed_attention, pad
 from runtime import in_threads, n_threads, torch_stream
 
@@ -160,13 +160,14 @@ class Batch:
     """P groups that are decoded together: their cache, the state of each row, and the step."""
 
     def __init__(self, sampler: Sampler, groups: int, longest: int):
-        self.sampler, self.model, self.G, self.T = sampler, sampler.model, sampler.group, sampler.max_new_tokens
+        self.model, self.G, self.T = sampler.model, sampler.group, sampler.max_new_tokens
+        self.temperature, self.stops, self.use_graphs = sampler.temperature, sampler.stops, sampler.use_graphs
         self.groups, self.longest = groups, longest
         config, rows, device = self.model.config, groups * self.G, self.model.device
         K, d, like = config.num_key_value_heads, config.head_dim, {"dtype": self.model.dtype, "device": device}
         layers = range(config.num_hidden_layers)
-        self.attend = self.choose_attention()
-        new = torch.empty if self.attend == self.attend_by_kernel else torch.zeros  # others read what is masked
+        self.way = self.choose_attention()
+        new = torch.empty if self.way == "kernel" else torch.zeros  # others read what is masked
         self.prompt = [new(2, groups, K, longest, d, **like) for _ in layers]  # keys and values
         self.response = [new(2, rows, K, self.T, d, **like) for _ in layers]
         self.lengths = torch.zeros(groups, dtype=torch.long, device=device)  # of the prompts
@@ -179,11 +180,11 @@ class Batch:
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self.pool = None  # of the memory of the graphs
 
-    def choose_attention(self) -> Attend:
+    def choose_attention(self) -> str:
         if kernels.apply_to(self.model.lm_head.weight):
-            return self.attend_by_kernel
+            return "kernel"
         on_gpu = self.model.device.type == "cuda" and self.model.dtype != torch.float32
-        return self.attend_by_flash if on_gpu and flash_attn_with_kvcache is not None else self.attend_by_matmul
+        return "flash" if on_gpu and flash_attn_with_kvcache is not None else "matmul"
 
     def run(self, prompts: list[list[int]], noise: Tensor) -> Drawn:
         """Decode P prompts, for which there has to be room, drawing with noise (P * G, T).
@@ -226,7 +227,7 @@ class Batch:
         self.now = t  # the CPU kernel's; everything else goes by self.t, on the device
         quarter = max(16, math.ceil(self.T / 4))
         self.window = min(self.T, (t // quarter + 1) * quarter)  # cached tokens that the step looks at
-        if not self.sampler.use_graphs:
+        if not self.use_graphs:
             return self.step()
         key = self.P, self.window
         if key not in self.graphs:  # the first such step runs as it is, which lets libraries set themselves up
@@ -244,26 +245,26 @@ class Batch:
         rows = self.P * self.G
         positions = (self.lengths[: self.P, None] + self.t).expand(-1, self.G).flatten()
         device, Tp = positions.device, self.longest
-        if self.attend == self.attend_by_matmul:
+        if self.way == "matmul":
             real = torch.arange(Tp, device=device) < self.lengths[: self.P, None]
             like = {"dtype": self.model.dtype, "device": device}
             bias = torch.zeros(real.shape, **like).masked_fill(~real, -torch.inf)
             self.prompt_bias = bias.repeat_interleave(self.model.config.num_key_value_heads, 0)[:, None]  # (P*K, 1, Tp)
             later = torch.arange(self.window, device=device) > self.t
             self.response_bias = torch.zeros(1, 1, self.window, **like).masked_fill(later, -torch.inf)
-        self.draw(self.model(self.tokens[:rows], positions, self.attend))
+        self.draw(self.model(self.tokens[:rows], positions, getattr(self, f"attend_by_{self.way}")))
 
     def draw(self, hidden: Tensor) -> None:
         """Draw a token for each row from its hidden state (P * G, D), and write it down."""
         n, rows = len(hidden), self.rows[: len(hidden)]
         self.t += 1  # the number of the token that is drawn, and read next
         noise = self.noise[:n].index_select(1, self.t)[:, 0]
-        tokens, log_probs = draw(self.model.logits(hidden), noise, self.sampler.temperature)
+        tokens, log_probs = draw(self.model.logits(hidden), noise, self.temperature)
         places = self.t * len(self.out.lengths) + rows
         self.out.tokens.view(-1).index_copy_(0, places, tokens)
         self.out.log_probs.view(-1).index_copy_(0, places, log_probs)
         self.out.lengths.index_add_(0, rows, self.running[:n].long())
-        self.running[:n] &= ~(tokens[:, None] == self.sampler.stops).any(1)
+        self.running[:n] &= ~(tokens[:, None] == self.stops).any(1)
         self.tokens[:n] = tokens
 
     def shrink(self) -> bool:

@@ -40,8 +40,8 @@ def require(condition: bool, message: str) -> None:
 def check_outputs(json_file: str, plot: str) -> None:
     """Refuse --json and --plot files that cannot be written, before the work is done."""
     for name in (json_file, plot):
-        there = Path(name).parent.is_dir() and not Path(name).is_dir()
-        require(not name or there, f"{name} cannot be written: it is a folder, or its folder is missing")
+        there = os.access(Path(name).parent, os.W_OK) and not Path(name).is_dir()
+        require(not name or there, f"{name} cannot be written: it is a folder, or its folder is missing or read-only")
     require(not plot or plot.endswith(".png"), "--plot writes PNG: give a name that ends in .png")
 
 
@@ -55,7 +55,8 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    with refusals():
+        path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -37,10 +37,10 @@ class Tokenizer:
         text = f"{problem.explanation}\n\n{problem.prompt()}"
         if self.inner.chat_template is None:
             return self.inner.encode(text)  # with the token that begins a sequence, where the model has one
-        # Llama's template would write today's date: a resumed run shall not notice the day.
-        messages, date = [{"role": "user", "content": text}], "26 Jul 2024"
-        options = {"add_generation_prompt": True, "return_dict": False, "date_string": date}
-        return self.inner.apply_chat_template(messages, **options)
+        options = {"add_generation_prompt": True, "return_dict": False}
+        options["date_string"] = "26 Jul 2024"  # Llama's template would write today's: a resumed run shall not notice
+        options["enable_thinking"] = False  # Qwen3's: solutions are written out at once
+        return self.inner.apply_chat_template([{"role": "user", "content": text}], **options)
 
     def solution(self, text: str) -> list[int]:
         return [*self.inner.encode(text, add_special_tokens=False), self.inner.eos_token_id]

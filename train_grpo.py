@@ -11,7 +11,7 @@ What is and what is not in it, against DeepSeekMath (arXiv 2402.03300): group ad
 estimate of the KL divergence are there; bounds may differ below and above (DAPO, arXiv 2503.14476); the loss is the
 mean over the *tokens* of the whole batch and not of each response (DAPO; no bias to short answers); a group whose
 rewards are all equal has no advantage and is not trained on at all, not even towards the reference. There is one step
-a rollout, so ratios differ from 1 by rounding alone and clipping is a guard that stays idle.
+a rollout, so ratios differ from 1 by rounding alone, or by LoRA's dropout, and clipping is a guard.
 """
 
 import time
@@ -27,9 +27,11 @@ from tqdm import tqdm
 
 import train_sft
 from checkpoint import (
+    TINY,
     Log,
     choose_precision,
     find_checkpoint,
+    load_model,
     load_optimizer,
     load_policy,
     load_training,
@@ -52,8 +54,8 @@ from eval import (
     token_budget,
     validation_problems,
 )
-from lora import check_lora, dropout_key
-from model import Transformer, refresh, trained, working_copy
+from lora import check_lora, dropout_key, without_adapters
+from model import PRECISIONS, Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
 from rollout import Rollout, Sampler
 from runtime import (
@@ -68,7 +70,7 @@ from runtime import (
     write_json,
 )
 from split import explain
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
 
 @dataclass
@@ -105,17 +107,20 @@ class GrpoConfig:
     eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
     eval_problems: int = 256  # validation problems of an evaluation
     save_every: int = 25  # updates between checkpoints
+    keep: int | None = None  # newest checkpoints that are kept, 0 for all [tiny 0, pretrained 2]
     resume: bool = False  # continue the newest checkpoint of the run folder
 
 
 def complete(config: GrpoConfig, tiny: bool) -> GrpoConfig:
     """The config with the defaults that depend on the model, and checked."""
-    defaults = {"examples": 0, "updates": 300, "lr": 3e-4, "beta": 0.0, "temperature": 1.0, "lora": 0}
+    defaults = {"examples": 0, "updates": 300, "lr": 3e-4, "beta": 0.0, "temperature": 1.0}
     if not tiny:
-        defaults = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "temperature": 0.7, "lora": 64}
+        defaults = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "temperature": 0.7}
+    defaults |= {"lora": 0, "keep": 0} if tiny else {"lora": 64, "keep": 2}
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    require(config.keep >= 0, "--keep must not be negative")
     require(config.examples >= 0, "--examples must not be negative")
     check_lora(config)
     require(config.updates >= 1, "--updates must be at least 1")
@@ -287,7 +292,7 @@ def find_sft(config: GrpoConfig) -> Path | None:
         return find_checkpoint(config.init)
     found = newest_checkpoint(train_sft.default_place("mixed", config.field, config.relabel))
     training = load_training(found) if found else {}
-    return found if found and training["update"] == training["total"] else None
+    return found if found and training.get("update") == training.get("total") else None
 
 
 def train_sft_first(config: GrpoConfig, world: World) -> Path:
@@ -314,12 +319,15 @@ def main(config: GrpoConfig, world: World) -> None:
     run = Path(config.out)
     source = newest_checkpoint(run) if config.resume else None
     known = source or find_sft(config)
-    config = complete(config, known is None or load_tokenizer(known).word_level)
+    tokenizer = load_tokenizer(known, not config.no_chat_template) if known else word_tokenizer(config.field)
+    config = complete(config, tokenizer.word_level)
     require(config.prompts >= world.size, f"--prompts must be at least the number of processes, {world.size}")
     with refusals():
         flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts, config.evaluation_share)
         task = Task.from_flags(*flags)
         problems = validation_problems(task, config.eval_problems, config.seed)
+    shape = read_config(known) if known else TINY
+    max_new_tokens = token_budget(shape, tokenizer, task, config.max_new_tokens)
     begin = open_run(run, config, "grpo", world)
     if begin:
         init = Path(load_training(source)["start"])
@@ -330,8 +338,10 @@ def main(config: GrpoConfig, world: World) -> None:
     for name in ("field", "relabel"):
         given = getattr(config, name)
         require(taught.get(name, given) == given, f"{init} was trained with --{name} {taught.get(name)}, not {given}")
-    precision = choose_precision(config.precision, read_config(init), source, world)
-    model, tokenizer, initial = load_policy(config, init, source, precision, world.device)
+    precision = choose_precision(config.precision, shape, source, world)
+    model, tokenizer = load_policy(config, init, source, precision, world.device)
+    initial = without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
+    initial.requires_grad_(False)  # the reference, and what the report compares with
     tokenizer.check(config.field)
     copy = working_copy(model, precision)
     copy.recompute = config.recompute
@@ -339,7 +349,6 @@ def main(config: GrpoConfig, world: World) -> None:
     if begin:
         load_optimizer(source, optimizer)
 
-    max_new_tokens = token_budget(model, tokenizer, task, config.max_new_tokens)
     sampler = Sampler(copy, tokenizer.stops, config.group, max_new_tokens, config.temperature)
     if world.leads:
         print(describe(copy))

@@ -68,6 +68,7 @@ class SftConfig:
     seed: int = 0  # of weights, problems and everything else
     eval_every: int = 200  # updates between validations
     save_every: int = 400  # updates between checkpoints
+    keep: int | None = None  # newest checkpoints that are kept, 0 for all [tiny 0, pretrained 2]
     out: str = ""  # run folder [runs/sft-STRATEGY-gfFIELD]
     resume: bool = False  # continue the newest checkpoint of the run folder
 
@@ -78,11 +79,12 @@ def default_place(strategy: str, field: int, relabel: str) -> Path:
 
 def complete(config: SftConfig, tiny: bool) -> SftConfig:
     """The config with the defaults that depend on the model, and checked."""
-    defaults = {"examples": 0, "updates": 1200, "batch_size": 32, "lr": 3e-3, "position_gap": 130, "lora": 0}
+    defaults = {"examples": 0, "updates": 1200, "batch_size": 32, "lr": 3e-3, "position_gap": 130}
     if not tiny:
-        defaults = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "position_gap": 0, "lora": 64}
+        defaults = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "position_gap": 0}
         if config.updates is None:
             defaults["epochs"] = 20
+    defaults |= {"lora": 0, "keep": 0} if tiny else {"lora": 64, "keep": 2}
     for name, value in defaults.items():
         if getattr(config, name) is None and not (name == "updates" and config.epochs is not None):
             setattr(config, name, value)
@@ -102,6 +104,7 @@ def complete(config: SftConfig, tiny: bool) -> SftConfig:
     require(tiny or config.position_gap == 0, "--position-gap needs the word-level tokenizer of the tiny model")
     require(config.model != "tiny" or config.lora == 0, "--lora needs a trained --model: the tiny one is random")
     check_lora(config)
+    require(config.keep >= 0, "--keep must not be negative")
     require(config.eval_every >= 1 and config.save_every >= 1, "--eval-every and --save-every must be at least 1")
     return config
 
@@ -222,7 +225,7 @@ def main(config: SftConfig, world: World) -> Path:
     else:
         given = Path(load_training(source)["start"]) if source else given.resolve()
         precision = choose_precision(config.precision, read_config(given), source, world)
-        model, tokenizer, _ = load_policy(config, given, source, precision, world.device)
+        model, tokenizer = load_policy(config, given, source, precision, world.device)
     tokenizer.check(config.field)
     optimizer = torch.optim.AdamW(
         trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
@@ -230,7 +233,7 @@ def main(config: SftConfig, world: World) -> Path:
     if source:
         load_optimizer(source, optimizer)
 
-    budget = token_budget(model, tokenizer, task)
+    budget = token_budget(model.config, tokenizer, task)
     copy = working_copy(model, precision)
     n_parts = n_threads(world.device)
     if world.leads:

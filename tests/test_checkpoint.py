@@ -11,7 +11,7 @@ from conftest import make_pretrained
 from transformers import AutoModelForCausalLM
 
 import checkpoint
-from checkpoint import choose_precision, find_checkpoint, load_model
+from checkpoint import choose_precision, find_checkpoint, load_model, save_checkpoint
 from model import ModelConfig
 from packed import pack_prompts, packed_attention, pad
 from rollout import Sampler
@@ -108,6 +108,9 @@ def rewrite(file: Path, **changes) -> None:
     "changes, says",
     [
         ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": []}, "supported"),
+        ({"rope_parameters": "linear"}, "no model's"),
+        ({"layer_types": 3}, "no model's"),
         ({"model_type": "smollm3"}, "supported"),
         ({"attention_bias": True}, "biases"),
         ({"mlp_bias": True}, "biases"),
@@ -180,3 +183,14 @@ def test_the_precision_is_that_of_the_training_unless_told(tmp_path, monkeypatch
     (tmp_path / "training.json").write_text('{"computed_in": "a file from elsewhere"}')
     assert choose_precision("auto", shape, tmp_path, ONE) == "bf16"
     assert choose_precision("auto", shape, None, ONE) == "bf16"
+
+
+def test_old_checkpoints_make_room(tmp_path, pretrained):
+    """Only once the new one is there, and only those of the run."""
+    model, tokenizer = load_model(pretrained)
+    (tmp_path / "run" / "step-notes").mkdir(parents=True)
+    for update in (9, 10, 11):
+        save_checkpoint(tmp_path / "run", update, model, tokenizer, torch.optim.AdamW(model.parameters()), {"keep": 2})
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-10", "step-11", "step-notes"]
+    save_checkpoint(tmp_path / "run", 12, model, tokenizer, torch.optim.AdamW(model.parameters()), {"keep": 0})
+    assert len(list((tmp_path / "run").iterdir())) == 4

@@ -26,6 +26,7 @@ from eval import (
     validation_problems,
     wilson,
 )
+from model import ModelConfig
 from runtime import World
 from tokenizer import word_tokenizer
 
@@ -112,12 +113,12 @@ def test_validation_problems_are_distinct_and_of_their_stream():
 def test_every_solution_fits_the_token_budget(model, tokenizer):
     """That of the task, whichever problems come up; the longest solution and its stop token leave less than a line."""
     for task in (Task((6, 9)), Task((2, 4), parts=(1, 4)), Task((6, 15))):
-        budget = token_budget(model, tokenizer, task)
+        budget = token_budget(model.config, tokenizer, task)
         problems = [task.longest().sample(random.Random(i), "train") for i in range(50)]
         longest = max(len(tokenizer.solution(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD))
         assert longest < budget <= longest + 8
     with pytest.raises(SystemExit):
-        token_budget(small_model(max_position_embeddings=64), tokenizer, Task((6, 9)))
+        token_budget(ModelConfig(1, max_position_embeddings=64), tokenizer, Task((6, 9)))
 
 
 @pytest.fixture(scope="module")

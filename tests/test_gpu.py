@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import small_model
 
-from model import working_copy
+from lora import add_lora
+from model import PRECISIONS, lower, trained, working_copy
 from packed import pad
 from rollout import Batch, Sampler
 from runtime import World
@@ -15,34 +16,38 @@ PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
 REWARDS = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]])
 
 
-def update(device: torch.device, precision: str):
+def update(device: torch.device, precision: str, lora: bool = False):
     """A rollout, from graphs where there are any, and the gradient on it."""
-    model = small_model(hidden_size=128).to(device)  # heads of 32, which the kernels take
+    model = small_model(hidden_size=128, model_type="qwen3").to(device)  # heads of 32, which the kernels take
+    if lora:
+        model = add_lora(lower(model, PRECISIONS[precision]), 4, 8, 0.0, torch.Generator().manual_seed(0))
     copy = working_copy(model, precision)
     sampler = Sampler(copy, [1], 4, 40)
     for _ in range(3):  # as it is, captured, replayed
         rollout = sampler.sample(PROMPTS, [(i,) for i in range(len(PROMPTS))])
     assert device.type == "cpu" or sum(graph is not None for graph in sampler.batch.graphs.values()) > 0
-    world, config = World(0, 1, device), GrpoConfig()
+    world, config = World(0, 1, device), GrpoConfig(temperature=1.0)
     figures = add_gradient(model, copy, None, pad(PROMPTS, device), rollout, REWARDS.to(device), config, world)
-    gradient = torch.cat([w.grad.flatten().cpu() for w in model.parameters()])
+    gradient = torch.cat([w.grad.flatten().cpu() for w in trained(model)])
     return rollout, figures["logprob_difference"], gradient
 
 
-def test_fp32_equals_the_cpu():
+@pytest.mark.parametrize("lora", [False, True])
+def test_fp32_equals_the_cpu(lora):
     (ours, difference, gradient), (theirs, _, expected) = (
-        update(torch.device(name), "fp32") for name in ("cuda", "cpu")
+        update(torch.device(name), "fp32", lora) for name in ("cuda", "cpu")
     )
     assert torch.equal(ours.tokens.cpu(), theirs.tokens) and difference < 1e-4
     torch.testing.assert_close(ours.log_probs.cpu(), theirs.log_probs, atol=1e-4, rtol=0)
     assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("decode", ["attend_by_matmul", "attend_by_flash"])
-def test_bf16_keeps_sampler_and_trainer_together(decode, monkeypatch):
+@pytest.mark.parametrize("decode", ["matmul", "flash"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_bf16_keeps_sampler_and_trainer_together(lora, decode, monkeypatch):
     """The trainer attends with a varlen kernel, the sampler in the two ways it has on a GPU."""
-    if decode == "attend_by_flash":
+    if decode == "flash":
         pytest.importorskip("flash_attn")
-    monkeypatch.setattr(Batch, "choose_attention", lambda self: getattr(self, decode))
-    _, difference, gradient = update(torch.device("cuda"), "bf16")
+    monkeypatch.setattr(Batch, "choose_attention", lambda self: decode)
+    _, difference, gradient = update(torch.device("cuda"), "bf16", lora)
     assert difference < 0.1 and gradient.isfinite().all() and gradient.norm() > 0

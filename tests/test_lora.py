@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import train_grpo
 import train_sft
 from checkpoint import find_checkpoint, load_model, read_log, save_checkpoint
-from lora import adapted, add_lora, load_adapters, updates
+from lora import adapted, add_lora, load_adapters, updates, without_adapters
 from model import PRECISIONS, plain_weights, refresh, trained, working_copy
 from packed import pack, pad, response_log_probs
 from rollout import Sampler
@@ -45,13 +45,17 @@ def test_adapters_add_what_they_say(family):
     assert torch.equal(log_probs(fresh).detach(), before)
     policy = adapters_on(base)
     merged = copy.deepcopy(base)
-    for name, change in updates(policy).items():
+    changes = dict(updates(policy))
+    assert len(changes) == 7 * 2, "all matrices of the blocks"
+    for name, change in changes.items():
         plain_weights(merged)[name].add_(change)
-    assert len(updates(policy)) == 7 * 2, "all matrices of the blocks"
     after = log_probs(policy).detach()
     assert (after - before).abs().max() > 0.01
     torch.testing.assert_close(after, log_probs(merged).detach(), atol=1e-5, rtol=0)
     assert torch.equal(log_probs(base).detach(), before), "the base is the reference"
+    again = without_adapters(policy)
+    assert torch.equal(log_probs(again).detach(), before) and adapted(policy) and not adapted(again)
+    assert again.lm_head.weight is policy.lm_head.weight, "no second copy"
 
 
 def test_only_adapters_are_trained_and_frozen_weights_are_shared():
@@ -151,6 +155,7 @@ def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
 # The whole road with a pretrained model
 
 SFT = {
+    "keep": 0,
     "steps": "1-2",
     "field": 3,
     "epochs": 1,
@@ -161,6 +166,7 @@ SFT = {
     "save_every": 1,
 }
 GRPO = {
+    "keep": 0,
     "steps": "1-2",
     "field": 3,
     "updates": 2,

@@ -1,5 +1,8 @@
 """The sampler against sampling one whole sequence at a time, and its log-probs against the trainer's."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import small_model
@@ -70,8 +73,7 @@ def way(request, monkeypatch):
         return
     monkeypatch.setattr("kernels.available", lambda: False)
     monkeypatch.setattr("rollout.flash_attn_with_kvcache", flash_attn_with_kvcache)
-    by = {"matmul": Batch.attend_by_matmul, "flash": Batch.attend_by_flash}[request.param]
-    monkeypatch.setattr(Batch, "choose_attention", lambda self: by.__get__(self))
+    monkeypatch.setattr(Batch, "choose_attention", lambda self: request.param)
 
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3, 3, 3]]
@@ -280,3 +282,20 @@ def test_refuses_what_cannot_be_continued(model):
         Sampler(model, STOP).sample([[3], []], keys([[3], []]))
     with pytest.raises(ValueError, match="positions"):
         Sampler(model, STOP, 1, 100).sample([[3] * 2000], keys([[3]]))
+
+
+def test_a_batch_goes_when_it_is_done_with(model, monkeypatch):
+    """Its cache is large: it must not wait for the garbage collector."""
+    seen, run = [], Batch.run
+
+    def watched(self, *args):
+        seen.append(weakref.ref(self))
+        return run(self, *args)
+
+    monkeypatch.setattr(Batch, "run", watched)
+    gc.disable()
+    try:
+        Sampler(model, STOP, 2, 5).sample(PROMPTS, keys(PROMPTS))
+        assert seen and not any(ref() for ref in seen)
+    finally:
+        gc.enable()
