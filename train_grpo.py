@@ -321,6 +321,7 @@ def main(config: GrpoConfig, world: World) -> None:
     known = source or find_sft(config)
     tokenizer = load_tokenizer(known, not config.no_chat_template) if known else word_tokenizer(config.field)
     config = complete(config, tokenizer.word_level)
+    tokenizer.check(config.field)
     require(config.prompts >= world.size, f"--prompts must be at least the number of processes, {world.size}")
     with refusals():
         flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts, config.evaluation_share)
@@ -342,7 +343,6 @@ def main(config: GrpoConfig, world: World) -> None:
     model, tokenizer = load_policy(config, init, source, precision, world.device)
     initial = without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
     initial.requires_grad_(False)  # the reference, and what the report compares with
-    tokenizer.check(config.field)
     copy = working_copy(model, precision)
     copy.recompute = config.recompute
     optimizer = torch.optim.AdamW(trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -39,7 +39,7 @@ from lora import check_lora, dropout_key
 from model import Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
 from runtime import World, clip_gradient, n_threads, parse_flags, places, refusals, require, start, stream, torch_stream
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
 
 @dataclass
@@ -208,7 +208,9 @@ def validate(
 def main(config: SftConfig, world: World) -> Path:
     """Train, and return the final checkpoint."""
     given = None if config.model == "tiny" else find_checkpoint(config.model)
-    config = complete(config, given is None or load_tokenizer(given).word_level)
+    tokenizer = load_tokenizer(given, not config.no_chat_template) if given else word_tokenizer(config.field)
+    config = complete(config, tokenizer.word_level)
+    tokenizer.check(config.field)
     with refusals():
         task = Task.from_flags(config.difficulty, config.steps, config.field, config.relabel, config.parts)
         problems = validation_problems(task, 128, config.seed)
@@ -226,7 +228,6 @@ def main(config: SftConfig, world: World) -> Path:
         given = Path(load_training(source)["start"]) if source else given.resolve()
         precision = choose_precision(config.precision, read_config(given), source, world)
         model, tokenizer = load_policy(config, given, source, precision, world.device)
-    tokenizer.check(config.field)
     optimizer = torch.optim.AdamW(
         trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
