@@ -126,24 +126,30 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
-    """What the logs of GRPO runs, by name, tell: a colour a run, a line style a problem type; running means, too."""
+    """What the logs of GRPO runs, by name, tell: a line style a problem type; running means in front.
+
+    Colours tell runs apart or, where there is one alone, types.
+    """
     figure, axes = new_figure(16, 7, 2, 4)
     for axis, (title, metrics) in zip(axes, PANELS.items()):
         for i, rows in enumerate(runs.values()):
-            for metric, style in metrics.items():
+            for j, (metric, style) in enumerate(metrics.items()):
+                colour = f"C{(i if len(runs) > 1 else j) % 10}"
                 seen = [(row["update"], row[metric]) for row in rows if row.get(metric) is not None]
                 if seen:
                     updates, values = np.array(seen).T
-                    axis.plot(updates, values, color=f"C{i % 10}", linewidth=0.6, alpha=0.25)
-                    axis.plot(updates, smooth(values, 1 + len(values) // 20), style, color=f"C{i % 10}")
+                    axis.plot(updates, values, color=colour, linewidth=0.6, alpha=0.25)
+                    axis.plot(updates, smooth(values, 1 + len(values) // 20), style, color=colour)
         axis.set_title(title, fontsize=10)
         logged = {metric for rows in runs.values() for row in rows for metric in row}
-        drawn = [(metric, style) for metric, style in metrics.items() if metric in logged]
         if not axis.lines:
             axis.text(0.5, 0.5, "not in the log", ha="center", transform=axis.transAxes, color="grey")
         elif len(metrics) > 1:  # which style is which type
-            handles = [axis.plot([], [], style, color="grey", label=metric.split("/")[1])[0] for metric, style in drawn]
-            axis.legend(handles=handles, fontsize=8, frameon=False)
+            for j, (metric, style) in enumerate(metrics.items()):
+                if metric in logged:
+                    colour = "grey" if len(runs) > 1 else f"C{j}"
+                    axis.plot([], [], style, color=colour, label=metric.split("/")[1])
+            axis.legend(fontsize=8, frameon=False)
         if "accuracy" in title or "share" in title or "groups" in title or title == "reward":
             axis.set_ylim(0, 1.02)
     for axis in axes[4:]:
