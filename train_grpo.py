@@ -321,6 +321,10 @@ def main(config: GrpoConfig, world: World) -> None:
     known = source or find_sft(config)
     tokenizer = load_tokenizer(known, not config.no_chat_template) if known else word_tokenizer(config.field)
     config = complete(config, tokenizer.word_level)
+    taught = load_training(known) if known else {}
+    for name in ("field", "relabel"):
+        given = getattr(config, name)
+        require(taught.get(name, given) == given, f"{known} was trained with --{name} {taught.get(name)}, not {given}")
     tokenizer.check(config.field)
     require(config.prompts >= world.size, f"--prompts must be at least the number of processes, {world.size}")
     with refusals():
@@ -335,10 +339,6 @@ def main(config: GrpoConfig, world: World) -> None:
         require(init.is_dir(), f"{init}, where the run started, is gone")
     else:
         init = known or train_sft_first(config, world)
-    taught = load_training(init)
-    for name in ("field", "relabel"):
-        given = getattr(config, name)
-        require(taught.get(name, given) == given, f"{init} was trained with --{name} {taught.get(name)}, not {given}")
     precision = choose_precision(config.precision, shape, source, world)
     model, tokenizer = load_policy(config, init, source, precision, world.device)
     initial = without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
