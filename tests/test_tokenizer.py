@@ -66,6 +66,14 @@ def test_a_prompt_does_not_depend_on_the_day(pretrained):
     assert tokenizer.decode([tokenizer.prompt(PROBLEM)])[0].startswith("26 Jul 2024 The elements")
 
 
+def test_a_model_that_can_think_is_asked_not_to(pretrained):
+    """Qwen3's template then closes the thinking before the answer begins."""
+    thinks = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    (pretrained / "chat_template.jinja").write_text("{{ messages[0]['content'] }}" + thinks)
+    tokenizer = load_tokenizer(pretrained)
+    assert tokenizer.decode([tokenizer.prompt(PROBLEM)])[0].endswith("<think></think>")
+
+
 def test_a_saved_tokenizer_remembers_whether_it_has_a_template(pretrained, tmp_path):
     load_tokenizer(pretrained, chat_template=False).inner.save_pretrained(tmp_path / "plain")
     load_tokenizer(pretrained).inner.save_pretrained(tmp_path / "chat")
