@@ -13,7 +13,6 @@ cached keys and values are read once a step, and each token costs two operations
 """
 
 import importlib.util
-import json
 import os
 import re
 import tempfile
@@ -32,7 +31,7 @@ from checkpoint import hf_config
 from model import PRECISIONS, ModelConfig, Transformer, measure_precision, plain_weights, refresh, working_copy
 from packed import pad
 from rollout import Rollout, Sampler
-from runtime import World, check_outputs, clip_gradient, parse_flags, require, start
+from runtime import World, check_outputs, clip_gradient, parse_flags, require, start, write_json
 from tokenizer import word_tokenizer
 from train_grpo import GrpoConfig, add_gradient
 
@@ -371,7 +370,7 @@ def main(config: BenchConfig, world: World) -> None:
         explained = plot_lengths(time_of_lengths(tiny, precision, config.rounds, world), Path(config.plot))
         print(f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {100 * explained:.1f}%")
     if config.json:
-        Path(config.json).write_text(json.dumps(timed, indent=2) + "\n")
+        write_json(Path(config.json), timed)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ What is saved is the model with its adapters merged; they lie beside it in the f
 for runs to resume from.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from copy import deepcopy
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import Linear, Transformer, part_names
-from runtime import fail, require, stream
+from runtime import fail, require, stream, write_json
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -133,7 +132,7 @@ def save_adapters(model: Transformer, base: str, folder: Path) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "adapter_config.json", config)
 
 
 def load_adapters(model: Transformer, folder: Path) -> None:

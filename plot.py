@@ -125,6 +125,17 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
+def draw_smoothly(axis, rows: list[dict], metric: str, faint: float = 0.0, **style) -> None:
+    """Running means of a metric over the updates; with `faint`, the opacity of its values, these behind them."""
+    seen = [(row["update"], row[metric]) for row in rows if row.get(metric) is not None]
+    if not seen:
+        return
+    updates, values = np.array(seen).T
+    if faint:
+        axis.plot(updates, values, color=style["color"], linewidth=0.6, alpha=faint)
+    axis.plot(updates, smooth(values, 1 + len(values) // 20), **style)
+
+
 def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     """What the logs of GRPO runs, by name, tell: a line style a problem type; running means in front.
 
@@ -135,11 +146,7 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
         for i, rows in enumerate(runs.values()):
             for j, (metric, style) in enumerate(metrics.items()):
                 colour = f"C{(i if len(runs) > 1 else j) % 10}"
-                seen = [(row["update"], row[metric]) for row in rows if row.get(metric) is not None]
-                if seen:
-                    updates, values = np.array(seen).T
-                    axis.plot(updates, values, color=colour, linewidth=0.6, alpha=0.25)
-                    axis.plot(updates, smooth(values, 1 + len(values) // 20), style, color=colour)
+                draw_smoothly(axis, rows, metric, faint=0.25, color=colour, linestyle=style)
         axis.set_title(title, fontsize=10)
         logged = {metric for rows in runs.values() for row in rows for metric in row}
         if not axis.lines:

@@ -22,12 +22,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-import numpy as np
 import torch
 
 from checkpoint import load_training, newest_checkpoint, read_log
 from data.finite_field import EVALUATION, FORWARD, INVERSION
-from plot import COLOURS, new_figure, save, smooth
+from plot import COLOURS, draw_smoothly, new_figure, save
 from runtime import parse_flags, read_json, require, write_json
 
 HERE = Path(__file__).parent
@@ -321,7 +320,7 @@ def dynamics(lab: Lab) -> None:
             axis = axes[3 * row + column]
             for i, (label, metric) in enumerate(metrics.items()):
                 for j, log in enumerate(logs[model]):
-                    draw_smoothly(axis, log, metric, f"C{i}", label if j == 0 else None)
+                    draw_smoothly(axis, log, metric, color=f"C{i}", label=label if j == 0 else None, linewidth=1.3)
             axis.set(ylim=(0, 1.02), title=f"SFT on {STRATEGIES[model]}" if row == 0 else "")
             axis.set_xlabel("update" if row == 1 else "")
     axes[0].set_ylabel("accuracy by type")
@@ -364,7 +363,9 @@ def amplification(lab: Lab) -> None:
     for i, (share, runs) in enumerate(cells.items()):
         for j, (run, _) in enumerate(runs):
             log = [row | {"forward": forward_share(row, share)} for row in read_log(run.place / "metrics.jsonl")]
-            draw_smoothly(axis, log, "forward", f"C{i}", f"{share:.0%} evaluation" if j == 0 else None)
+            draw_smoothly(
+                axis, log, "forward", color=f"C{i}", label=f"{share:.0%} evaluation" if j == 0 else None, linewidth=1.3
+            )
         axis.axhline(share, color=f"C{i}", linewidth=0.8, linestyle=":")
     axis.set(xlabel="update", ylabel="share of forward responses in the RL stream", ylim=(0, 1))
     axis.legend(frameon=False)
@@ -378,13 +379,6 @@ def forward_share(row: dict, evaluation_share: float) -> float:
     by_type += [(row.get(f"{FORWARD}/{INVERSION}"), 1 - evaluation_share)]
     there = [(value, weight) for value, weight in by_type if value is not None]
     return sum(value * weight for value, weight in there) / sum(weight for _, weight in there)
-
-
-def draw_smoothly(axis, log: list[dict], metric: str, colour: str, label: str | None) -> None:
-    seen = [(row["update"], row[metric]) for row in log if row.get(metric) is not None]
-    if seen:
-        updates, values = np.array(seen).T
-        axis.plot(updates, smooth(values, 1 + len(values) // 20), color=colour, label=label, linewidth=1.3)
 
 
 def composition(lab: Lab) -> None:
@@ -411,7 +405,14 @@ def composition(lab: Lab) -> None:
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for i, (name, runs) in enumerate(cells.items()):
         for j, (run, _) in enumerate(runs):
-            draw_smoothly(axis, read_log(run.place / "metrics.jsonl"), "reward", f"C{i}", name if j == 0 else None)
+            draw_smoothly(
+                axis,
+                read_log(run.place / "metrics.jsonl"),
+                "reward",
+                color=f"C{i}",
+                label=name if j == 0 else None,
+                linewidth=1.3,
+            )
     axis.set(xlabel="update", ylabel="reward on compositions of 3-5 parts", ylim=(0, 1.02))
     axis.legend(title="SFT", frameon=False)
     lab.report({"rows": rows, "claims": claims}, claims_table(claims), figure)

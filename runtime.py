@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict | list) -> None:
     with refusals():
         path.write_text(json.dumps(value, indent=2) + "\n")
 
