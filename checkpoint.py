@@ -1,24 +1,12 @@
-"""Models and logs on disk. A checkpoint is a Hugging Face folder `RUN/step-N`.
+"""Models on disk: a Hugging Face folder and back. Nothing loaded here can run code."""
 
-Beside the model lie `training.json` (what made it) and `training_state.pt` (the optimizer, for an exact resume; all
-random streams are made from the update's number); with LoRA the model has its adapters merged, and `adapter/` holds
-them by themselves. A folder is written under another name and renamed when complete, so a checkpoint that was
-interrupted does not exist. Nothing loaded here can run code.
-"""
-
-import json
-import os
-import re
-import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lora import add_lora, load_adapters, save_adapters, updates
+from lora import add_lora, load_adapters, updates
 from model import (
     PRECISIONS,
     ModelConfig,
@@ -29,14 +17,11 @@ from model import (
     measure_precision,
     plain_weights,
 )
-from runtime import World, fail, read_json, refusals, require, torch_stream, write_json
+from runtime import World, fail, read_json, require, torch_stream
 from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
 TINY = ModelConfig(vocab_size=0)  # but for its vocabulary, which follows from the field
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-
-# ------------------------------------------------------------------------------------------------------------------
-# Models
 
 
 def new_model(p: int, seed: int) -> tuple[Transformer, Tokenizer]:
@@ -166,90 +151,6 @@ def load_policy(
     return policy, tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Runs
-
-
-MAY_DIFFER = {"out", "resume", "eval_every", "save_every", "keep"}  # flags that a resumed run may change
-
-
-def open_run(run: Path, config, stage: str, world: World) -> int:
-    """Make the run folder, or with `config.resume` find where it stopped; the number of updates done.
-
-    Refuses to start where a run already lies, and to resume it with other flags or on other processes.
-    """
-    newest = newest_checkpoint(run)
-    if not config.resume:
-        require(newest is None, f"{run} holds a run already: --resume continues it, --out names another place")
-        with refusals():
-            run.mkdir(parents=True, exist_ok=True)
-        return 0
-    require(newest is not None, f"{run} holds no checkpoint to resume")
-    training = load_training(newest)
-    require(training.get("stage") == stage, f"{newest} is no checkpoint of this script")
-    then, now = training["processes"], world.size
-    require(then == now, f"{run} was started on {then} processes and cannot go on with {now}")
-    for name, value in asdict(config).items():
-        if name not in MAY_DIFFER and name in training and training[name] != value:
-            fail(f"{run} was started with --{name.replace('_', '-')} {training[name]}, not {value}")
-    return training["update"]
-
-
-def choose_precision(flag: str, model: ModelConfig, source: Path | None, world: World) -> str:
-    """The precision to compute in: the same on all processes and as what made the checkpoint `source` computed in."""
-    made_in = load_training(source).get("computed_in") if source and flag == "auto" else None
-    if made_in in PRECISIONS:
-        return made_in
-    return world.gather([measure_precision(model, world.device) if flag == "auto" else flag])[0]
-
-
-def save_checkpoint(
-    run: Path,
-    update: int,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
-    training: dict,
-) -> Path:
-    """Write RUN/step-UPDATE whole or not at all; `training` says what made it, as JSON.
-
-    Of the run's checkpoints the newest training["keep"] stay, or all where that is 0.
-    """
-    folder, draft = run / f"step-{update}", run / f".step-{update}.part"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        _write_checkpoint(draft, model, tokenizer, optimizer, {"update": update, **training})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(draft, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, mostly
-        fail(f"cannot write the checkpoint {folder}: {error}")
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    if keep := training.get("keep", 0):
-        for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
-def _write_checkpoint(
-    draft: Path,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
-    training: dict,
-) -> None:
-    draft.mkdir(parents=True)
-    save_file(weights_to_save(model, training), draft / "model.safetensors", {"format": "pt"})
-    tokenizer.inner.save_pretrained(draft)
-    write_json(draft / "config.json", hf_config(model.config, tokenizer))
-    stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
-    write_json(draft / "generation_config.json", stops)
-    write_json(draft / "training.json", training)
-    torch.save(optimizer.state_dict(), draft / "training_state.pt")
-    if training.get("lora"):
-        save_adapters(model, training["start"], draft / "adapter")
-
-
 def weights_to_save(model: Transformer, training: dict) -> dict[str, torch.Tensor]:
     """The weights in fp32; with LoRA those of the start as they lie on disk, to which the adapters are added."""
     weights = plain_weights(model)
@@ -262,67 +163,15 @@ def weights_to_save(model: Transformer, training: dict) -> dict[str, torch.Tenso
     return {name: weight.float().cpu().contiguous() for name, weight in weights.items()}
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The folders RUN/step-N, by N."""
-    steps = {int(m[1]): p for p in run.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    return [steps[n] for n in sorted(steps)]
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """RUN/step-N with the largest N; None where there is none."""
-    return next(reversed(checkpoints(run)), None)
-
-
-def find_checkpoint(name: str) -> Path:
-    """A checkpoint folder, the newest checkpoint of a run folder, or a model from the Hugging Face hub or its cache."""
-    path = Path(name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists() and path.parts[0] not in ("runs", "models"):
-        try:
-            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-        except Exception as error:  # no such model, no permission, no network: dozens of kinds
-            fail(f"there is no folder {name}, nor can the hub be asked for that model: {str(error)[:300]}")
-    if (path / "config.json").exists():
-        return path
-    require(path.is_dir(), f"there is no folder {path}")
-    found = newest_checkpoint(path)
-    require(found is not None, f"{path} holds no checkpoint: neither config.json nor step-N folders")
-    return found
-
-
 def load_training(checkpoint: Path) -> dict:
     """What made the checkpoint; empty for one that was not made here."""
     path = checkpoint / "training.json"
     return read_json(path) if path.exists() else {}
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    try:
-        state = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(state)
-    except Exception as error:  # a cut file fails in many ways
-        fail(f"cannot read the optimizer in {checkpoint / 'training_state.pt'}: {str(error)[:200]}")
-
-
-class Log:
-    """metrics.jsonl of a run: a row an update. Rows after `update`, of a run that resumes there, are dropped."""
-
-    def __init__(self, run: Path, update: int):
-        self.path = run / "metrics.jsonl"
-        rows = read_log(self.path) if self.path.exists() else []
-        with refusals():
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["update"] <= update))
-
-    def write(self, row: dict) -> None:
-        with refusals(), self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The rows of a log; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+def choose_precision(flag: str, model: ModelConfig, source: Path | None, world: World) -> str:
+    """The precision to compute in: the same on all processes and as what made the checkpoint `source` computed in."""
+    made_in = load_training(source).get("computed_in") if source and flag == "auto" else None
+    if made_in in PRECISIONS:
+        return made_in
+    return world.gather([measure_precision(model, world.device) if flag == "auto" else flag])[0]

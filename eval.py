@@ -15,11 +15,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
 
-from checkpoint import choose_precision, find_checkpoint, load_model, load_training, read_config
+from checkpoint import choose_precision, load_model, load_training, read_config
 from data.finite_field import BACKWARD, FORWARD, Problem, Task
 from model import PRECISIONS, ModelConfig, Transformer
 from packed import describe
 from rollout import Sampler
+from runs import find_checkpoint
 from runtime import World, check_outputs, parse_flags, refusals, require, start, stream, write_json
 from split import CAUSES, explain
 from strategies import MIXED, NONE, Response, judge

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from checkpoint import read_log
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION
+from runs import read_log
 from runtime import check_outputs, parse_flags, refusals, require
 from split import CAUSES
 from strategies import MIXED, NONE

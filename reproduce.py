@@ -24,9 +24,10 @@ from typing import Literal
 
 import torch
 
-from checkpoint import load_training, newest_checkpoint, read_log
+from checkpoint import load_training
 from data.finite_field import EVALUATION, FORWARD, INVERSION
 from plot import COLOURS, draw_smoothly, new_figure, save
+from runs import newest_checkpoint, read_log
 from runtime import parse_flags, read_json, require, write_json
 
 HERE = Path(__file__).parent

@@ -11,10 +11,11 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
@@ -22,19 +23,31 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 Config, Item, Result = TypeVar("Config"), TypeVar("Item"), TypeVar("Result")
 
 
+def say(message: str) -> None:
+    """A line on stderr, apart from a progress bar that may be there."""
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+
+
 def fail(message: str) -> NoReturn:
     """One line on stderr, exit status 2: what a user can mend."""
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    say(message)
     raise SystemExit(2)
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
         fail(message)
+
+
+def warn(message: str) -> None:
+    """A line on stderr, from one of all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        say(message)
 
 
 def check_outputs(json_file: str, plot: str) -> None:
@@ -165,11 +178,53 @@ def start() -> World:
     return World(rank, size, device)
 
 
+class Signals:
+    """Notes SIGTERM and Ctrl-C, so that a run can finish its update and save before it leaves."""
+
+    caught = 0
+
+    def during(self, updates: Iterable[Item]) -> Iterator[Item]:
+        before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield from updates
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        if not self.caught:
+            warn(f"{signal.Signals(number).name}: saving after this update (kill -9 does not wait for it)")
+        self.caught = number
+
+    def leave(self, run: Path) -> NoReturn:
+        """End after saving. (In another process than this one the signal may have been caught.)"""
+        warn(f"stopped and saved; {run} can go on from there")
+        raise SystemExit(128 + (self.caught or signal.SIGTERM))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
 def clip_gradient(model: nn.Module, longest: float) -> float:
-    """Scale the gradient down to length `longest` where it is longer; its length before. Refuses NaN and infinity."""
-    norm = nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], longest).item()
-    require(math.isfinite(norm), "the gradient is not finite; the last checkpoint is sound. A lower --lr may help")
-    return norm
+    """Scale the gradient down to length `longest` where it is longer; its length before."""
+    return nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], longest).item()
+
+
+def count_skipped(skipped: int, loss: float, norm: float, run: Path) -> int:
+    """How many updates in a row had a loss or a gradient that is not finite, after `skipped` before this one.
+
+    Such an update must not be taken. Refuses to go on after five.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return 0
+    require(
+        skipped < 4,
+        f"the loss ({loss}) or the length of the gradient ({norm}) was not finite in five updates one after the other. "
+        f"None of them was taken: the newest checkpoint in {run} is sound. Start from it with a lower --lr, or with "
+        "--precision fp32",
+    )
+    return skipped + 1
 
 
 # ------------------------------------------------------------------------------------------------------------------

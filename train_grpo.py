@@ -26,21 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_sft
-from checkpoint import (
-    TINY,
-    Log,
-    choose_precision,
-    find_checkpoint,
-    load_model,
-    load_optimizer,
-    load_policy,
-    load_training,
-    newest_checkpoint,
-    open_run,
-    read_config,
-    read_log,
-    save_checkpoint,
-)
+from checkpoint import TINY, choose_precision, load_model, load_policy, load_training, read_config
 from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task
 from eval import (
     Response,
@@ -58,15 +44,29 @@ from lora import check_lora, dropout_key, without_adapters
 from model import PRECISIONS, Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
 from rollout import Rollout, Sampler
+from runs import (
+    Log,
+    checkpoints,
+    find_checkpoint,
+    fingerprint,
+    load_optimizer,
+    newest_checkpoint,
+    open_run,
+    read_log,
+    save_checkpoint,
+)
 from runtime import (
+    Signals,
     World,
     clip_gradient,
+    count_skipped,
     parse_flags,
     places,
     refusals,
     require,
     start,
     stream,
+    warn,
     write_json,
 )
 from split import explain
@@ -300,7 +300,7 @@ def train_sft_first(config: GrpoConfig, world: World) -> Path:
     place = train_sft.default_place("mixed", config.field, config.relabel)
     if world.leads:
         print(f"There is no finished SFT checkpoint in {place}: training one first (train_sft.py, mixed strategies).")
-    resume = newest_checkpoint(place) is not None
+    resume = bool(checkpoints(place))
     return train_sft.main(train_sft.SftConfig(field=config.field, relabel=config.relabel, resume=resume), world)
 
 
@@ -333,12 +333,8 @@ def main(config: GrpoConfig, world: World) -> None:
         problems = validation_problems(task, config.eval_problems, config.seed)
     shape = read_config(known) if known else TINY
     max_new_tokens = token_budget(shape, tokenizer, task, config.max_new_tokens)
-    begin = open_run(run, config, "grpo", world)
-    if begin:
-        init = Path(load_training(source)["start"])
-        require(init.is_dir(), f"{init}, where the run started, is gone")
-    else:
-        init = known or train_sft_first(config, world)
+    begin = open_run(run, source, config, "grpo")
+    init = Path(load_training(source)["start"]) if source else known or train_sft_first(config, world)
     precision = choose_precision(config.precision, shape, source, world)
     model, tokenizer = load_policy(config, init, source, precision, world.device)
     initial = without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
@@ -349,12 +345,15 @@ def main(config: GrpoConfig, world: World) -> None:
     if begin:
         load_optimizer(source, optimizer)
 
+    made = asdict(config) | {"stage": "grpo", "total": config.updates, "computed_in": precision}
+    made |= {"start": str(init.resolve()), "start_sha256": fingerprint(init)}
     sampler = Sampler(copy, tokenizer.stops, config.group, max_new_tokens, config.temperature)
     if world.leads:
         print(describe(copy))
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
-    for update in bar:
+    signals, skipped, warned = Signals(), 0, set()
+    for update in signals.during(bar):
         clock = time.perf_counter()
         mine = range(world.rank, config.prompts, world.size)
         problems_drawn = draw_problems(config, task, update)
@@ -369,7 +368,9 @@ def main(config: GrpoConfig, world: World) -> None:
         figures = add_gradient(model, copy, reference, padded, rollout, rewards, config, world, update)
         world.sum_gradients(model)
         figures["gradient_norm"] = clip_gradient(model, config.clip_gradient)
-        if figures["groups_without_signal"] < 1:
+        skipped = count_skipped(skipped, figures["loss"], figures["gradient_norm"], run)
+        figures["skipped"] = bool(skipped)
+        if figures["groups_without_signal"] < 1 and not skipped:
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(config, update)
             optimizer.step()
@@ -377,7 +378,7 @@ def main(config: GrpoConfig, world: World) -> None:
         optimizer.zero_grad()
         done = time.perf_counter()
 
-        (n_sampled,) = world.sum(int(rollout.lengths.sum()))
+        n_sampled, stopping = world.sum(int(rollout.lengths.sum()), signals.caught)
         judged = world.gather(judged)
         responses = [r for group in judged for r in group]
         row = {"update": update + 1, "reward": fmean(r.correct for r in responses)}
@@ -394,13 +395,44 @@ def main(config: GrpoConfig, world: World) -> None:
                 row |= {f"validation/{kind}": c["pass@1"] for kind, c in summarise(judged)["by_type"].items()}
             log.write(row)
             bar.set_postfix(progress(row))
-            if (update + 1) % config.save_every == 0 or last:
-                training = asdict(config) | {"stage": "grpo", "processes": world.size, "total": config.updates}
-                training |= {"start": str(init.resolve()), "computed_in": precision}
-                save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
+            for message in (found := trouble(log.rows)) - warned:
+                warn(message)
+            warned = found
+            if (update + 1) % config.save_every == 0 or last or stopping:
+                save_checkpoint(run, update + 1, model, tokenizer, optimizer, made)
         world.wait()
+        if stopping and not last:
+            signals.leave(run)
     if world.leads:
         report((init, initial), (run, copy), tokenizer, problems, max_new_tokens, config)
+
+
+WINDOW = 20  # updates over which trouble has to last
+
+
+def trouble(rows: list[dict]) -> set[str]:
+    """What has gone wrong for some time, by the last rows of a log, in words that say what to try."""
+    recent = rows[-WINDOW:]
+    if len(recent) < WINDOW:
+        return set()
+    found, reward = set(), fmean(row["reward"] for row in recent)
+    if all(row["truncated_share"] == 1 for row in recent):
+        found.add(
+            "every response is cut off before its end: give more --max-new-tokens, or train the start longer by SFT"
+        )
+    if all(row["groups_without_signal"] == 1 for row in recent):
+        wrong = "all responses to a problem are alike right or wrong, so nothing is learned: try easier problems "
+        wrong += "(--steps), a larger --group, a higher --temperature or more SFT"
+        right = "every response is right, so nothing is learned any more: stop here, or go on with harder problems "
+        right += "(--steps, --difficulty extreme)"
+        found.add(right if reward > 0.99 else wrong)
+    entropies = [row["entropy"] for row in recent if row["groups_without_signal"] < 1]
+    if entropies and max(entropies) < 1e-3 and reward < 0.9:
+        found.add(
+            "the policy has collapsed: its entropy is near zero though many responses are wrong. Start again with a "
+            "lower --lr, a KL term (--beta 0.05) or a larger --clip-high"
+        )
+    return found
 
 
 def progress(row: dict) -> dict[str, str]:
@@ -422,8 +454,9 @@ def report(
     from plot import plot_evaluation, plot_training  # matplotlib, which takes a second
 
     (init, before), (run, after) = start, end
+    final = run / f"step-{config.updates}"
     judged = [evaluate(m, tokenizer, problems, budget, 4, config.temperature, config.seed) for m in (before, after)]
-    summaries = {f"before: {init}": summarise(judged[0]), f"after: {newest_checkpoint(run)}": summarise(judged[1])}
+    summaries = {f"before: {init}": summarise(judged[0]), f"after: {final}": summarise(judged[1])}
     difference, reasons = compare(*judged), explain(*judged)
     figures = dict(zip(("before", "after"), summaries.values()), difference=difference, reasons=reasons)
     write_json(run / "evaluation.json", figures)
@@ -431,7 +464,7 @@ def report(
     plot_training({run.name: read_log(run / "metrics.jsonl")}, run / "training.png")
     print(f"\n{len(problems)} validation problems, 4 samples each at temperature {config.temperature}; figures in %")
     print(table(summaries, difference, reasons))
-    print(f"checkpoint  {newest_checkpoint(run)}\nlog         {run / 'metrics.jsonl'}")
+    print(f"checkpoint  {final}\nlog         {run / 'metrics.jsonl'}")
     print(f"plots       {run / 'training.png'}\n            {run / 'evaluation.png'}")
 
 

@@ -19,26 +19,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import (
-    Log,
-    choose_precision,
-    find_checkpoint,
-    load_model,
-    load_optimizer,
-    load_policy,
-    load_training,
-    new_model,
-    newest_checkpoint,
-    open_run,
-    read_config,
-    save_checkpoint,
-)
+from checkpoint import choose_precision, load_model, load_policy, load_training, new_model, read_config
 from data.finite_field import Problem, Task, choose_strategies
 from eval import evaluate, percent, summarise, token_budget, validation_problems
 from lora import check_lora, dropout_key
 from model import Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
-from runtime import World, clip_gradient, n_threads, parse_flags, places, refusals, require, start, stream, torch_stream
+from runs import Log, find_checkpoint, fingerprint, load_optimizer, newest_checkpoint, open_run, save_checkpoint
+from runtime import (
+    Signals,
+    World,
+    clip_gradient,
+    count_skipped,
+    n_threads,
+    parse_flags,
+    places,
+    refusals,
+    require,
+    start,
+    stream,
+    torch_stream,
+)
 from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
 
@@ -53,7 +54,7 @@ class SftConfig:
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
     examples: int | None = None  # distinct problems, 0 for fresh ones always [tiny 0, pretrained 2048]
     epochs: int | None = None  # passes over the examples [pretrained 20]
-    updates: int | None = None  # instead of --epochs [tiny 1200]
+    updates: int | None = None  # instead of --epochs [tiny 1600]
     batch_size: int | None = None  # examples an update, over all processes [tiny 32, pretrained 16]
     lr: float | None = None  # peak learning rate of AdamW [tiny 3e-3, pretrained 2e-4]
     weight_decay: float = 0.01  # of AdamW
@@ -79,7 +80,7 @@ def default_place(strategy: str, field: int, relabel: str) -> Path:
 
 def complete(config: SftConfig, tiny: bool) -> SftConfig:
     """The config with the defaults that depend on the model, and checked."""
-    defaults = {"examples": 0, "updates": 1200, "batch_size": 32, "lr": 3e-3, "position_gap": 130}
+    defaults = {"examples": 0, "updates": 1600, "batch_size": 32, "lr": 3e-3, "position_gap": 130}
     if not tiny:
         defaults = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "position_gap": 0}
         if config.updates is None:
@@ -216,10 +217,10 @@ def main(config: SftConfig, world: World) -> Path:
         problems = validation_problems(task, 128, config.seed)
     require(config.batch_size >= world.size, f"--batch-size must be at least the number of processes, {world.size}")
     run = Path(config.out)
-    begin = open_run(run, config, "sft", world)
+    source = newest_checkpoint(run) if config.resume else None
+    begin = open_run(run, source, config, "sft")
     updates = config.updates or math.ceil(config.epochs * config.examples / config.batch_size)
 
-    source = newest_checkpoint(run) if begin else None
     if given is None:
         model, tokenizer = load_model(source) if source else new_model(config.field, config.seed)
         model.to(world.device)
@@ -234,6 +235,8 @@ def main(config: SftConfig, world: World) -> Path:
     if source:
         load_optimizer(source, optimizer)
 
+    made = asdict(config) | {"stage": "sft", "total": updates, "computed_in": precision}
+    made |= {"start": str(given), "start_sha256": fingerprint(given)} if given else {}
     budget = token_budget(model.config, tokenizer, task)
     copy = working_copy(model, precision)
     n_parts = n_threads(world.device)
@@ -242,7 +245,8 @@ def main(config: SftConfig, world: World) -> Path:
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, updates), initial=begin, total=updates, desc="SFT", disable=not world.leads)
     shown: dict[str, str] = {}  # accuracy in percent, as last measured
-    for update in bar:
+    signals, skipped = Signals(), 0
+    for update in signals.during(bar):
         clock = time.perf_counter()
         mine = range(world.rank, config.batch_size, world.size)
         examples = draw_examples(config, task, update)
@@ -260,29 +264,33 @@ def main(config: SftConfig, world: World) -> Path:
         losses = add_gradients(model, copy, loss, list(enumerate(parts)))
         world.sum_gradients(model)
         norm = clip_gradient(model, config.clip_gradient)
+        total_loss, stopping = world.sum(sum(losses), signals.caught)
+        skipped = count_skipped(skipped, total_loss, norm, run)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, update, updates)
-        optimizer.step()
-        refresh(copy, model)
+        if not skipped:
+            optimizer.step()
+            refresh(copy, model)
         optimizer.zero_grad()
 
-        (total_loss,) = world.sum(sum(losses))
-        row = {"update": update + 1, "loss": total_loss, "gradient_norm": norm}
-        row |= {"lr": optimizer.param_groups[0]["lr"], "tokens_per_second": n_tokens / (time.perf_counter() - clock)}
+        row = {"update": update + 1, "loss": total_loss, "gradient_norm": norm, "skipped": bool(skipped)}
+        row |= {"lr": learning_rate(config, update, updates)}
+        row["tokens_per_second"] = n_tokens / (time.perf_counter() - clock)
         last = update + 1 == updates
         if world.leads:
             if (update + 1) % config.eval_every == 0 or last:
                 figures = validate(copy, tokenizer, config, problems, budget)
-                shown = {"right": percent(figures["accuracy"]), "right if fit": percent(figures["accuracy_given_fit"])}
+                shown = {"right": percent(figures["accuracy"])}
+                shown["right if fit"] = percent(figures["accuracy_given_fit"])
                 row |= figures
             log.write(row)
             bar.set_postfix({"loss": f"{total_loss:.3f}"} | shown)
-            if (update + 1) % config.save_every == 0 or last:
-                training = asdict(config) | {"stage": "sft", "processes": world.size, "total": updates}
-                training |= {"start": str(given or ""), "computed_in": precision}
-                save_checkpoint(run, update + 1, model, tokenizer, optimizer, training)
+            if (update + 1) % config.save_every == 0 or last or stopping:
+                save_checkpoint(run, update + 1, model, tokenizer, optimizer, made)
         world.wait()
-    return newest_checkpoint(run)
+        if stopping and not last:
+            signals.leave(run)
+    return run / f"step-{updates}"
 
 
 if __name__ == "__main__":

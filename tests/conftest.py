@@ -75,3 +75,12 @@ def free_port() -> int:
 
 def same_weights(a: Transformer, b: Transformer) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def refusal(function, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    return line

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pretrained
+from conftest import make_pretrained, refusal
 from transformers import AutoModelForCausalLM
 
 import checkpoint
-from checkpoint import choose_precision, find_checkpoint, load_model, save_checkpoint
+from checkpoint import choose_precision, load_model
 from model import ModelConfig
 from packed import pack_prompts, packed_attention, pad
 from rollout import Sampler
+from runs import find_checkpoint
 from runtime import World
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -91,15 +92,6 @@ def test_loading_holds_the_weights_once(dtype, tmp_path, pretrained):
     assert 0.9 < float(done.stdout) < 1.2
 
 
-def refusal(function, capsys) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    return line
-
-
 def rewrite(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -160,7 +152,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch, capsys)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     monkeypatch.chdir(tmp_path)
-    script = "from checkpoint import find_checkpoint; import sys; print(find_checkpoint(sys.argv[1]))"
+    script = "from runs import find_checkpoint; import sys; print(find_checkpoint(sys.argv[1]))"
     here = Path(checkpoint.__file__).parent
     environment = {"PYTHONPATH": str(here), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     for name, found in (("someone/small", True), ("someone/large", False)):
@@ -183,14 +175,3 @@ def test_the_precision_is_that_of_the_training_unless_told(tmp_path, monkeypatch
     (tmp_path / "training.json").write_text('{"computed_in": "a file from elsewhere"}')
     assert choose_precision("auto", shape, tmp_path, ONE) == "bf16"
     assert choose_precision("auto", shape, None, ONE) == "bf16"
-
-
-def test_old_checkpoints_make_room(tmp_path, pretrained):
-    """Only once the new one is there, and only those of the run."""
-    model, tokenizer = load_model(pretrained)
-    (tmp_path / "run" / "step-notes").mkdir(parents=True)
-    for update in (9, 10, 11):
-        save_checkpoint(tmp_path / "run", update, model, tokenizer, torch.optim.AdamW(model.parameters()), {"keep": 2})
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-10", "step-11", "step-notes"]
-    save_checkpoint(tmp_path / "run", 12, model, tokenizer, torch.optim.AdamW(model.parameters()), {"keep": 0})
-    assert len(list((tmp_path / "run").iterdir())) == 4

@@ -14,7 +14,8 @@ from conftest import same_weights
 
 import train_grpo
 import train_sft
-from checkpoint import find_checkpoint, load_model, read_log
+from checkpoint import load_model
+from runs import find_checkpoint, read_log
 from runtime import World
 
 ONE = World(0, 1, torch.device("cpu"))

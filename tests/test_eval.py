@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import small_model
 
-from checkpoint import save_checkpoint
 from data.finite_field import BACKWARD, EVALUATION, FITTING, FORWARD, Task, is_validation
 from eval import (
     EvalConfig,
@@ -27,6 +26,7 @@ from eval import (
     wilson,
 )
 from model import ModelConfig
+from runs import save_checkpoint
 from runtime import World
 from tokenizer import word_tokenizer
 

@@ -8,7 +8,7 @@ from conftest import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from checkpoint import hf_config, load_model, save_checkpoint
+from checkpoint import hf_config, load_model
 from model import ModelConfig, RopeScaling, Transformer, init_weights, plain_weights, refresh, split_heads, working_copy
 from packed import (
     VARLEN_CAUSAL,
@@ -21,6 +21,7 @@ from packed import (
     varlen_attention,
 )
 from rollout import Batch, Sampler
+from runs import save_checkpoint
 
 SHAPES = {
     "grouped keys": {"num_key_value_heads": 2},

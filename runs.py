@@ -1,0 +1,246 @@
+"""Runs on disk: RUN/step-N, checkpoints from which a run goes on as if it had not stopped, and RUN/metrics.jsonl.
+
+A checkpoint is a Hugging Face folder. Beside the model lie `training.json` (what made it), `training_state.pt` (the
+optimizer; all random streams are made from the update's number) and `manifest.json` (the SHA-256 of every file); with
+LoRA the model has its adapters merged, and `adapter/` holds them by themselves. A folder is written under another name
+and renamed when complete, so a checkpoint that was interrupted does not exist; one that was damaged later is known by
+its manifest and passed over. A run is written by one process at a time, which holds a lock on its log. Nothing loaded
+here can run code.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from checkpoint import find_weights, hf_config, load_training, weights_to_save
+from lora import save_adapters
+from model import Transformer
+from runtime import fail, refusals, require, warn, write_json
+from tokenizer import Tokenizer
+
+MAY_DIFFER = {"out", "resume", "eval_every", "save_every", "keep"}  # flags that a resumed run may change
+LOG, MANIFEST = "metrics.jsonl", "manifest.json"
+
+
+def open_run(run: Path, source: Path | None, config, stage: str) -> int:
+    """How many updates are done: none in a new run, or those of the checkpoint `source` that the run goes on from.
+
+    Refuses to start where a run already lies, where another process writes or nothing can be written, and to go on
+    with other flags or from another start.
+    """
+    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    require(there.is_dir() and os.access(there, os.W_OK | os.X_OK), f"cannot write to {there}")
+    if (run / LOG).exists():
+        with refusals(), (run / LOG).open("a") as file:
+            lock(file, run)
+    if not config.resume:
+        require(not checkpoints(run), f"{run} holds a run already: --resume continues it, --out names another place")
+        return 0
+    require(source is not None, f"{run} holds no checkpoint to resume")
+    training = load_training(source)
+    require(training.get("stage") == stage, f"{source} is no checkpoint of this script")
+    for name, value in asdict(config).items():
+        if name not in MAY_DIFFER and name in training and training[name] != value:
+            fail(f"{run} was started with --{name.replace('_', '-')} {training[name]}, not {value}")
+    if start := training.get("start"):
+        require(Path(start).is_dir(), f"{start}, where {run} started, is gone")
+        same = fingerprint(Path(start)) == training.get("start_sha256")
+        require(same, f"the weights in {start}, where {run} started, are no longer the same")
+    return training["update"]
+
+
+def fingerprint(folder: Path) -> str:
+    """The SHA-256 of a model's weights on disk."""
+    files = sorted(set(find_weights(folder).values()))
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(
+    run: Path,
+    update: int,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    training: dict,
+) -> Path:
+    """Write RUN/step-UPDATE whole or not at all; `training` says what made it, as JSON.
+
+    Of the run's checkpoints the newest training["keep"] stay, or all where that is 0.
+    """
+    folder, draft = run / f"step-{update}", run / f".step-{update}.part"
+    for old in run.glob(".step-*.part"):  # of a run that was killed while it wrote
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        _write_checkpoint(draft, model, tokenizer, optimizer, {"update": update, **training})
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which was passed over
+        os.replace(draft, folder)
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, mostly
+        free = shutil.disk_usage(run).free / 1e6
+        fail(f"cannot write the checkpoint {folder} ({free:.0f} MB are free): {error}")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    if keep := training.get("keep", 0):
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _write_checkpoint(
+    draft: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    training: dict,
+) -> None:
+    draft.mkdir(parents=True)
+    save_file(weights_to_save(model, training), draft / "model.safetensors", {"format": "pt"})
+    tokenizer.inner.save_pretrained(draft)
+    write_json(draft / "config.json", hf_config(model.config, tokenizer))
+    stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
+    write_json(draft / "generation_config.json", stops)
+    write_json(draft / "training.json", training)
+    torch.save(optimizer.state_dict(), draft / "training_state.pt")
+    if training.get("lora"):
+        save_adapters(model, training["start"], draft / "adapter")
+    files = sorted(file for file in draft.rglob("*") if file.is_file())
+    write_json(draft / MANIFEST, {str(file.relative_to(draft)): sha256(file) for file in files})
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint by its manifest, if it has one; None where all is as it was written."""
+    if not (checkpoint / MANIFEST).exists():  # not made here
+        return None
+    try:
+        hashes = json.loads((checkpoint / MANIFEST).read_text())
+        for name, digest in hashes.items():
+            if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
+                return f"{MANIFEST} names {name}, which lies elsewhere"
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if sha256(checkpoint / name) != digest:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"cannot read {MANIFEST}: {error}"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders RUN/step-N, by N."""
+    steps = {int(m[1]): p for p in run.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
+    return [steps[n] for n in sorted(steps)]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """RUN/step-N with the largest N that is whole; None where there is none at all. Refuses if none is whole."""
+    faults = {}
+    for folder in reversed(checkpoints(run)):
+        if not (found := fault(folder)):
+            for broken, why in faults.items():
+                warn(f"{broken} is broken and passed over: {why}")
+            return folder
+        faults[folder] = found
+    for broken, why in faults.items():
+        fail(f"{broken} is broken, and no other is there: {why}")
+    return None
+
+
+def find_checkpoint(name: str) -> Path:
+    """A checkpoint folder, the newest checkpoint of a run folder, or a model from the Hugging Face hub or its cache."""
+    path = Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists() and path.parts[0] not in ("runs", "models"):
+        try:
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        except Exception as error:  # no such model, no permission, no network: dozens of kinds
+            fail(f"there is no folder {name}, nor can the hub be asked for that model: {str(error)[:300]}")
+    if (path / "config.json").exists() or (path / MANIFEST).exists():
+        require(not (found := fault(path)), f"{path} is broken: {found}")
+        return path
+    require(path.is_dir(), f"there is no folder {path}")
+    found = newest_checkpoint(path)
+    require(found is not None, f"{path} holds no checkpoint: neither config.json nor step-N folders")
+    return found
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    try:
+        state = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(state)
+    except Exception as error:  # a cut file fails in many ways
+        fail(f"cannot read the optimizer in {checkpoint / 'training_state.pt'}: {str(error)[:200]}")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The log
+
+
+def lock(file, run: Path) -> None:
+    """Hold the log of a run, until it is closed or this process ends, however it ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is writing to {run}")
+
+
+class Log:
+    """RUN/metrics.jsonl, a row an update, which nobody else can write as long as this object lives.
+
+    What lies behind row `done`, where the run goes on, is cut off.
+    """
+
+    def __init__(self, run: Path, done: int):
+        path = run / LOG
+        with refusals():
+            run.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("ab", buffering=0)
+        lock(self.file, run)
+        require(bool(checkpoints(run)) == bool(done), f"another process has just written to {run}")
+        self.rows = read_log(path)[:done]
+        numbers = [row.get("update") for row in self.rows]
+        expected = list(range(1, done + 1))
+        missing = next((n for n, m in zip(expected, [*numbers, *[None] * done]) if n != m), None)
+        require(missing is None, f"{path} lacks update {missing}, though step-{done} is there")
+        with path.open("rb") as file:
+            self.file.truncate(sum(len(file.readline()) for _ in range(done)))
+
+    def write(self, row: dict) -> None:
+        row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
+        self.rows.append(row)
+        line = json.dumps(row).encode() + b"\n"
+        with refusals():
+            written = self.file.write(line)
+        require(written == len(line), f"{self.file.name} could not be written: the disk is full")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log; a last line that a crash cut short, without its end, is left out."""
+    with refusals():
+        lines = path.read_bytes().decode(errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+            sound = isinstance(rows[-1], dict)
+        except ValueError:
+            sound = False
+        require(sound, f"{path}, line {number}: this is no JSON object")
+    return rows

@@ -1,0 +1,239 @@
+"""Run folders: what is written whole or not at all, what is noticed when it was damaged later, who may write."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refusal, same_weights, small_model
+
+import train_sft
+from checkpoint import load_model
+from runs import Log, checkpoints, fault, find_checkpoint, newest_checkpoint, read_log, save_checkpoint
+from runtime import World
+from tokenizer import word_tokenizer
+
+ONE = World(0, 1, torch.device("cpu"))
+HERE = Path(train_sft.__file__).parent
+SHORT = {"field": 3, "steps": "1-2", "updates": 6, "batch_size": 4, "warmup": 0, "save_every": 2, "precision": "fp32"}
+
+
+def sft(out: Path, **flags) -> Path:
+    return train_sft.main(train_sft.SftConfig(out=str(out), **(SHORT | flags)), ONE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of six updates with checkpoints at 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    sft(run)
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if "per_second" not in key} for row in rows]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit": flip,
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "training.json", "config.json"])
+def test_a_damaged_checkpoint_is_passed_over_and_its_updates_are_done_again(how, name, run, finished, capsys):
+    DAMAGE[how](run / "step-6" / name)
+    assert newest_checkpoint(run) == run / "step-4"
+    line = capsys.readouterr().err
+    assert "step-6 is broken" in line and name in line and len(line.splitlines()) == 1
+    assert "broken" in refusal(lambda: find_checkpoint(str(run / "step-6")), capsys), "by its own name it is refused"
+    if name == "model.safetensors":
+        sft(run, resume=True)
+        assert same_weights(*(load_model(folder / "step-6")[0] for folder in (run, finished)))
+        logs = [without_times(read_log(folder / "metrics.jsonl")) for folder in (run, finished)]
+        assert logs[0] == logs[1] and fault(run / "step-6") is None
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(run, capsys):
+    for folder in checkpoints(run):
+        flip(folder / "model.safetensors")
+    assert "no other is there" in refusal(lambda: find_checkpoint(str(run)), capsys)
+    assert "holds a run already" in refusal(lambda: sft(run), capsys), "nor is it begun anew over what there is"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"../../secret": "0"}', '{"/etc/passwd": "0"}', '{"config.json": 5}'])
+def test_a_manifest_that_lies_is_a_damaged_checkpoint(content, run):
+    (run / "step-6" / "manifest.json").write_text(content)
+    assert newest_checkpoint(run) == run / "step-4"
+
+
+def test_every_file_of_a_checkpoint_is_in_its_manifest(run):
+    files = {file.name for file in (run / "step-6").iterdir()} - {"manifest.json"}
+    assert set(json.loads((run / "step-6" / "manifest.json").read_text())) == files
+
+
+def test_drafts_of_a_killed_run_are_cleared_away(run):
+    shutil.rmtree(run / "step-6")
+    (run / ".step-5.part").mkdir()
+    sft(run, resume=True)
+    assert not list(run.glob(".step*")) and (run / "step-6").is_dir()
+
+
+def test_a_log_cut_short_is_mended(tmp_path):
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n{"update": 2}\n{"update": 3}\n{"upd')
+    log = Log(tmp_path, 2)
+    log.write({"update": 3, "loss": float("nan")})
+    expected = [{"update": 1}, {"update": 2}, {"update": 3, "loss": None}]
+    assert read_log(tmp_path / "metrics.jsonl") == expected == log.rows
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('{"update": 1}\n{"upd\n{"update": 3}\n', "line 2"),
+        ('{"update": 1}\n\n{"update": 3}\n', "line 2"),
+        ('{"update": 1}\n[2]\n', "line 2"),
+        ('{"update": 1}\n\xff\xfe\n', "line 2"),
+        ('{"update": 1}\n{"update": 3}\n', "lacks update 2"),
+        ('{"update": 1}\n', "lacks update 2"),
+        ("", "lacks update 1"),
+    ],
+)
+def test_a_log_that_does_not_reach_the_checkpoint_is_refused(text, says, tmp_path, capsys):
+    """Rather than going on with rows that are missing."""
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
+    line = refusal(lambda: Log(tmp_path, 2), capsys)
+    assert says in line and str(tmp_path / "metrics.jsonl") in line
+    assert (tmp_path / "metrics.jsonl").read_bytes() == text.encode("latin-1")
+
+
+def test_one_process_writes_to_a_run(run, finished, capsys):
+    log = Log(run, 6)
+    assert "another process is writing" in refusal(lambda: sft(run, resume=True), capsys)
+    assert "another process is writing" in refusal(lambda: sft(run), capsys)
+    del log
+    assert sft(run, resume=True) == run / "step-6"
+    assert read_log(run / "metrics.jsonl") == read_log(finished / "metrics.jsonl")
+
+
+def test_a_start_that_has_changed_is_noticed(tmp_path, pretrained, capsys):
+    flags = {"model": str(pretrained), "updates": 2, "lora": 2, "examples": 8, "save_every": 1, "batch_size": 2}
+    run = tmp_path / "lora"
+    sft(run, **flags)
+    shutil.rmtree(run / "step-2")
+    flip(pretrained / "model.safetensors")
+    assert "no longer the same" in refusal(lambda: sft(run, resume=True, **flags), capsys)
+    shutil.rmtree(pretrained)
+    assert "no longer the same" not in refusal(lambda: sft(run, resume=True, **flags), capsys)
+
+
+def start_sft(out: Path, *flags: str, **options) -> subprocess.Popen:
+    told = [f"--{name.replace('_', '-')}={value}" for name, value in (SHORT | {"updates": 5000}).items()]
+    command = [sys.executable, str(HERE / "train_sft.py"), f"--out={out}", *told, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number, tmp_path, monkeypatch, capsys):
+    """And the run goes on from there as if nothing had been."""
+    process = start_sft(tmp_path / "stopped", "--save-every=10000")
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    while not log.exists() or log.stat().st_size < 1000:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "stopped and saved" in err
+    (folder,) = checkpoints(tmp_path / "stopped")
+    done = int(folder.name[5:])
+    assert [row["update"] for row in read_log(log)] == list(range(1, done + 1))
+
+    # A second stop shortly after, so that the test need not run to the end.
+    for name in ("stopped", "straight"):
+        rest = Interrupted(done + 3)
+        monkeypatch.setattr(train_sft, "tqdm", rest)
+        with pytest.raises(SystemExit) as stop:
+            sft(tmp_path / name, resume=name == "stopped", updates=5000, save_every=10000)
+        assert stop.value.code == 128 + signal.SIGTERM
+    runs = [tmp_path / name for name in ("stopped", "straight")]
+    assert same_weights(*(load_model(run / f"step-{done + 3}")[0] for run in runs))
+    logs = [without_times(read_log(run / "metrics.jsonl")) for run in runs]
+    assert logs[0] == logs[1]
+
+
+class Interrupted:
+    """A progress bar that lets this process catch a SIGTERM in the update before `end`."""
+
+    def __init__(self, end: int):
+        self.end = end
+
+    def __call__(self, updates, **_):
+        self.updates = updates
+        return self
+
+    def __iter__(self):
+        for update in self.updates:
+            if update + 1 == self.end:
+                signal.raise_signal(signal.SIGTERM)
+            yield update
+
+    def set_postfix(self, *_):
+        pass
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # as a full disk: no file grows beyond 1 MB
+sys.argv = sys.argv[1:]
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_where_a_checkpoint_cannot_be_written_none_is_lost(run, tmp_path):
+    shutil.rmtree(run / "step-6")
+    told = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
+    command = [sys.executable, "-c", LIMITED, str(HERE / "train_sft.py"), f"--out={run}", "--resume", *told]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if "cannot write the checkpoint" in line]
+    assert done.returncode == 2 and "MB are free" in line, done.stderr
+    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "step-2", "step-4"]
+    assert fault(run / "step-4") is None
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in refusal(lambda: sft(tmp_path / "file" / "run"), capsys)
+
+
+def test_old_checkpoints_make_room(tmp_path):
+    """Only once the new one is there, and only those of the run."""
+    model, tokenizer, run = small_model(), word_tokenizer(11), tmp_path / "run"
+    optimizer = torch.optim.AdamW(model.parameters())
+    (run / "step-notes").mkdir(parents=True)
+    for update in (9, 10, 11):
+        save_checkpoint(run, update, model, tokenizer, optimizer, {"keep": 2})
+    assert sorted(p.name for p in run.iterdir()) == ["step-10", "step-11", "step-notes"]
+    save_checkpoint(run, 12, model, tokenizer, optimizer, {"keep": 0})
+    assert len(list(run.iterdir())) == 4
