@@ -1,6 +1,7 @@
 """The whole road in miniature: SFT, GRPO and evaluation; resume; two processes."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -95,6 +96,57 @@ def test_a_resumed_run_computes_as_it_began(sft, tmp_path, monkeypatch):
     assert same_weights(*(load_model(tmp_path / name / "step-2")[0] for name in ("whole", "parts")))
     assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
     assert 1e-4 < max(row["logprob_difference"] for row in parts) < 0.5, "bf16"
+
+
+def poison(monkeypatch, updates: set[int]) -> None:
+    """Make the gradient infinite in some updates, numbered from 1."""
+    real, calls = train_grpo.add_gradients, iter(range(1, 100))
+
+    def poisoned(model, copy, loss, items):
+        parts = real(model, copy, loss, items)
+        if next(calls) in updates:
+            next(w for w in model.parameters() if w.grad is not None).grad.view(-1)[0] = math.inf
+        return parts
+
+    monkeypatch.setattr(train_grpo, "add_gradients", poisoned)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(sft, tmp_path, monkeypatch):
+    poison(monkeypatch, {2})
+    rows = grpo(tmp_path / "run", sft, updates=3, save_every=1, group=8, temperature=1.5)
+    assert [row["skipped"] for row in rows] == [False, True, False] and rows[1]["gradient_norm"] is None
+    weights = [load_model(tmp_path / "run" / f"step-{n}")[0] for n in (1, 2, 3)]
+    assert same_weights(*weights[:2]) and not same_weights(*weights[1:])
+
+
+def test_after_five_such_updates_the_run_stops(sft, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, set(range(3, 100)))
+    with pytest.raises(SystemExit) as stop:
+        grpo(tmp_path / "run", sft, updates=20, save_every=1, group=8)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    assert stop.value.code == 2 and "--lr" in line
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 6, "the seventh was the fifth"
+    model, _ = load_model(find_checkpoint(str(tmp_path / "run")))
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_sft_skips_such_updates_too(tmp_path, monkeypatch):
+    """Here the loss is not finite."""
+    real, calls = train_sft.loss_sum, iter(range(1, 100))
+    monkeypatch.setattr(train_sft, "loss_sum", lambda *args: real(*args) * (math.nan if next(calls) == 2 else 1))
+    flags = {"field": 3, "steps": "1-2", "batch_size": 1, "precision": "fp32", "save_every": 1}
+    train_sft.main(train_sft.SftConfig(out=str(tmp_path / "run"), updates=3, **flags), ONE)
+    rows = read_log(tmp_path / "run" / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [False, True, False] and rows[1]["loss"] is None
+    weights = [load_model(tmp_path / "run" / f"step-{n}")[0] for n in (1, 2, 3)]
+    assert same_weights(*weights[:2]) and not same_weights(*weights[1:])
+
+
+def test_trouble_is_said_once_in_a_run(sft, tmp_path, monkeypatch, capsys):
+    """With room for one token, no response ever ends."""
+    monkeypatch.setattr(train_grpo, "WINDOW", 3)
+    grpo(tmp_path / "run", sft, updates=6, max_new_tokens=1)
+    assert capsys.readouterr().err.count("--max-new-tokens") == 1
 
 
 def test_compositions_under_shown_names_in_another_field(tmp_path):

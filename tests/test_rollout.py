@@ -299,3 +299,12 @@ def test_a_batch_goes_when_it_is_done_with(model, monkeypatch):
         assert seen and not any(ref() for ref in seen)
     finally:
         gc.enable()
+
+
+def test_logits_that_are_not_finite_do_not_stop_the_sampler():
+    """On a GPU a token beyond the vocabulary would take the whole process down; the loss shows what has happened."""
+    logits = torch.zeros(3, 5)
+    logits[0], logits[1, 2] = torch.nan, torch.inf
+    for temperature in (0.0, 1.0):
+        tokens, log_probs = draw(logits, torch.full((3,), 0.5), temperature)
+        assert (tokens >= 0).all() and (tokens < 5).all() and log_probs.isfinite().tolist() == [False, False, True]

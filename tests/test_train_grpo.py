@@ -24,6 +24,7 @@ from train_grpo import (
     micro_batches,
     pack_groups,
     policy_loss,
+    trouble,
 )
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -272,3 +273,28 @@ def test_problems_are_fresh_or_come_round():
     rounds = [p.prompt() for update in range(5) for p in draw_problems(fixed, task, update)]
     assert sorted(rounds[:20]) == sorted(rounds[20:]) and len(set(rounds)) == 20
     assert rounds[:20] != rounds[20:], "each epoch has its own order"
+
+
+def rows(n: int = 20, **changes) -> list[dict]:
+    sound = {"reward": 0.5, "truncated_share": 0.1, "groups_without_signal": 0.5, "entropy": 0.1}
+    return [sound | changes for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({}, None),
+        ({"truncated_share": 1.0, "reward": 0.0}, "--max-new-tokens"),
+        ({"groups_without_signal": 1.0, "reward": 0.0}, "easier problems"),
+        ({"groups_without_signal": 1.0, "reward": 0.6}, "easier problems"),
+        ({"groups_without_signal": 1.0, "reward": 1.0}, "harder problems"),
+        ({"entropy": 1e-4}, "--beta"),
+        ({"entropy": 1e-4, "reward": 0.98}, None),
+        ({"entropy": 0.0, "groups_without_signal": 1.0, "reward": 1.0}, "harder problems"),
+    ],
+)
+def test_trouble_is_put_in_words(changes, says):
+    assert not trouble(rows(19, **changes)) and not trouble([*rows(), *rows(19, **changes)][-20:][:-1])
+    assert not trouble([*rows(19, **changes), *rows(1)]), "it has to last"
+    found = trouble([*rows(50), *rows(20, **changes)])
+    assert len(found) == (says is not None) and all(says in message for message in found)
