@@ -177,7 +177,7 @@ def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[
     """transformers' generate on the same weights and the same work."""
     work, device = ours.work, ours.world.device
     peer = peer_model(work, None).eval()
-    peer.load_state_dict(plain_weights(ours.model), strict=False)  # tied: without the head
+    peer.load_state_dict(dict(plain_weights(ours.model)), strict=False)  # tied: without the head
     peer = peer.to(device, dtype)
     prompts = torch.tensor(ours.prompts, device=device).repeat_interleave(work.group, 0)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}

@@ -96,8 +96,8 @@ def load_model(
     with torch.device("meta"):  # shapes without memory
         model = lower(Transformer(config), dtype)
     places = find_weights(folder)
-    needed = plain_weights(model)
-    missing, unknown = needed.keys() - places, places.keys() - needed - {"lm_head.weight"}
+    needed = dict(plain_weights(model)).keys()
+    missing, unknown = needed - places.keys(), places.keys() - needed - {"lm_head.weight"}
     unknown = {name for name in unknown if not name.endswith("rotary_emb.inv_freq")}  # of old Llama checkpoints
     require(not missing, f"the weights in {folder} lack {min(missing, default='')} and {len(missing) - 1} others")
     require(not unknown, f"the weights in {folder} hold {min(unknown, default='')}, which its config.json has not")
@@ -105,7 +105,7 @@ def load_model(
     model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    for name, weight in plain_weights(model).items():
+    for name, weight in plain_weights(model):
         found = read_weight(places[name], name, device)
         require(found.shape == weight.shape, f"the weight {name} in {folder} has not the shape of its config.json")
         weight.copy_(found)
@@ -142,7 +142,7 @@ def load_policy(
     """
     template = not config.no_chat_template
     if not config.lora:
-        return load_model(source or start, device, chat_template=template)
+        return load_model(source or start, "cpu" if config.shard else device, chat_template=template)
     base, tokenizer = load_model(start, device, PRECISIONS[precision], template)
     generator = torch_stream(config.seed, "adapters")
     policy = add_lora(base, config.lora, config.lora_alpha, config.lora_dropout, generator)
@@ -151,16 +151,18 @@ def load_policy(
     return policy, tokenizer
 
 
-def weights_to_save(model: Transformer, training: dict) -> dict[str, torch.Tensor]:
-    """The weights in fp32; with LoRA those of the start as they lie on disk, to which the adapters are added."""
-    weights = plain_weights(model)
+def weights_to_save(model: Transformer, training: dict, leads: bool = True) -> dict[str, torch.Tensor]:
+    """The weights in fp32; with LoRA those of the start as they lie on disk, to which the adapters are added.
+
+    Of a sharded model all processes have to ask, and only the one that `leads` gets them.
+    """
     if training.get("lora"):
         places = find_weights(Path(training["start"]))
-        weights = {name: read_weight(places[name], name).float() for name in weights}
+        weights = {name: read_weight(places[name], name).float() for name, _ in plain_weights(model)}
         for name, added in updates(model):
             weights[name] += added
         return weights
-    return {name: weight.float().cpu().contiguous() for name, weight in weights.items()}
+    return {name: weight.float().cpu().contiguous() for name, weight in plain_weights(model) if leads}
 
 
 def load_training(checkpoint: Path) -> dict:

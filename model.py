@@ -13,7 +13,7 @@ transformers, but for two matrices that hold several of its own, one below the o
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from runtime import is_sharded, whole
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the tokens' rotations, (N, d/2) each
 Attend = Callable[[int, Tensor, Rope], Tensor]  # layer, qkv (N, H + 2 K, d) before rotation, rope -> (N, H * d)
@@ -161,6 +162,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.computes_in: torch.dtype | None = None  # where the weights at rest are of another type: sharding.py
         self.recompute = False  # keep only the blocks' inputs for the backward pass (activation checkpointing)
         self.model = Body(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -169,7 +171,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.computes_in or self.lm_head.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -204,19 +206,19 @@ def part_names(name: str) -> list[str]:
     return [f"{path}.{part}" for part in PARTS.get(last, (last,))]
 
 
-def plain_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights under their names in a checkpoint, as views; without adapters, and tied embeddings once."""
-    weights = {}
+def plain_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """The weights, one by one, with their names in a checkpoint; views, but for those of a sharded model, which are
+    gathered. Without adapters, and tied embeddings once.
+    """
     for name, module in model.named_modules():
         if ".adapter" in name or (name == "lm_head" and model.config.tie_word_embeddings):
             continue
         for kind, weight in module.named_parameters(recurse=False):
             if isinstance(module, Linear):
-                parts = zip(part_names(name), weight.detach().split(module.sizes))
-                weights |= {f"{part}.{kind}": piece for part, piece in parts}
+                for part, piece in zip(part_names(name), whole(weight.detach()).split(module.sizes)):
+                    yield f"{part}.{kind}", piece
             else:
-                weights[f"{name}.{kind}"] = weight.detach()
-    return weights
+                yield f"{name}.{kind}", whole(weight.detach())
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -241,12 +243,13 @@ def measure_precision(config: ModelConfig, device: torch.device) -> str:
     return "bf16" if 1.25 * best["bf16"] < best["fp32"] else "fp32"
 
 
-def working_copy(model: Transformer, precision: str) -> Transformer:
-    """What computes: in fp32 the model itself, in bf16 a copy with matrices in bf16 beside the model's fp32 weights.
+def working_copy(model: Transformer, precision: str, always: bool = False) -> Transformer:
+    """What computes: in fp32 the model itself (unless `always` a copy is asked for), in bf16 a copy with matrices in
+    bf16 beside the model's fp32 weights.
 
     Frozen weights, those under LoRA adapters, are not copied: they have to be in that precision already.
     """
-    if precision == "fp32":
+    if precision == "fp32" and not always:
         return model
     return lower(deepcopy(model, {id(w): w for w in model.parameters() if not w.requires_grad}), PRECISIONS[precision])
 
@@ -267,7 +270,10 @@ def trained(model: Transformer) -> list[nn.Parameter]:
 @torch.no_grad()
 def refresh(copy: Transformer, model: Transformer) -> None:
     """Bring a working copy up to date, in place."""
-    if copy is not model:
+    if is_sharded(model):
+        for mine, weight in zip(trained(copy), trained(model)):
+            mine.copy_(whole(weight.to(mine.dtype)))
+    elif copy is not model:
         torch._foreach_copy_(trained(copy), trained(model))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from model import PRECISIONS, Attend, ModelConfig, Rope, Transformer, split_heads, trained
-from runtime import in_threads, n_threads
+from runtime import in_threads, is_sharded, n_threads
 
 try:  # needs CUDA: requirements-gpu.txt
     from flash_attn import flash_attn_varlen_func
@@ -232,7 +233,15 @@ def add_gradients(
     """Add the gradient of the summed losses of the items to the model's, and return what `loss` has said of each.
 
     The gradients are those of the working copy; they are summed in fp32, in an order that does not depend on timing.
+    A sharded model computes itself, in passes that all processes do together, and sums over the processes as well.
     """
+    if is_sharded(model):
+        results = []
+        for value, result in map(loss, items):
+            (value * dist.get_world_size()).backward()  # FSDP takes the mean over the processes
+            results.append(result)
+        return results
+
     weights, copied = trained(model), trained(copy)
 
     def share(items: Sequence[Item]) -> tuple[list[Tensor], list[Result]]:

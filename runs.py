@@ -26,10 +26,19 @@ from safetensors.torch import save_file
 from checkpoint import find_weights, hf_config, load_training, weights_to_save
 from lora import save_adapters
 from model import Transformer
-from runtime import fail, refusals, require, warn, write_json
+from runtime import fail, is_sharded, refusals, require, warn, whole, write_json
+from sharding import split_like
 from tokenizer import Tokenizer
 
-MAY_DIFFER = {"out", "resume", "eval_every", "save_every", "keep"}  # flags that a resumed run may change
+MAY_DIFFER = {
+    "out",
+    "resume",
+    "eval_every",
+    "save_every",
+    "keep",
+    "recompute",
+    "shard",
+}  # flags that a resumed run may change
 LOG, MANIFEST = "metrics.jsonl", "manifest.json"
 
 
@@ -82,16 +91,23 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer,
     training: dict,
+    leads: bool = True,
 ) -> Path:
     """Write RUN/step-UPDATE whole or not at all; `training` says what made it, as JSON.
 
-    Of the run's checkpoints the newest training["keep"] stay, or all where that is 0.
+    One process `leads` and writes; the others are needed where the model is sharded. Of the run's checkpoints the
+    newest training["keep"] stay, or all where that is 0.
     """
     folder, draft = run / f"step-{update}", run / f".step-{update}.part"
+    if not leads and not is_sharded(model):
+        return folder
+    weights, state = weights_to_save(model, training, leads), optimizer_to_save(optimizer, leads)
+    if not leads:
+        return folder
     for old in run.glob(".step-*.part"):  # of a run that was killed while it wrote
         shutil.rmtree(old, ignore_errors=True)
     try:
-        _write_checkpoint(draft, model, tokenizer, optimizer, {"update": update, **training})
+        _write_checkpoint(draft, weights, state, model, tokenizer, {"update": update, **training})
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which was passed over
         os.replace(draft, folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, mostly
@@ -106,20 +122,16 @@ def save_checkpoint(
 
 
 def _write_checkpoint(
-    draft: Path,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
-    training: dict,
+    draft: Path, weights: dict, state: dict, model: Transformer, tokenizer: Tokenizer, training: dict
 ) -> None:
     draft.mkdir(parents=True)
-    save_file(weights_to_save(model, training), draft / "model.safetensors", {"format": "pt"})
+    save_file(weights, draft / "model.safetensors", {"format": "pt"})
     tokenizer.inner.save_pretrained(draft)
     write_json(draft / "config.json", hf_config(model.config, tokenizer))
     stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
     write_json(draft / "generation_config.json", stops)
     write_json(draft / "training.json", training)
-    torch.save(optimizer.state_dict(), draft / "training_state.pt")
+    torch.save(state, draft / "training_state.pt")
     if training.get("lora"):
         save_adapters(model, training["start"], draft / "adapter")
     files = sorted(file for file in draft.rglob("*") if file.is_file())
@@ -181,9 +193,24 @@ def find_checkpoint(name: str) -> Path:
     return found
 
 
+def optimizer_to_save(optimizer: torch.optim.Optimizer, leads: bool) -> dict:
+    """The optimizer's state, as it is without sharding; empty but for the process that leads."""
+    state, gathered = optimizer.state_dict(), {}
+    for number, of_weight in state["state"].items():
+        gathered[number] = {}
+        for key, value in of_weight.items():
+            value = whole(value)
+            if leads:
+                gathered[number][key] = value.cpu()
+    return state | {"state": gathered}
+
+
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     try:
-        state = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
+        state = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu", mmap=True)
+        for number, weight in enumerate(w for group in optimizer.param_groups for w in group["params"]):
+            of_weight = state["state"].get(number, {})
+            state["state"][number] = {key: split_like(value, weight) for key, value in of_weight.items()}
         optimizer.load_state_dict(state)
     except Exception as error:  # a cut file fails in many ways
         fail(f"cannot read the optimizer in {checkpoint / 'training_state.pt'}: {str(error)[:200]}")

@@ -22,7 +22,8 @@ from typing import Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 Config, Item, Result = TypeVar("Config"), TypeVar("Item"), TypeVar("Result")
@@ -137,8 +138,11 @@ class World:
         return total.tolist()
 
     def sum_gradients(self, model: nn.Module) -> None:
-        """Add up the gradients of all processes; where a process has none, it counts as zero."""
-        if self.size == 1:
+        """Add up the gradients of all processes; where a process has none, it counts as zero.
+
+        Those of a sharded model have been added up in the backward pass.
+        """
+        if self.size == 1 or is_sharded(model):
             return
         weights = [w for w in model.parameters() if w.requires_grad]
         for w in weights:
@@ -202,13 +206,23 @@ class Signals:
         raise SystemExit(128 + (self.caught or signal.SIGTERM))
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's weights are split over the processes (sharding.py)."""
+    return isinstance(next(model.parameters()), DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; for one that is split, all processes have to ask together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Gradients
 
 
 def clip_gradient(model: nn.Module, longest: float) -> float:
     """Scale the gradient down to length `longest` where it is longer; its length before."""
-    return nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], longest).item()
+    return whole(nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], longest)).item()
 
 
 def count_skipped(skipped: int, loss: float, norm: float, run: Path) -> int:

@@ -60,6 +60,7 @@ from runtime import (
     World,
     clip_gradient,
     count_skipped,
+    is_sharded,
     parse_flags,
     places,
     refusals,
@@ -69,6 +70,7 @@ from runtime import (
     warn,
     write_json,
 )
+from sharding import check_shard, shard
 from split import explain
 from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
@@ -102,6 +104,7 @@ class GrpoConfig:
     lora: int | None = None  # rank of LoRA adapters, 0 to train all the weights [tiny 0, pretrained 64]
     lora_alpha: int = 128  # the adapters' scale, times their rank
     lora_dropout: float = 0.05  # share of the adapters' inputs that is dropped in training
+    shard: bool = False  # split weights, gradients and optimizer over all processes (FSDP), to save memory
     no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
     seed: int = 0  # of problems, sampling and everything else
     eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
@@ -196,7 +199,7 @@ def pack_groups(prompts: Tensor, prompt_lengths: Tensor, rollout: Rollout, group
 
 def add_gradient(
     model: Transformer,
-    copy: Transformer,
+    computing: Transformer,
     reference: Transformer | None,
     prompts: tuple[Tensor, Tensor],
     rollout: Rollout,
@@ -207,8 +210,8 @@ def add_gradient(
 ) -> dict[str, float]:
     """Add this process's share of the gradient of the GRPO loss to the model's; the figures of the whole batch.
 
-    `copy` is the model's working copy, which computes; prompts (P, Tp) with their lengths (P,), the rollout of P * G
-    responses, rewards (P, G).
+    `computing` is the model's working copy, or the model where it is sharded; prompts (P, Tp) with their lengths (P,),
+    the rollout of P * G responses, rewards (P, G).
     """
     P, G = rewards.shape
     advantages = group_advantages(rewards, config.advantage).flatten()
@@ -224,7 +227,7 @@ def add_gradient(
         old = rollout.log_probs[rows][mask]
         token_advantages = advantages[rows].repeat_interleave(rollout.lengths[rows])
         key = dropout_key(config, update, world.rank, i)
-        log_probs, entropy = response_log_probs(copy, batch, config.temperature, entropy=True, dropout_key=key)
+        log_probs, entropy = response_log_probs(computing, batch, config.temperature, entropy=True, dropout_key=key)
         losses = policy_loss(log_probs, old, token_advantages, config.clip_low, config.clip_high)
         sums = {}
         if reference is not None:
@@ -239,11 +242,15 @@ def add_gradient(
             sums |= {"loss": losses, "entropy": entropy, "ratio": ratio, "clipped": outside}
             figures = {name: value.sum().item() for name, value in sums.items()}
         figures |= {"trained": len(losses), "worst": (log_probs - old).abs().max().item()}
-        return losses.sum() / n_tokens, figures
+        return losses.sum() * (i < own) / n_tokens, figures
 
     budget = config.micro_tokens or (16384 if world.device.type == "cuda" else 2048)  # caches of a CPU are small
-    pieces = list(enumerate(micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, budget)))
-    parts = add_gradients(model, copy, loss, pieces)
+    pieces = list(micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, budget))
+    own = len(pieces)
+    if is_sharded(model):  # all processes have to make as many passes; what is more counts nothing
+        first = torch.zeros(1, dtype=torch.long, device=rewards.device)
+        pieces += [first] * (max(world.gather([own])) - own)
+    parts = add_gradients(model, computing, loss, list(enumerate(pieces)))[:own]
     names = ("loss", "entropy", "ratio", "clipped", "trained", *(["kl"] if reference is not None else []))
     totals = dict(zip(names, world.sum(*(sum(part[name] for part in parts) for name in names))))
     worst = max((part["worst"] for part in parts), default=0.0)
@@ -327,6 +334,7 @@ def main(config: GrpoConfig, world: World) -> None:
         require(taught.get(name, given) == given, f"{known} was trained with --{name} {taught.get(name)}, not {given}")
     tokenizer.check(config.field)
     require(config.prompts >= world.size, f"--prompts must be at least the number of processes, {world.size}")
+    check_shard(config, world)
     with refusals():
         flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts, config.evaluation_share)
         task = Task.from_flags(*flags)
@@ -339,8 +347,11 @@ def main(config: GrpoConfig, world: World) -> None:
     model, tokenizer = load_policy(config, init, source, precision, world.device)
     initial = without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
     initial.requires_grad_(False)  # the reference, and what the report compares with
-    copy = working_copy(model, precision)
-    copy.recompute = config.recompute
+    copy = working_copy(model, precision, config.shard).to(world.device)
+    if config.shard:
+        shard(model, precision, world)
+    computing = model if config.shard else copy
+    computing.recompute = config.recompute
     optimizer = torch.optim.AdamW(trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if begin:
         load_optimizer(source, optimizer)
@@ -365,7 +376,7 @@ def main(config: GrpoConfig, world: World) -> None:
         rewards = torch.tensor([[float(r.correct) for r in group] for group in judged], device=world.device)
 
         reference, padded = initial if config.beta else None, pad(prompts, world.device)
-        figures = add_gradient(model, copy, reference, padded, rollout, rewards, config, world, update)
+        figures = add_gradient(model, computing, reference, padded, rollout, rewards, config, world, update)
         world.sum_gradients(model)
         figures["gradient_norm"] = clip_gradient(model, config.clip_gradient)
         skipped = count_skipped(skipped, figures["loss"], figures["gradient_norm"], run)
@@ -398,8 +409,8 @@ def main(config: GrpoConfig, world: World) -> None:
             for message in (found := trouble(log.rows)) - warned:
                 warn(message)
             warned = found
-            if (update + 1) % config.save_every == 0 or last or stopping:
-                save_checkpoint(run, update + 1, model, tokenizer, optimizer, made)
+        if (update + 1) % config.save_every == 0 or last or stopping:
+            save_checkpoint(run, update + 1, model, tokenizer, optimizer, made, world.leads)
         world.wait()
         if stopping and not last:
             signals.leave(run)

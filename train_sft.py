@@ -40,6 +40,7 @@ from runtime import (
     stream,
     torch_stream,
 )
+from sharding import check_shard, shard
 from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
 
@@ -65,6 +66,7 @@ class SftConfig:
     lora: int | None = None  # rank of LoRA adapters, 0 to train all the weights [tiny 0, pretrained 64]
     lora_alpha: int = 128  # the adapters' scale, times their rank
     lora_dropout: float = 0.05  # share of the adapters' inputs that is dropped in training
+    shard: bool = False  # split weights, gradients and optimizer over all processes (FSDP), to save memory
     no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
     seed: int = 0  # of weights, problems and everything else
     eval_every: int = 200  # updates between validations
@@ -216,6 +218,7 @@ def main(config: SftConfig, world: World) -> Path:
         task = Task.from_flags(config.difficulty, config.steps, config.field, config.relabel, config.parts)
         problems = validation_problems(task, 128, config.seed)
     require(config.batch_size >= world.size, f"--batch-size must be at least the number of processes, {world.size}")
+    check_shard(config, world)
     run = Path(config.out)
     source = newest_checkpoint(run) if config.resume else None
     begin = open_run(run, source, config, "sft")
@@ -229,6 +232,10 @@ def main(config: SftConfig, world: World) -> Path:
         given = Path(load_training(source)["start"]) if source else given.resolve()
         precision = choose_precision(config.precision, read_config(given), source, world)
         model, tokenizer = load_policy(config, given, source, precision, world.device)
+    copy = working_copy(model, precision, config.shard).to(world.device)
+    if config.shard:
+        shard(model, precision, world)
+    computing = model if config.shard else copy
     optimizer = torch.optim.AdamW(
         trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
@@ -238,8 +245,7 @@ def main(config: SftConfig, world: World) -> Path:
     made = asdict(config) | {"stage": "sft", "total": updates, "computed_in": precision}
     made |= {"start": str(given), "start_sha256": fingerprint(given)} if given else {}
     budget = token_budget(model.config, tokenizer, task)
-    copy = working_copy(model, precision)
-    n_parts = n_threads(world.device)
+    n_parts = 1 if config.shard else n_threads(world.device)
     if world.leads:
         print(describe(copy))
     log = Log(run, begin) if world.leads else None
@@ -258,10 +264,10 @@ def main(config: SftConfig, world: World) -> Path:
             numbered: tuple[int, Packed], update: int = update, n_tokens: float = n_tokens
         ) -> tuple[Tensor, float]:
             i, part = numbered
-            value = loss_sum(copy, part, dropout_key(config, update, world.rank, i)) / n_tokens
+            value = loss_sum(computing, part, dropout_key(config, update, world.rank, i)) / n_tokens
             return value, value.item()
 
-        losses = add_gradients(model, copy, loss, list(enumerate(parts)))
+        losses = add_gradients(model, computing, loss, list(enumerate(parts)))
         world.sum_gradients(model)
         norm = clip_gradient(model, config.clip_gradient)
         total_loss, stopping = world.sum(sum(losses), signals.caught)
@@ -285,8 +291,8 @@ def main(config: SftConfig, world: World) -> Path:
                 row |= figures
             log.write(row)
             bar.set_postfix({"loss": f"{total_loss:.3f}"} | shown)
-            if (update + 1) % config.save_every == 0 or last or stopping:
-                save_checkpoint(run, update + 1, model, tokenizer, optimizer, made)
+        if (update + 1) % config.save_every == 0 or last or stopping:
+            save_checkpoint(run, update + 1, model, tokenizer, optimizer, made, world.leads)
         world.wait()
         if stopping and not last:
             signals.leave(run)

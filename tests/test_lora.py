@@ -49,7 +49,7 @@ def test_adapters_add_what_they_say(family):
     changes = dict(updates(policy))
     assert len(changes) == 7 * 2, "all matrices of the blocks"
     for name, change in changes.items():
-        plain_weights(merged)[name].add_(change)
+        dict(plain_weights(merged))[name].add_(change)
     after = log_probs(policy).detach()
     assert (after - before).abs().max() > 0.01
     torch.testing.assert_close(after, log_probs(merged).detach(), atol=1e-5, rtol=0)

@@ -39,7 +39,7 @@ def twin(model, tokenizer) -> PreTrainedModel:
     """transformers' model with the same weights."""
     config = AutoConfig.for_model(**hf_config(model.config, tokenizer))
     reference = AutoModelForCausalLM.from_config(config).float().eval()
-    missing, unexpected = reference.load_state_dict(plain_weights(model), strict=False)
+    missing, unexpected = reference.load_state_dict(dict(plain_weights(model)), strict=False)
     assert set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set()) and not unexpected
     return reference
 
@@ -142,7 +142,7 @@ def test_response_log_probs_equal_transformers(shape, tokenizer, temperature):
     for weight, of in zip(gradient.parameters(), model.parameters()):
         weight.data = of.grad
     theirs = {name: weight.grad for name, weight in reference.named_parameters()}
-    torch.testing.assert_close(plain_weights(gradient), theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dict(plain_weights(gradient)), theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_chunks_leave_log_probs_and_gradient_as_they_are(model):

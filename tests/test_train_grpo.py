@@ -136,7 +136,6 @@ def _process(rank: int, size: int, port: int, folder: str) -> None:
     world = start()
     batch = Batch()
     torch.save((batch.gradient(world=world, groups=slice(rank, None, size)), batch.figures), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [2, 3])

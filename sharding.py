@@ -1,0 +1,45 @@
+"""--shard: training all the weights of a model that does not fit one GPU together with its optimizer.
+
+PyTorch's FSDP2 splits the master weights, their gradients and the optimizer over all processes: a weight takes 16 bytes
+(fp32, gradient, two moments) over their number, and blocks are gathered one at a time where they are computed, forward
+and backward. Beside it every process has a whole working copy to sample with, 2 bytes a weight in bf16, which is
+refreshed in place after each step.
+
+With LoRA, or where the model fits, there is nothing to gain: then every process computes with its working copy, and
+gradients alone are summed.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from model import PRECISIONS, HeadNorm, RMSNorm, Transformer
+from runtime import World, require
+
+
+def check_shard(config, world: World) -> None:
+    require(not config.shard or world.size > 1, "--shard needs several processes: torchrun --nproc-per-node N")
+    require(not (config.shard and config.lora), "--shard splits the weights that are trained: it needs --lora 0")
+
+
+def shard(model: Transformer, precision: str, world: World) -> None:
+    """Split the model, in place, and move it to the processes' devices; it then computes in `precision`."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    lowered = MixedPrecisionPolicy(PRECISIONS[precision], torch.float32, cast_forward_inputs=False)
+    for module in model.modules():
+        if isinstance(module, RMSNorm | HeadNorm):  # these stay fp32, as in a working copy
+            fully_shard(module, mesh=mesh)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=lowered)
+    fully_shard(model, mesh=mesh, mp_policy=lowered)
+    model.computes_in = PRECISIONS[precision]
+
+
+def split_like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """A tensor of a weight's shape, which all processes have, split as the weight is."""
+    if not isinstance(weight, DTensor) or tensor.shape != weight.shape:
+        return tensor
+    tensor = tensor.to(weight.device)
+    return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)
