@@ -6,6 +6,7 @@
 N tokens lie one after the other in one row; `packed_attention` sees to it that each looks only at those it may.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -26,11 +26,6 @@ try:  # needs CUDA: requirements-gpu.txt
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-
-# How PyTorch's own varlen kernel is told to be causal and to share key heads differs from release to release.
-VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
-VARLEN_CAUSAL = {"window_size": (-1, 0)} if "window_size" in VARLEN_OPTIONS else {"is_causal": True}
-VARLEN_CAUSAL |= {"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -175,6 +170,17 @@ def padded_attention(batch: Packed, config: ModelConfig) -> Attend:
     return attend
 
 
+@functools.cache
+def torch_varlen() -> tuple[Callable, dict]:
+    """PyTorch's own varlen kernel, and how it is told to be causal and to share key heads, which differs from release
+    to release. Only GPUs have it, and it takes two seconds to import."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    there = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in there else {"is_causal": True}
+    return varlen_attn, causal | ({"enable_gqa": True} if "enable_gqa" in there else {})
+
+
 def varlen_attention(batch: Packed, config: ModelConfig) -> Attend:
     """The same without padding. The kernels align the causal mask to the end of queries and keys."""
     keys, n_keys = segment_keys(batch)
@@ -188,7 +194,8 @@ def varlen_attention(batch: Packed, config: ModelConfig) -> Attend:
         if flash_attn_varlen_func is not None:
             out = flash_attn_varlen_func(q, k, v, *starts, *longest, causal=True)
         else:
-            out = varlen_attn(q, k, v, *starts, *longest, **VARLEN_CAUSAL)
+            kernel, options = torch_varlen()
+            out = kernel(q, k, v, *starts, *longest, **options)
         return out.flatten(1)
 
     return attend

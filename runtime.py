@@ -23,7 +23,6 @@ from typing import Literal, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 Config, Item, Result = TypeVar("Config"), TypeVar("Item"), TypeVar("Result")
@@ -206,14 +205,19 @@ class Signals:
         raise SystemExit(128 + (self.caught or signal.SIGTERM))
 
 
+def is_split(tensor: Tensor) -> bool:
+    """Whether each process holds a part of the tensor: a DTensor, a class that takes a second to import."""
+    return hasattr(tensor, "full_tensor")
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model's weights are split over the processes (sharding.py)."""
-    return isinstance(next(model.parameters()), DTensor)
+    return is_split(next(model.parameters()))
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; for one that is split, all processes have to ask together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 # ------------------------------------------------------------------------------------------------------------------

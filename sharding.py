@@ -11,12 +11,9 @@ gradients alone are summed.
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import PRECISIONS, HeadNorm, RMSNorm, Transformer
-from runtime import World, require
+from runtime import World, is_split, require
 
 
 def check_shard(config, world: World) -> None:
@@ -26,6 +23,9 @@ def check_shard(config, world: World) -> None:
 
 def shard(model: Transformer, precision: str, world: World) -> None:
     """Split the model, in place, and move it to the processes' devices; it then computes in `precision`."""
+    from torch.distributed.device_mesh import init_device_mesh  # a second to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(world.device.type, (world.size,))
     lowered = MixedPrecisionPolicy(PRECISIONS[precision], torch.float32, cast_forward_inputs=False)
     for module in model.modules():
@@ -39,7 +39,9 @@ def shard(model: Transformer, precision: str, world: World) -> None:
 
 def split_like(tensor: Tensor, weight: Tensor) -> Tensor:
     """A tensor of a weight's shape, which all processes have, split as the weight is."""
-    if not isinstance(weight, DTensor) or tensor.shape != weight.shape:
+    if not is_split(weight) or tensor.shape != weight.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     tensor = tensor.to(weight.device)
     return distribute_tensor(tensor, weight.device_mesh, weight.placements, src_data_rank=None)

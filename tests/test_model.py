@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from checkpoint import hf_config, load_model
 from model import ModelConfig, RopeScaling, Transformer, init_weights, plain_weights, refresh, split_heads, working_copy
 from packed import (
-    VARLEN_CAUSAL,
     pack,
     pack_prompts,
     packed_attention,
     pad,
     padded_attention,
     response_log_probs,
+    torch_varlen,
     varlen_attention,
 )
 from rollout import Batch, Sampler
@@ -211,12 +211,12 @@ def test_a_working_copy_in_bf16(model):
     assert working_copy(model, "fp32") is model
 
 
-@pytest.mark.parametrize("which", ["flash_attn_varlen_func", "varlen_attn"])
+@pytest.mark.parametrize("which", ["flash-attn's", "PyTorch's"])
 def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
     """The kernels need a GPU; here stands what their documentation says of them, a segment at a time."""
 
     def kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, **options):
-        assert options == ({"causal": True} if which.startswith("flash") else VARLEN_CAUSAL)
+        assert options == ({"causal": True} if which == "flash-attn's" else torchs_options)
         assert starts_q.dtype == starts_k.dtype == torch.int32
         out = torch.zeros_like(q)
         assert starts_q[-1] == len(q) and starts_k[-1] == len(k) == len(v)
@@ -228,8 +228,10 @@ def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
             out[a:b] = one[0].transpose(0, 1)
         return out
 
-    monkeypatch.setattr("packed.flash_attn_varlen_func", None)
-    monkeypatch.setattr(f"packed.{which}", kernel)
+    torchs_options = torch_varlen()[1]
+    assert torchs_options.items() & {("window_size", (-1, 0)), ("is_causal", True)}, "by the release that is installed"
+    monkeypatch.setattr("packed.flash_attn_varlen_func", kernel if which == "flash-attn's" else None)
+    monkeypatch.setattr("packed.torch_varlen", lambda: (kernel, torchs_options))
     prompts = random_rows(model.config.vocab_size, [4, 9, 1])
     responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
     batch = pack(*pad(prompts), *pad(responses), torch.tensor([0, 0, 2, 1, 2]))
