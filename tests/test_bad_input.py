@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from conftest import make_pretrained, small_model
 
 import bench
 import eval as evaluation
+import plot
+import reproduce
 import train_grpo
 import train_sft
 from runs import save_checkpoint
@@ -23,18 +26,27 @@ SCRIPTS = {
     "grpo": (train_grpo, train_grpo.GrpoConfig, None),
     "eval": (evaluation, evaluation.EvalConfig, "checkpoints"),
     "bench": (bench, bench.BenchConfig, None),
+    "plot": (plot, plot.PlotConfig, "runs"),
+    "reproduce": (reproduce, reproduce.ReproduceConfig, "experiment"),
 }
+FILES = {"sft": "train_sft.py", "grpo": "train_grpo.py"}  # others are named as their script
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A working folder with a checkpoint in `good/step-3` and a pretrained model."""
+    """A working folder with a checkpoint in `good/step-3`, one with a flipped bit in `broken/step-3`, a log with a
+    broken line and a pretrained model."""
     monkeypatch.chdir(tmp_path)
     make_pretrained(tmp_path / "pretrained")
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters())
     training = {"stage": "sft", "field": 11, "relabel": "fixed", "total": 3, "lr": 0.003}
     save_checkpoint(tmp_path / "good", 3, model, word_tokenizer(11), optimizer, training)
+    shutil.copytree("good", "broken")
+    weights = Path("broken/step-3/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    Path("log").mkdir()
+    Path("log/metrics.jsonl").write_text('{"update": 1}\n{"update": 2\n{"update": 3}\n')
     return tmp_path
 
 
@@ -45,74 +57,120 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
     before = sorted(Path().rglob("*"))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        module.main(parse_flags(config, "", positional), start())
+        config = parse_flags(config, "", positional)
+        module.main(config, start()) if script not in ("plot", "reproduce") else module.main(config)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1, err
-    assert not [p for p in set(Path().rglob("*")) - set(before) if p.is_file()], "nothing is written"
+    assert sorted(Path().rglob("*")) == before, "nothing is created"
     return err
 
 
-@pytest.mark.parametrize(
-    "script, flags, says",
-    [
-        ("sft", "--lr -1", "--lr"),
-        ("sft", "--lr nan", "--lr"),
-        ("sft", "--batch-size 0", "--batch-size"),
-        ("sft", "--updates 0", "--updates"),
-        ("sft", "--epochs 3", "--examples"),
-        ("sft", "--epochs 3 --updates 3 --examples 9", "not both"),
-        ("sft", "--field 12", "12 is not prime"),
-        ("sft", "--steps 5-2", "steps"),
-        ("sft", "--steps five", "range"),
-        ("sft", "--parts 0", "parts"),
-        ("sft", "--steps 30-50", "labels"),
-        ("sft", "--strategy sideways", "sideways"),
-        ("sft", "--nonsense 1", "--nonsense"),
-        ("sft", "--model nowhere", "nowhere"),
-        ("sft", "--resume --out nowhere", "nowhere"),
-        ("sft", "--out good", "holds a run already"),
-        ("sft", "--out good --resume --lr 0.1", "--lr"),
-        ("sft", "--precision fp8", "fp8"),
-        ("sft", "--lora 4", "--lora needs a trained --model"),
-        ("sft", "--model good --lora -1", "--lora"),
-        ("sft", "--model good --lora 4 --lora-dropout 1", "--lora-dropout"),
-        ("sft", "--model pretrained --position-gap 5", "--position-gap"),
-        ("sft", "--model pretrained --lora-alpha 0", "--lora-alpha"),
-        ("bench", "--rounds 0", "--rounds"),
-        ("bench", "--json nowhere/b.json", "nowhere/b.json"),
-        ("grpo", "--micro-tokens -1", "--micro-tokens"),
-        ("grpo", "--init good --examples -1", "--examples"),
-        ("grpo", "--max-new-tokens 5000", "positions"),
-        ("grpo", "--group 1", "--group"),
-        ("grpo", "--init good --keep -1", "--keep"),
-        ("grpo", "--group x", "--group"),
-        ("grpo", "--temperature 0", "--temperature"),
-        ("grpo", "--clip-low 1.5", "--clip-low"),
-        ("grpo", "--beta -1", "--beta"),
-        ("grpo", "--evaluation-share 2", "evaluation share"),
-        ("grpo", "--init nowhere", "nowhere"),
-        ("grpo", "--init good --field 13", "--field"),
-        ("grpo", "--init good --relabel shown", "--relabel"),
-        ("grpo", "--init good --out good", "holds a run already"),
-        ("grpo", "--init good --max-new-tokens 5000", "positions"),
-        ("grpo", "--clip-high 0", "--clip-high"),
-        ("grpo", "--field 2 --steps 1 --evaluation-share 1", "no validation problems"),
-        ("grpo", "--init good --out good --resume", "no checkpoint of this script"),
-        ("eval", "nowhere", "nowhere"),
-        ("eval", ".", "no checkpoint"),
-        ("eval", "", "name one checkpoint"),
-        ("eval", "good good good", "one checkpoint, or two"),
-        ("eval", "good --problems 0", "--problems"),
-        ("eval", "good --temperature 0", "--greedy"),
-        ("eval", "good --json nowhere/a.json", "nowhere"),
-        ("eval", "good --json good", "folder"),
-        ("eval", "good --plot a.txt", ".png"),
-        ("eval", "good good/step-3", "both names"),
-        ("eval", "good --difficulty none", "none"),
-    ],
-)
+INVOCATIONS = [
+    ("sft", "--lr -1", "--lr"),
+    ("sft", "--lr nan", "--lr"),
+    ("sft", "--batch-size 0", "--batch-size"),
+    ("sft", "--updates 0", "--updates"),
+    ("sft", "--epochs 3", "--examples"),
+    ("sft", "--epochs 3 --updates 3 --examples 9", "not both"),
+    ("sft", "--field 12", "12 is not prime"),
+    ("sft", "--steps 5-2", "steps"),
+    ("sft", "--steps five", "range"),
+    ("sft", "--parts 0", "parts"),
+    ("sft", "--steps 30-50", "labels"),
+    ("sft", "--strategy sideways", "sideways"),
+    ("sft", "--nonsense 1", "--nonsense"),
+    ("sft", "--model nowhere", "nowhere"),
+    ("sft", "--resume --out nowhere", "nowhere"),
+    ("sft", "--out good", "holds a run already"),
+    ("sft", "--out good --resume --lr 0.1", "--lr"),
+    ("sft", "--precision fp8", "fp8"),
+    ("sft", "--lora 4", "--lora needs a trained --model"),
+    ("sft", "--model good --lora -1", "--lora"),
+    ("sft", "--model good --lora 4 --lora-dropout 1", "--lora-dropout"),
+    ("sft", "--model pretrained --position-gap 5", "--position-gap"),
+    ("sft", "--model pretrained --lora-alpha 0", "--lora-alpha"),
+    ("bench", "--rounds 0", "--rounds"),
+    ("bench", "--json nowhere/b.json", "nowhere/b.json"),
+    ("grpo", "--micro-tokens -1", "--micro-tokens"),
+    ("grpo", "--init good --examples -1", "--examples"),
+    ("grpo", "--max-new-tokens 5000", "positions"),
+    ("grpo", "--group 1", "--group"),
+    ("grpo", "--init good --keep -1", "--keep"),
+    ("grpo", "--group x", "--group"),
+    ("grpo", "--temperature 0", "--temperature"),
+    ("grpo", "--clip-low 1.5", "--clip-low"),
+    ("grpo", "--beta -1", "--beta"),
+    ("grpo", "--evaluation-share 2", "evaluation share"),
+    ("grpo", "--init nowhere", "nowhere"),
+    ("grpo", "--init good --field 13", "--field"),
+    ("grpo", "--init good --relabel shown", "--relabel"),
+    ("grpo", "--init good --out good", "holds a run already"),
+    ("grpo", "--init good --max-new-tokens 5000", "positions"),
+    ("grpo", "--clip-high 0", "--clip-high"),
+    ("grpo", "--field 2 --steps 1 --evaluation-share 1", "no validation problems"),
+    ("grpo", "--init good --out good --resume", "no checkpoint of this script"),
+    ("eval", "nowhere", "nowhere"),
+    ("eval", ".", "no checkpoint"),
+    ("eval", "", "name one checkpoint"),
+    ("eval", "good good good", "one checkpoint, or two"),
+    ("eval", "good --problems 0", "--problems"),
+    ("eval", "good --temperature 0", "--greedy"),
+    ("eval", "good --json nowhere/a.json", "nowhere"),
+    ("eval", "good --json good", "folder"),
+    ("eval", "good --plot a.txt", ".png"),
+    ("eval", "good good/step-3", "both names"),
+    ("eval", "good --difficulty none", "none"),
+    ("sft", "--seed 1.5", "--seed"),
+    ("sft", "--field -7", "prime"),
+    ("sft", "--field 1", "prime"),
+    ("sft", "--shard", "--shard"),
+    ("sft", "--keep -1", "--keep"),
+    ("sft", "--warmup -1", "--warmup"),
+    ("sft", "--out good/step-3/config.json/run", "cannot write"),
+    ("sft", "--resume --out broken", "model.safetensors"),
+    ("sft", "--model broken", "model.safetensors"),
+    ("sft", "--out log --resume", "no checkpoint to resume"),
+    ("grpo", "--init broken", "model.safetensors"),
+    ("grpo", "--init good --shard", "--shard"),
+    ("grpo", "--init good --updates 0", "--updates"),
+    ("grpo", "--init good --prompts 0", "--prompts"),
+    ("grpo", "--init good --lr 2", "--lr"),
+    ("grpo", "--init good --eval-problems 0", "--eval-problems"),
+    ("grpo", "--init good --difficulty brutal", "brutal"),
+    ("grpo", "--init good --out good/step-3/config.json", "cannot write"),
+    ("eval", "broken", "model.safetensors"),
+    ("eval", "good broken", "model.safetensors"),
+    ("eval", "good --samples 0", "--samples"),
+    ("eval", "good --seed x", "--seed"),
+    ("eval", "good --steps 9-6", "steps"),
+    ("eval", "good --parts 5-2", "parts"),
+    ("bench", "--only nothing", "nothing"),
+    ("plot", "", "run"),
+    ("plot", "nowhere", "nowhere"),
+    ("plot", "log", "log/metrics.jsonl, line 2"),
+    ("plot", "log --out nowhere/a.png", "nowhere"),
+    ("reproduce", "", "name an experiment"),
+    ("reproduce", "table9", "table9"),
+    ("reproduce", "table1 --seeds 0", "--seeds"),
+    ("reproduce", "table1 --scale huge", "huge"),
+]
+
+
+@pytest.mark.parametrize("script, flags, says", INVOCATIONS)
 def test_flags(script, flags, says, place, monkeypatch, capsys):
     assert says in refused(script, flags, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags, says", INVOCATIONS)
+def test_real_commands(script, flags, says, place):
+    """The same as a user meets them: in a process of its own, within five seconds."""
+    file = Path(train_sft.__file__).with_name(FILES.get(script, f"{script}.py"))
+    before, clock = sorted(Path().rglob("*")), time.monotonic()
+    done = subprocess.run([sys.executable, str(file), *flags.split()], capture_output=True, text=True)
+    seconds = time.monotonic() - clock
+    assert done.returncode == 2 and done.stdout == "" and says in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and sorted(Path().rglob("*")) == before and seconds < 5
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -216,4 +274,4 @@ def test_every_flag_has_a_line_of_help(script, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for name in config.__dataclass_fields__:
-        assert (f"--{name.replace('_', '-')}" if name != positional else name) in text
+        assert (f"--{name.replace('_', '-')}" if name != positional else name.upper()) in text
