@@ -57,7 +57,7 @@ def read_config(folder: Path) -> ModelConfig:
     require(isinstance(rope, dict) and isinstance(raw.get("layer_types") or [], list), f"{path} is no model's")
     scaled = rope.get("rope_type", rope.get("type", "default"))
     biased = (kind != "qwen2" and raw.get("attention_bias")) or raw.get("mlp_bias")
-    other = set(raw.get("layer_types") or []) - {"full_attention"} or raw.get("use_sliding_window")
+    other = any(layer != "full_attention" for layer in raw.get("layer_types") or []) or raw.get("use_sliding_window")
     if scaled not in ("default", "llama3") or biased or other or raw.get("hidden_act", "silu") != "silu":
         fail(f"{path} asks for a RoPE scaling, biases, sliding windows or an activation that are not supported")
     raw = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False, **raw}

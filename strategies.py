@@ -28,10 +28,13 @@ ORDER = "wrong order"  # a line out of turn: said before, or never due
 FORMAT = "format"  # a line of another form
 NO_ANSWER = "no answer"  # the response ends before its answer
 
-LINE = re.compile(
-    r"(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})(?= |$)"
-    r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4}) = (?P<result>e\d{1,4})(?= |$)"
-    r"|answer (?P<answer>e\d{1,4})(?= |$)"
+LINE = re.compile(  # of whole words
+    r"(?<![^ ])(?:"
+    r"(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})"
+    r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4}) = (?P<result>e\d{1,4})"
+    r"|answer (?P<answer>e\d{1,4})"
+    r")(?![^ ])",
+    re.ASCII,
 )
 
 

@@ -35,6 +35,7 @@ from typing import NoReturn
 
 DIFFICULTY = {"easy": (2, 5), "hard": (6, 9), "extreme": (6, 15)}  # steps of a part
 MAX_LABEL = 40
+MAX_FIELD = 9999  # elements are written with at most four digits
 VALIDATION_SHARE = 8  # one problem in this many belongs to validation
 FORWARD, BACKWARD = "forward", "backward"
 EVALUATION, INVERSION, COMPOSITION = "evaluation", "inversion", "composition"
@@ -42,7 +43,7 @@ FITTING = {EVALUATION: FORWARD, INVERSION: BACKWARD}
 INVERSE = {"+": "-", "*": "/", "-": "+", "/": "*"}
 
 # The answer counts only as the last thing said, so that a list of answers earns nothing.
-ANSWER = re.compile(r"(?:^|\s)answer\s+(e\d+)\s*$")
+ANSWER = re.compile(r"(?:^|\s)answer\s+(e[0-9]+)\s*$")
 
 
 def is_prime(p: int) -> bool:
@@ -74,8 +75,10 @@ class Field:
 def make_field(p: int, rng: random.Random | None = None) -> Field:
     """GF(p) under a random renaming, or, without rng, under the hidden one that all runs share.
 
-    Raises ValueError when p is not prime.
+    Raises ValueError when p is not prime, or too large.
     """
+    if p > MAX_FIELD:
+        raise ValueError(f"the field may have at most {MAX_FIELD} elements, not {p}")
     if not is_prime(p):
         raise ValueError(f"the field must have a prime number of elements; {p} is not prime")
     names = list(range(p))
@@ -264,7 +267,7 @@ def vocabulary(p: int) -> list[str]:
 
 def parse_range(text: str) -> tuple[int, int]:
     """`"3-7"` -> (3, 7), `"4"` -> (4, 4). Raises ValueError for anything else."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text, re.ASCII)
     if not found:
         raise ValueError(f"expected a range such as 2-5, not {text!r}")
     return int(found[1]), int(found[2] or found[1])
