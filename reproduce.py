@@ -137,7 +137,7 @@ class Lab:
             minutes = max(minutes, read_json(known).get("minutes", 0.0))
         write_json(known, {"seeds": self.config.seeds, "minutes": round(minutes, 1), **result})
         commands = "\n".join(str(run) for run in self.runs.values())
-        head = f"<details><summary>The commands, {minutes:.0f} minutes</summary>"
+        head = f"<details><summary>The commands; {minutes:.0f} minutes for those not run before</summary>"
         text += f"\n\n{head}\n\n```\n{commands}\n```\n\n</details>\n"
         (folder / f"{self.name}.md").write_text(text)
         save(figure, folder / f"{self.name}.png")
@@ -294,7 +294,7 @@ def table1_figure(rows: list[dict]):
 
 
 def dynamics(lab: Lab) -> None:
-    """The course of RL on 6-9 steps: accuracy by type and by number of steps (figures 2-4)"""
+    """The course of RL on 6-9 steps: accuracy by type and by number of steps (figures 2-4; runs of table1)"""
     cells = {
         model: [lab.rl(lab.sft(model, seed), seed, difficulty="hard") for seed in lab.seeds] for model in STRATEGIES
     }
@@ -343,23 +343,32 @@ def amplification(lab: Lab) -> None:
             cells.setdefault(share, []).append((run, lab.compare(start, run, difficulty="hard")))
     lab.run()
     rows, texts = [], []
+    names = ("stream", "learning", "balanced")
     for share, runs in cells.items():
-        stream, balanced = [], []
         for run, comparison in runs:
             log = read_log(run.place / "metrics.jsonl")
-            stream.append(100 * fmean(forward_share(row, share) for row in log[-len(log) // 10 :]))
-            balanced.append(percent_of(comparison.result()["after"], None, "forward_share"))
-            rows.append({"evaluation_share": share, "stream": stream[-1], "balanced": balanced[-1]})
-        texts.append([f"{share:.0%}", mean_and_range(stream), mean_and_range(balanced)])
-    streams = [fmean(r["stream"] for r in rows if r["evaluation_share"] == share) for share in cells]
-    near = all(abs(found - 100 * share) < 6 for found, share in zip(streams, cells))
-    balanced = [fmean(r["balanced"] for r in rows if r["evaluation_share"] == share) for share in cells]
+            found = {
+                "stream": fmean(forward_share(row, share) for row in log[-len(log) // 10 :]),
+                "learning": fmean(forward_share(row, 0.5) for row in log[15:25]),
+                "balanced": comparison.result()["after"]["overall"]["forward_share"],
+            }
+            rows.append({"evaluation_share": share} | {name: 100 * value for name, value in found.items()})
+        of_share = [row for row in rows if row["evaluation_share"] == share]
+        texts.append([f"{share:.0%}", *(mean_and_range([row[name] for row in of_share]) for name in names)])
+
+    def means(name: str) -> list[float]:
+        return [fmean(row[name] for row in rows if row["evaluation_share"] == share) for share in cells]
+
+    def rising(name: str) -> tuple[str, bool]:
+        low, middle, high = means(name)
+        return ", ".join(f"{x:.1f}" for x in means(name)), low + 2 < middle < high - 2
+
+    near = all(abs(found - 100 * share) < 6 for found, share in zip(means("stream"), cells))
     claims = [
-        ("the share of forward responses in the RL stream follows the data: 50, 75, 90%",
-         ", ".join(f"{x:.1f}" for x in streams), near),
-        ("and rises with it on a balanced validation set", ", ".join(f"{x:.1f}" for x in balanced),
-         balanced[0] + 2 < balanced[1] and balanced[1] + 2 < balanced[2]),
-    ]  # fmt: skip
+        ("the share of forward responses in the RL stream follows the data: 50, 75, 90%", rising("stream")[0], near),
+        ("and rises with it on balanced data, after RL", *rising("balanced")),
+        ("or at least on the way, while RL teaches the choice (updates 16-25)", *rising("learning")),
+    ]
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for i, (share, runs) in enumerate(cells.items()):
         for j, (run, _) in enumerate(runs):
@@ -370,7 +379,9 @@ def amplification(lab: Lab) -> None:
         axis.axhline(share, color=f"C{i}", linewidth=0.8, linestyle=":")
     axis.set(xlabel="update", ylabel="share of forward responses in the RL stream", ylim=(0, 1))
     axis.legend(frameon=False)
-    table = markdown(["evaluation in the RL data", "forward in the stream, %", "forward on balanced data, %"], texts)
+    table = markdown(
+        ["evaluation in the RL data", "forward in the stream, %", "on balanced data, updates 16-25", "after RL"], texts
+    )
     lab.report({"rows": rows, "claims": claims}, f"{table}\n\n{claims_table(claims)}", figure)
 
 

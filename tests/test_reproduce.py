@@ -51,7 +51,7 @@ class FakeLab(Lab):
                 share = float(told.get("--evaluation-share", 0.5))
                 kinds = [EVALUATION] * round(20 * share) + [INVERSION] * (20 - round(20 * share))
                 after = responses(shown, 1.0 if self.good else 0.6, 1.0, kinds)
-                rows = [{"update": u, "reward": 0.9} | behaviour(after) for u in range(1, 12)]
+                rows = [{"update": u, "reward": 0.9} | behaviour(after) for u in range(1, 31)]
                 (run.place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             elif run.script == "eval.py":
                 if "evaluation_share" in str(run.place):  # the forward share follows the data here too
