@@ -190,6 +190,12 @@ PAPER_TABLE1 = {  # pass@1 on 6-9 steps: all, inversion, evaluation
 }
 
 
+def draw_seeds(axis, logs: list[list[dict]], metric: str, number: int, label: str) -> None:
+    """A curve for each seed, in one colour under one label."""
+    for i, log in enumerate(logs):
+        draw_smoothly(axis, log, metric, color=f"C{number}", label=label if i == 0 else None, linewidth=1.3)
+
+
 def table1_runs(lab: Lab, **flags) -> dict[tuple[str, int], dict[str, Run]]:
     """SFT, RL on 2-5 and RL on 6-9 steps of each model and seed, and their comparisons on 6-9 steps."""
     cells = {}
@@ -320,8 +326,7 @@ def dynamics(lab: Lab) -> None:
         for row, metrics in enumerate((above, below)):
             axis = axes[3 * row + column]
             for i, (label, metric) in enumerate(metrics.items()):
-                for j, log in enumerate(logs[model]):
-                    draw_smoothly(axis, log, metric, color=f"C{i}", label=label if j == 0 else None, linewidth=1.3)
+                draw_seeds(axis, logs[model], metric, i, label)
             axis.set(ylim=(0, 1.02), title=f"SFT on {STRATEGIES[model]}" if row == 0 else "")
             axis.set_xlabel("update" if row == 1 else "")
     axes[0].set_ylabel("accuracy by type")
@@ -371,11 +376,9 @@ def amplification(lab: Lab) -> None:
     ]
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for i, (share, runs) in enumerate(cells.items()):
-        for j, (run, _) in enumerate(runs):
-            log = [row | {"forward": forward_share(row, share)} for row in read_log(run.place / "metrics.jsonl")]
-            draw_smoothly(
-                axis, log, "forward", color=f"C{i}", label=f"{share:.0%} evaluation" if j == 0 else None, linewidth=1.3
-            )
+        logs = [read_log(run.place / "metrics.jsonl") for run, _ in runs]
+        logs = [[row | {"forward": forward_share(row, share)} for row in log] for log in logs]
+        draw_seeds(axis, logs, "forward", i, f"{share:.0%} evaluation")
         axis.axhline(share, color=f"C{i}", linewidth=0.8, linestyle=":")
     axis.set(xlabel="update", ylabel="share of forward responses in the RL stream", ylim=(0, 1))
     axis.legend(frameon=False)
@@ -416,15 +419,7 @@ def composition(lab: Lab) -> None:
     ]  # fmt: skip
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for i, (name, runs) in enumerate(cells.items()):
-        for j, (run, _) in enumerate(runs):
-            draw_smoothly(
-                axis,
-                read_log(run.place / "metrics.jsonl"),
-                "reward",
-                color=f"C{i}",
-                label=name if j == 0 else None,
-                linewidth=1.3,
-            )
+        draw_seeds(axis, [read_log(run.place / "metrics.jsonl") for run, _ in runs], "reward", i, name)
     axis.set(xlabel="update", ylabel="reward on compositions of 3-5 parts", ylim=(0, 1.02))
     axis.legend(title="SFT", frameon=False)
     lab.report({"rows": rows, "claims": claims}, claims_table(claims), figure)
@@ -450,8 +445,14 @@ def gf13(lab: Lab) -> None:
                 rows.append(
                     {"model": model, "stage": stage, "seed": seed, "all": row[0]} | dict(zip(TYPES[1:], row[1:]))
                 )
-    final = {model: fmean(row[0] for row in values[model, "RL 6-9"]) for model in STRATEGIES}
+
+    def of_all(stage: str) -> dict[str, float]:
+        return {model: fmean(row[0] for row in values[model, stage]) for model in STRATEGIES}
+
+    easy, final = of_all("SFT, 2-5 steps"), of_all("RL 6-9")
     claims = [
+        ("all three SFT models reach 70-80% on 2-5 steps", ", ".join(f"{m} {x:.1f}" for m, x in easy.items()),
+         all(70 <= x <= 80 for x in easy.values())),
         ("after RL on 6-9 steps only FB is near perfect", ", ".join(f"{m} {x:.1f}" for m, x in final.items()),
          final["FB"] > 90 > 70 > max(final["B"], final["F"])),
     ]  # fmt: skip

@@ -60,7 +60,7 @@ def close(ours: list[dict], theirs: list[dict]) -> bool:
     return all(a == pytest.approx(b, rel=1e-4, abs=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monkeypatch):
     """The curve, the weights and the optimizer; and a sharded run goes on unsharded, on another number of processes."""
     monkeypatch.setattr(train_grpo, "judge_groups", judge_groups)  # to be put back after `train`
