@@ -42,7 +42,7 @@ class FakeLab(Lab):
             told = dict(zip(run.flags[::2], run.flags[1::2])) if run.script != "eval.py" else {}
             shown = next((s for s in ("forward", "backward") if f"-{s[0].upper()}-" in str(run.place)), "mixed")
             harder = self.good and ("-rl-difficulty-easy" not in str(run.place) or "parts-3-5" in str(run.place))
-            seeded = "parts-1-2" in str(run.place) or "parts" not in str(run.place)
+            seeded = "parts-1-" in str(run.place) or "parts" not in str(run.place)
             before = responses(shown, 0.5, 0.6 if seeded else 0.0)
             after = responses(shown, 1.0 if self.good else 0.6, (1.0 if harder else 0.6) if seeded else 0.0)
             run.place.parent.mkdir(parents=True, exist_ok=True)
