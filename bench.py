@@ -31,7 +31,7 @@ from checkpoint import hf_config
 from model import PRECISIONS, ModelConfig, Transformer, measure_precision, plain_weights, refresh, working_copy
 from packed import pad
 from rollout import Rollout, Sampler
-from runtime import World, check_outputs, clip_gradient, parse_flags, require, start, write_json
+from runtime import World, check_outputs, clip_gradient, parse_flags, processes, refusals, require, write_json
 from tokenizer import word_tokenizer
 from train_grpo import GrpoConfig, add_gradient
 
@@ -370,8 +370,11 @@ def main(config: BenchConfig, world: World) -> None:
         explained = plot_lengths(time_of_lengths(tiny, precision, config.rounds, world), Path(config.plot))
         print(f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {100 * explained:.1f}%")
     if config.json:
-        write_json(Path(config.json), timed)
+        with refusals():
+            write_json(Path(config.json), timed)
 
 
 if __name__ == "__main__":
-    main(parse_flags(BenchConfig, __doc__), start())
+    config = parse_flags(BenchConfig, __doc__)
+    with processes() as world:
+        main(config, world)

@@ -12,8 +12,8 @@ from model import (
     ModelConfig,
     RopeScaling,
     Transformer,
+    empty_model,
     init_weights,
-    lower,
     measure_precision,
     plain_weights,
 )
@@ -93,18 +93,14 @@ def load_model(
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, chat_template)
     require(len(tokenizer) <= config.vocab_size, f"the tokenizer in {folder} has more words than the model")
-    with torch.device("meta"):  # shapes without memory
-        model = lower(Transformer(config), dtype)
     places = find_weights(folder)
-    needed = dict(plain_weights(model)).keys()
+    needed = dict(plain_weights(empty_model(config, dtype, "meta"))).keys()
     missing, unknown = needed - places.keys(), places.keys() - needed - {"lm_head.weight"}
     unknown = {name for name in unknown if not name.endswith("rotary_emb.inv_freq")}  # of old Llama checkpoints
     require(not missing, f"the weights in {folder} lack {min(missing, default='')} and {len(missing) - 1} others")
     require(not unknown, f"the weights in {folder} hold {min(unknown, default='')}, which its config.json has not")
 
-    model.to_empty(device=device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model = empty_model(config, dtype, device)
     for name, weight in plain_weights(model):
         found = read_weight(places[name], name, device)
         require(found.shape == weight.shape, f"the weight {name} in {folder} has not the shape of its config.json")

@@ -20,8 +20,8 @@ from data.finite_field import BACKWARD, FORWARD, Problem, Task
 from model import PRECISIONS, ModelConfig, Transformer
 from packed import describe
 from rollout import Sampler
-from runs import find_checkpoint
-from runtime import World, check_outputs, parse_flags, refusals, require, start, stream, write_json
+from run_folder import find_checkpoint
+from runtime import World, check_outputs, parse_flags, processes, refusals, require, stream, write_json
 from split import CAUSES, explain
 from strategies import MIXED, NONE, Response, judge
 from tokenizer import Tokenizer
@@ -269,7 +269,8 @@ def main(config: EvalConfig, world: World) -> None:
         result = next(iter(summaries.values()))
         if difference:
             result = dict(zip(("before", "after"), summaries.values()), difference=difference, reasons=reasons)
-        write_json(Path(config.json), {"checkpoints": list(judged), **result})
+        with refusals():
+            write_json(Path(config.json), {"checkpoints": list(judged), **result})
     if config.plot:
         from plot import plot_evaluation  # matplotlib, which takes a second, only where a plot is asked for
 
@@ -278,4 +279,6 @@ def main(config: EvalConfig, world: World) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(EvalConfig, __doc__, positional="checkpoints"), start())
+    config = parse_flags(EvalConfig, __doc__, positional="checkpoints")
+    with processes() as world:
+        main(config, world)

@@ -243,13 +243,22 @@ def measure_precision(config: ModelConfig, device: torch.device) -> str:
     return "bf16" if 1.25 * best["bf16"] < best["fp32"] else "fp32"
 
 
-def working_copy(model: Transformer, precision: str, always: bool = False) -> Transformer:
-    """What computes: in fp32 the model itself (unless `always` a copy is asked for), in bf16 a copy with matrices in
-    bf16 beside the model's fp32 weights.
+def empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+    """A model whose weights are yet to be filled in, its matrices in `dtype`; nothing else is ever in memory."""
+    with torch.device("meta"):  # shapes without memory
+        model = lower(Transformer(config), dtype)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def working_copy(model: Transformer, precision: str) -> Transformer:
+    """What computes: in fp32 the model itself, in bf16 a copy with matrices in bf16 beside the model's fp32 weights.
 
     Frozen weights, those under LoRA adapters, are not copied: they have to be in that precision already.
     """
-    if precision == "fp32" and not always:
+    if precision == "fp32":
         return model
     return lower(deepcopy(model, {id(w): w for w in model.parameters() if not w.requires_grad}), PRECISIONS[precision])
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION
-from runs import read_log
+from run_folder import read_log
 from runtime import check_outputs, parse_flags, refusals, require
 from split import CAUSES
 from strategies import MIXED, NONE

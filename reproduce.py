@@ -27,8 +27,8 @@ import torch
 from checkpoint import load_training
 from data.finite_field import EVALUATION, FORWARD, INVERSION
 from plot import COLOURS, draw_smoothly, new_figure, save
-from runs import newest_checkpoint, read_log
-from runtime import parse_flags, read_json, require, write_json
+from run_folder import newest_checkpoint, read_log
+from runtime import parse_flags, read_json, refusals, require, write_json
 
 HERE = Path(__file__).parent
 STRATEGIES = {"B": "backward", "F": "forward", "FB": "mixed"}  # what an SFT model was shown
@@ -135,7 +135,8 @@ class Lab:
         minutes = (time.perf_counter() - self.started) / 60
         if known.exists():
             minutes = max(minutes, read_json(known).get("minutes", 0.0))
-        write_json(known, {"seeds": self.config.seeds, "minutes": round(minutes, 1), **result})
+        with refusals():
+            write_json(known, {"seeds": self.config.seeds, "minutes": round(minutes, 1), **result})
         commands = "\n".join(str(run) for run in self.runs.values())
         head = f"<details><summary>The commands; {minutes:.0f} minutes for those not run before</summary>"
         text += f"\n\n{head}\n\n```\n{commands}\n```\n\n</details>\n"

@@ -139,7 +139,7 @@ def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Ten
     else:
         below = log_p.exp().cumsum(-1)  # the first token above the noise: one of probability 0 is never that
         tokens = torch.searchsorted(below, noise[:, None] * below[:, -1:], right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[1] - 1)  # above the last where logits are NaN, which the loss will show
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # above the last where logits are NaN: log-probs are NaN then
     return tokens, log_p.gather(1, tokens[:, None])[:, 0]
 
 

@@ -1,9 +1,9 @@
 """What the scripts share while they run: flags, one-line refusals, the process group and random streams."""
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
+import datetime
 import functools
 import inspect
 import json
@@ -13,9 +13,10 @@ import random
 import re
 import signal
 import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
@@ -30,7 +31,8 @@ Config, Item, Result = TypeVar("Config"), TypeVar("Item"), TypeVar("Result")
 
 def say(message: str) -> None:
     """A line on stderr, apart from a progress bar that may be there."""
-    tqdm.write(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of a pipe, too
+        tqdm.write(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
 
 
 def fail(message: str) -> NoReturn:
@@ -61,15 +63,14 @@ def check_outputs(json_file: str, plot: str) -> None:
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fail(f"cannot read {path}: {error}")
     require(isinstance(value, dict), f"cannot read {path}: it holds no JSON object")
     return value
 
 
 def write_json(path: Path, value: dict | list) -> None:
-    with refusals():
-        path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -176,9 +177,27 @@ def start() -> World:
         torch.cuda.set_device(device)
     if size > 1:
         gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-        atexit.register(dist.destroy_process_group)
+        patience = datetime.timedelta(hours=2)  # others wait while one process evaluates and saves
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None, timeout=patience)
     return World(rank, size, device)
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[World]:
+    """`start`, and in the end the end of the process group. A process that fails leaves at once, so that torchrun can
+    end the others: a process group's own end would wait for them."""
+    world = start()
+    try:
+        yield world
+    except BaseException as error:
+        if world.size == 1:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+    if world.size > 1:
+        dist.destroy_process_group()
 
 
 class Signals:
@@ -186,7 +205,8 @@ class Signals:
 
     caught = 0
 
-    def during(self, updates: Iterable[Item]) -> Iterator[Item]:
+    def during(self, updates: tqdm) -> Iterator[int]:
+        self.bar = updates
         before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield from updates
@@ -195,9 +215,10 @@ class Signals:
                 signal.signal(number, handler)
 
     def note(self, number: int, frame) -> None:
-        if not self.caught:
+        first, self.caught = not self.caught, number
+        if first:
+            self.bar.disable = True  # what shows it may be gone: Ctrl-C reaches all of `python ... | tee`
             warn(f"{signal.Signals(number).name}: saving after this update (kill -9 does not wait for it)")
-        self.caught = number
 
     def leave(self, run: Path) -> NoReturn:
         """End after saving. (In another process than this one the signal may have been caught.)"""
@@ -239,8 +260,8 @@ def count_skipped(skipped: int, loss: float, norm: float, run: Path) -> int:
     require(
         skipped < 4,
         f"the loss ({loss}) or the length of the gradient ({norm}) was not finite in five updates one after the other. "
-        f"None of them was taken: the newest checkpoint in {run} is sound. Start from it with a lower --lr, or with "
-        "--precision fp32",
+        "None of them was taken. Start a new run with a lower --lr or with --precision fp32, from the newest "
+        f"checkpoint in {run} if there is one (--init, for SFT --model)",
     )
     return skipped + 1
 

@@ -3,7 +3,8 @@
 PyTorch's FSDP2 splits the master weights, their gradients and the optimizer over all processes: a weight takes 16 bytes
 (fp32, gradient, two moments) over their number, and blocks are gathered one at a time where they are computed, forward
 and backward. Beside it every process has a whole working copy to sample with, 2 bytes a weight in bf16, which is
-refreshed in place after each step.
+refreshed in place after each step; with --beta, the reference takes another 2. Each process loads the whole model into
+the machine's memory before it is split (4 bytes a weight).
 
 With LoRA, or where the model fits, there is nothing to gain: then every process computes with its working copy, and
 gradients alone are summed.
@@ -12,7 +13,7 @@ gradients alone are summed.
 import torch
 from torch import Tensor
 
-from model import PRECISIONS, HeadNorm, RMSNorm, Transformer
+from model import PRECISIONS, HeadNorm, RMSNorm, Transformer, empty_model, refresh
 from runtime import World, is_split, require
 
 
@@ -21,8 +22,9 @@ def check_shard(config, world: World) -> None:
     require(not (config.shard and config.lora), "--shard splits the weights that are trained: it needs --lora 0")
 
 
-def shard(model: Transformer, precision: str, world: World) -> None:
-    """Split the model, in place, and move it to the processes' devices; it then computes in `precision`."""
+def shard(model: Transformer, precision: str, world: World) -> Transformer:
+    """Split the model, in place, and move it to the processes' devices; it then computes in `precision`. Returns the
+    working copy."""
     from torch.distributed.device_mesh import init_device_mesh  # a second to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -35,6 +37,9 @@ def shard(model: Transformer, precision: str, world: World) -> None:
         fully_shard(block, mesh=mesh, mp_policy=lowered)
     fully_shard(model, mesh=mesh, mp_policy=lowered)
     model.computes_in = PRECISIONS[precision]
+    copy = empty_model(model.config, PRECISIONS[precision], world.device)
+    refresh(copy, model)
+    return copy
 
 
 def split_like(tensor: Tensor, weight: Tensor) -> Tensor:

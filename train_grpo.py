@@ -14,6 +14,7 @@ rewards are all equal has no advantage and is not trained on at all, not even to
 a rollout, so ratios differ from 1 by rounding alone, or by LoRA's dropout, and clipping is a guard.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -44,7 +45,7 @@ from lora import check_lora, dropout_key, without_adapters
 from model import PRECISIONS, Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
 from rollout import Rollout, Sampler
-from runs import (
+from run_folder import (
     Log,
     checkpoints,
     find_checkpoint,
@@ -63,9 +64,9 @@ from runtime import (
     is_sharded,
     parse_flags,
     places,
+    processes,
     refusals,
     require,
-    start,
     stream,
     warn,
     write_json,
@@ -341,15 +342,16 @@ def main(config: GrpoConfig, world: World) -> None:
         problems = validation_problems(task, config.eval_problems, config.seed)
     shape = read_config(known) if known else TINY
     max_new_tokens = token_budget(shape, tokenizer, task, config.max_new_tokens)
-    begin = open_run(run, source, config, "grpo")
+    begin = open_run(run, source, config, "grpo", world)
     init = Path(load_training(source)["start"]) if source else known or train_sft_first(config, world)
     precision = choose_precision(config.precision, shape, source, world)
     model, tokenizer = load_policy(config, init, source, precision, world.device)
-    initial = without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
-    initial.requires_grad_(False)  # the reference, and what the report compares with
-    copy = working_copy(model, precision, config.shard).to(world.device)
-    if config.shard:
-        shard(model, precision, world)
+    initial = None  # the reference, and what the report compares with
+    if config.lora:
+        initial = without_adapters(model)
+    elif config.beta or world.leads:
+        initial = load_model(init, world.device, PRECISIONS[precision])[0].requires_grad_(False)
+    copy = shard(model, precision, world) if config.shard else working_copy(model, precision)
     computing = model if config.shard else copy
     computing.recompute = config.recompute
     optimizer = torch.optim.AdamW(trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -376,10 +378,14 @@ def main(config: GrpoConfig, world: World) -> None:
         rewards = torch.tensor([[float(r.correct) for r in group] for group in judged], device=world.device)
 
         reference, padded = initial if config.beta else None, pad(prompts, world.device)
+        n_sampled, n_broken, stopping = world.sum(
+            int(rollout.lengths.sum()), not rollout.log_probs.isfinite().all(), signals.caught
+        )
         figures = add_gradient(model, computing, reference, padded, rollout, rewards, config, world, update)
         world.sum_gradients(model)
         figures["gradient_norm"] = clip_gradient(model, config.clip_gradient)
-        skipped = count_skipped(skipped, figures["loss"], figures["gradient_norm"], run)
+        loss = math.nan if n_broken else figures["loss"]  # a policy of NaN gets no reward, hence no gradient
+        skipped = count_skipped(skipped, loss, figures["gradient_norm"], run)
         figures["skipped"] = bool(skipped)
         if figures["groups_without_signal"] < 1 and not skipped:
             for parameters in optimizer.param_groups:
@@ -389,7 +395,6 @@ def main(config: GrpoConfig, world: World) -> None:
         optimizer.zero_grad()
         done = time.perf_counter()
 
-        n_sampled, stopping = world.sum(int(rollout.lengths.sum()), signals.caught)
         judged = world.gather(judged)
         responses = [r for group in judged for r in group]
         row = {"update": update + 1, "reward": fmean(r.correct for r in responses)}
@@ -416,6 +421,7 @@ def main(config: GrpoConfig, world: World) -> None:
             signals.leave(run)
     if world.leads:
         report((init, initial), (run, copy), tokenizer, problems, max_new_tokens, config)
+    world.wait()
 
 
 WINDOW = 20  # updates over which trouble has to last
@@ -437,7 +443,8 @@ def trouble(rows: list[dict]) -> set[str]:
         right = "every response is right, so nothing is learned any more: stop here, or go on with harder problems "
         right += "(--steps, --difficulty extreme)"
         found.add(right if reward > 0.99 else wrong)
-    entropies = [row["entropy"] for row in recent if row["groups_without_signal"] < 1]
+    trained = [row for row in recent if row["groups_without_signal"] < 1 and not row.get("skipped")]
+    entropies = [row["entropy"] for row in trained]
     if entropies and max(entropies) < 1e-3 and reward < 0.9:
         found.add(
             "the policy has collapsed: its entropy is near zero though many responses are wrong. Start again with a "
@@ -470,7 +477,8 @@ def report(
     summaries = {f"before: {init}": summarise(judged[0]), f"after: {final}": summarise(judged[1])}
     difference, reasons = compare(*judged), explain(*judged)
     figures = dict(zip(("before", "after"), summaries.values()), difference=difference, reasons=reasons)
-    write_json(run / "evaluation.json", figures)
+    with refusals():
+        write_json(run / "evaluation.json", figures)
     plot_evaluation(dict(zip(("SFT", "RL"), summaries.values())), run / "evaluation.png", reasons)
     plot_training({run.name: read_log(run / "metrics.jsonl")}, run / "training.png")
     print(f"\n{len(problems)} validation problems, 4 samples each at temperature {config.temperature}; figures in %")
@@ -489,4 +497,6 @@ def peak_memory(world: World) -> float:
 
 
 if __name__ == "__main__":
-    main(parse_flags(GrpoConfig, __doc__), start())
+    config = parse_flags(GrpoConfig, __doc__)
+    with processes() as world:
+        main(config, world)

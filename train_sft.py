@@ -25,7 +25,7 @@ from eval import evaluate, percent, summarise, token_budget, validation_problems
 from lora import check_lora, dropout_key
 from model import Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
-from runs import Log, find_checkpoint, fingerprint, load_optimizer, newest_checkpoint, open_run, save_checkpoint
+from run_folder import Log, find_checkpoint, fingerprint, load_optimizer, newest_checkpoint, open_run, save_checkpoint
 from runtime import (
     Signals,
     World,
@@ -34,9 +34,9 @@ from runtime import (
     n_threads,
     parse_flags,
     places,
+    processes,
     refusals,
     require,
-    start,
     stream,
     torch_stream,
 )
@@ -221,7 +221,7 @@ def main(config: SftConfig, world: World) -> Path:
     check_shard(config, world)
     run = Path(config.out)
     source = newest_checkpoint(run) if config.resume else None
-    begin = open_run(run, source, config, "sft")
+    begin = open_run(run, source, config, "sft", world)
     updates = config.updates or math.ceil(config.epochs * config.examples / config.batch_size)
 
     if given is None:
@@ -232,9 +232,7 @@ def main(config: SftConfig, world: World) -> Path:
         given = Path(load_training(source)["start"]) if source else given.resolve()
         precision = choose_precision(config.precision, read_config(given), source, world)
         model, tokenizer = load_policy(config, given, source, precision, world.device)
-    copy = working_copy(model, precision, config.shard).to(world.device)
-    if config.shard:
-        shard(model, precision, world)
+    copy = shard(model, precision, world) if config.shard else working_copy(model, precision)
     computing = model if config.shard else copy
     optimizer = torch.optim.AdamW(
         trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
@@ -300,4 +298,6 @@ def main(config: SftConfig, world: World) -> Path:
 
 
 if __name__ == "__main__":
-    main(parse_flags(SftConfig, __doc__), start())
+    config = parse_flags(SftConfig, __doc__)
+    with processes() as world:
+        main(config, world)

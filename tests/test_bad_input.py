@@ -17,7 +17,7 @@ import plot
 import reproduce
 import train_grpo
 import train_sft
-from runs import save_checkpoint
+from run_folder import save_checkpoint
 from runtime import parse_flags, start
 from tokenizer import word_tokenizer
 
@@ -50,18 +50,23 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def contents() -> dict[Path, bytes]:
+    """All that lies in the working folder."""
+    return {path: path.read_bytes() if path.is_file() else b"" for path in Path().rglob("*")}
+
+
 def refused(script: str, flags: str, monkeypatch, capsys) -> str:
     """Run a script in this process; the line it refuses with."""
     module, config, positional = SCRIPTS[script]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
-    before = sorted(Path().rglob("*"))
+    before = contents()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         config = parse_flags(config, "", positional)
         module.main(config, start()) if script not in ("plot", "reproduce") else module.main(config)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1, err
-    assert sorted(Path().rglob("*")) == before, "nothing is created"
+    assert contents() == before, "nothing is created, nothing overwritten"
     return err
 
 
@@ -121,6 +126,9 @@ INVOCATIONS = [
     ("eval", "good good/step-3", "both names"),
     ("eval", "good --difficulty none", "none"),
     ("sft", "--seed 1.5", "--seed"),
+    ("sft", f"--out {'long' * 80}", "name too long"),
+    ("grpo", f"--init {'long' * 80}", "name too long"),
+    ("eval", f"{'long' * 80}", "name too long"),
     ("sft", "--field -7", "prime"),
     ("sft", "--field 1", "prime"),
     ("sft", "--shard", "--shard"),
@@ -166,11 +174,11 @@ def test_flags(script, flags, says, place, monkeypatch, capsys):
 def test_real_commands(script, flags, says, place):
     """The same as a user meets them: in a process of its own, within five seconds."""
     file = Path(train_sft.__file__).with_name(FILES.get(script, f"{script}.py"))
-    before, clock = sorted(Path().rglob("*")), time.monotonic()
+    before, clock = contents(), time.monotonic()
     done = subprocess.run([sys.executable, str(file), *flags.split()], capture_output=True, text=True)
     seconds = time.monotonic() - clock
     assert done.returncode == 2 and done.stdout == "" and says in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and sorted(Path().rglob("*")) == before and seconds < 5
+    assert len(done.stderr.splitlines()) == 1 and contents() == before and seconds < 5
 
 
 def spoil(folder: Path, how: str) -> None:

@@ -15,7 +15,7 @@ from checkpoint import choose_precision, load_model
 from model import ModelConfig
 from packed import pack_prompts, packed_attention, pad
 from rollout import Sampler
-from runs import find_checkpoint
+from run_folder import find_checkpoint
 from runtime import World
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -152,7 +152,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch, capsys)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     monkeypatch.chdir(tmp_path)
-    script = "from runs import find_checkpoint; import sys; print(find_checkpoint(sys.argv[1]))"
+    script = "from run_folder import find_checkpoint; import sys; print(find_checkpoint(sys.argv[1]))"
     here = Path(checkpoint.__file__).parent
     environment = {"PYTHONPATH": str(here), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     for name, found in (("someone/small", True), ("someone/large", False)):

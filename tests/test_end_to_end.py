@@ -12,11 +12,12 @@ from statistics import fmean
 import pytest
 import torch
 from conftest import same_weights
+from safetensors.torch import load_file, save_file
 
 import train_grpo
 import train_sft
 from checkpoint import load_model
-from runs import find_checkpoint, read_log
+from run_folder import find_checkpoint, read_log
 from runtime import World
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -140,6 +141,18 @@ def test_sft_skips_such_updates_too(tmp_path, monkeypatch):
     assert [row["skipped"] for row in rows] == [False, True, False] and rows[1]["loss"] is None
     weights = [load_model(tmp_path / "run" / f"step-{n}")[0] for n in (1, 2, 3)]
     assert same_weights(*weights[:2]) and not same_weights(*weights[1:])
+
+
+def test_a_policy_of_nan_is_noticed(sft, tmp_path, capsys):
+    """Though none of its responses is right, so that no group has a signal and no gradient is computed."""
+    start = shutil.copytree(find_checkpoint(str(sft)), tmp_path / "start")
+    (start / "manifest.json").unlink()
+    weights = load_file(start / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as stop:
+        grpo(tmp_path / "run", start, updates=9)
+    assert stop.value.code == 2 and "not finite in five updates" in capsys.readouterr().err
 
 
 def test_trouble_is_said_once_in_a_run(sft, tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ from eval import (
     wilson,
 )
 from model import ModelConfig
-from runs import save_checkpoint
+from run_folder import save_checkpoint
 from runtime import World
 from tokenizer import word_tokenizer
 

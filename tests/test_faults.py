@@ -16,12 +16,12 @@ from conftest import same_weights
 
 import train_sft
 from checkpoint import load_model
-from runs import checkpoints, fault, newest_checkpoint, read_log
+from run_folder import checkpoints, fault, newest_checkpoint, read_log
 
 pytestmark = pytest.mark.slow
 HERE = Path(train_sft.__file__).parent
 TASK = "--field=3 --steps=1-2 --precision=fp32 --save-every=1"
-SFT = f"train_sft.py {TASK} --updates=80 --batch-size=8 --warmup=0 --eval-every=20"
+SFT = f"train_sft.py {TASK} --updates=80 --keep=2 --batch-size=8 --warmup=0 --eval-every=20"
 GRPO = f"train_grpo.py {TASK} --updates=60 --prompts=4 --group=4 --eval-problems=8 --beta=0.05 --examples=10"
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -82,8 +82,10 @@ def kill(process: subprocess.Popen, out: Path, moment: str, rng: random.Random) 
         time.sleep(0.001)
     if moment == "training":
         time.sleep(rng.uniform(0, 0.3))
-    for pid in (*workers(process).values(), process.pid):  # those of torchrun would live on without it
-        os.kill(pid, signal.SIGKILL)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGSTOP)  # so that torchrun starts no more, and nothing is written meanwhile
+        for pid in (*workers(process).values(), process.pid):  # those of torchrun would live on without it
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -132,7 +134,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(command
         for folder in checkpoints(killed):
             assert fault(folder) is None, "what has a checkpoint's name is whole"
     wait(begin(command, killed, processes), 0)
-    assert same_end(straight, killed) and drafts >= kills // 3 - 1
+    assert same_end(straight, killed) and drafts >= max(1, kills // 3 - 1)
     assert not list(killed.glob(".step-*.part"))
 
 
@@ -178,10 +180,15 @@ def test_a_process_that_dies_ends_the_others(number, tmp_path):
 def two_hosts():
     """Two network namespaces with a cable between them: what torchrun knows of two hosts."""
 
+    if shutil.which("ip") is None:
+        pytest.skip("needs the command ip")
+
     def ip(words: str) -> int:
         return subprocess.run(["ip", *words.split()], capture_output=True).returncode
 
-    if shutil.which("ip") is None or ip("netns add grpo0"):
+    for i in (0, 1):
+        ip(f"netns del grpo{i}")  # of a test that was killed
+    if ip("netns add grpo0"):
         pytest.skip("needs the right to make network namespaces")
     ip("netns add grpo1")
     ip("link add cable0 netns grpo0 type veth peer name cable1 netns grpo1")

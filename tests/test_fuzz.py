@@ -7,7 +7,7 @@ from fuzz_tagger import check, mutated, problem_number
 
 from checkpoint import read_config
 from data.finite_field import Task, vocabulary
-from runs import fault, read_log
+from run_folder import fault, read_log
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, example, given, settings
@@ -70,6 +70,7 @@ def test_any_config_is_read_or_refused(tmp_path, changes):
 
 @many
 @given(st.binary() | json_values.map(lambda value: json.dumps(value).encode() + b"\n"))
+@example(b"[" * 100_000 + b"\n")
 def test_any_log_is_read_or_refused(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_bytes(content)
     refused_or_fine(lambda: read_log(tmp_path / "metrics.jsonl"))
@@ -77,6 +78,7 @@ def test_any_log_is_read_or_refused(tmp_path, content):
 
 @many
 @given(st.binary() | json_values.map(lambda value: json.dumps(value).encode()))
+@example(b"[" * 100_000)
 def test_any_manifest_is_no_traceback(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
     assert fault(tmp_path) is None or isinstance(fault(tmp_path), str)

@@ -15,7 +15,7 @@ from lora import adapted, add_lora, load_adapters, updates, without_adapters
 from model import PRECISIONS, plain_weights, refresh, trained, working_copy
 from packed import pack, pad, response_log_probs
 from rollout import Sampler
-from runs import find_checkpoint, read_log, save_checkpoint
+from run_folder import find_checkpoint, read_log, save_checkpoint
 from runtime import World
 from tokenizer import load_tokenizer
 

@@ -21,7 +21,7 @@ from packed import (
     varlen_attention,
 )
 from rollout import Batch, Sampler
-from runs import save_checkpoint
+from run_folder import save_checkpoint
 
 SHAPES = {
     "grouped keys": {"num_key_value_heads": 2},

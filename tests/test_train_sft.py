@@ -8,7 +8,7 @@ from conftest import same_weights, small_model
 
 from checkpoint import load_model
 from data.finite_field import Problem, Task, is_validation
-from runs import read_log
+from run_folder import read_log
 from runtime import World
 from train_sft import SftConfig, complete, draw_examples, learning_rate, loss_sum, main, make_batch, spread
 

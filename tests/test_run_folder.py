@@ -14,7 +14,7 @@ from conftest import refusal, same_weights, small_model
 
 import train_sft
 from checkpoint import load_model
-from runs import Log, checkpoints, fault, find_checkpoint, newest_checkpoint, read_log, save_checkpoint
+from run_folder import Log, checkpoints, fault, find_checkpoint, newest_checkpoint, open_run, read_log, save_checkpoint
 from runtime import World
 from tokenizer import word_tokenizer
 
@@ -145,13 +145,59 @@ def test_a_start_that_has_changed_is_noticed(tmp_path, pretrained, capsys):
     flip(pretrained / "model.safetensors")
     assert "no longer the same" in refusal(lambda: sft(run, resume=True, **flags), capsys)
     shutil.rmtree(pretrained)
-    assert "no longer the same" not in refusal(lambda: sft(run, resume=True, **flags), capsys)
+    assert "there is no folder" in refusal(lambda: sft(run, resume=True, **flags), capsys)
+
+
+def test_damaged_checkpoints_do_not_push_out_sound_ones(run, monkeypatch):
+    """With --keep 1: a run that goes on from 4 because 6 is damaged, and is stopped at 5."""
+    flip(run / "step-6" / "model.safetensors")
+    monkeypatch.setattr(train_sft, "tqdm", Interrupted(5))
+    with pytest.raises(SystemExit):
+        sft(run, resume=True, keep=1)
+    assert [p.name for p in checkpoints(run)] == ["step-5"] and newest_checkpoint(run) == run / "step-5"
+
+
+@pytest.mark.parametrize("what", ["a log that was replaced", "a log that is gone", "a newer checkpoint"])
+def test_a_log_in_whose_place_something_has_happened(what, run, capsys):
+    (run / "metrics.jsonl").rename(run / "other")
+    if what == "a log that is gone":
+        assert "gone" in refusal(lambda: Log(run, 6), capsys) and not (run / "metrics.jsonl").exists()
+        return
+    shutil.copy(run / "other", run / "metrics.jsonl")
+    if what == "a newer checkpoint":
+        assert "just written" in refusal(lambda: Log(run, 4), capsys)
+        return
+    log = Log(run, 6)
+    shutil.copy(run / "other", run / "copy")
+    (run / "copy").rename(run / "metrics.jsonl")
+    assert "no longer the file" in refusal(lambda: log.write({"update": 7}), capsys)
+
+
+def test_processes_have_to_see_the_same_checkpoint(run, capsys, monkeypatch):
+    two = World(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(World, "gather", lambda self, rows: [*rows, 4])
+    config = train_sft.complete(train_sft.SftConfig(out=str(run), resume=True, **SHORT), True)
+    line = refusal(lambda: open_run(run, run / "step-6", config, "sft", two), capsys)
+    assert "different checkpoints" in line
 
 
 def start_sft(out: Path, *flags: str, **options) -> subprocess.Popen:
     told = [f"--{name.replace('_', '-')}={value}" for name, value in (SHORT | {"updates": 5000}).items()]
     command = [sys.executable, str(HERE / "train_sft.py"), f"--out={out}", *told, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_ctrl_c_ends_the_reader_of_a_pipe_too(tmp_path):
+    """As with `python train_sft.py 2>&1 | tee log`: the run is saved all the same."""
+    process = start_sft(tmp_path / "run", "--save-every=10000")
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not log.exists() or log.stat().st_size < 1000:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.stdout.close(), process.stderr.close()
+    process.wait(timeout=60)
+    assert len(checkpoints(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -220,6 +266,22 @@ def test_where_a_checkpoint_cannot_be_written_none_is_lost(run, tmp_path):
     assert done.returncode == 2 and "MB are free" in line, done.stderr
     assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "step-2", "step-4"]
     assert fault(run / "step-4") is None
+
+
+WRITERS = ["run_folder.save_file", "torch.save", "run_folder.write_json", "run_folder.sha256", "run_folder.sync"]
+
+
+@pytest.mark.parametrize("writer", [*WRITERS, "transformers.PreTrainedTokenizerFast.save_pretrained"])
+def test_a_full_disk_is_one_line_whoever_meets_it(writer, run, monkeypatch, capsys):
+    def full(*_, **__):
+        raise Exception("No space left on device")  # as `tokenizers` does
+
+    monkeypatch.setattr(writer, full)
+    model, tokenizer = small_model(), word_tokenizer(11)
+    optimizer = torch.optim.AdamW(model.parameters())
+    line = refusal(lambda: save_checkpoint(run, 9, model, tokenizer, optimizer, {}), capsys)
+    assert "cannot write the checkpoint" in line and "No space left" in line
+    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "step-2", "step-4", "step-6"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, capsys):

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from checkpoint import find_weights, hf_config, load_training, weights_to_save
 from lora import save_adapters
 from model import Transformer
-from runtime import fail, is_sharded, refusals, require, warn, whole, write_json
+from runtime import World, fail, is_sharded, refusals, require, warn, whole, write_json
 from sharding import split_like
 from tokenizer import Tokenizer
 
@@ -42,21 +41,30 @@ MAY_DIFFER = {
 LOG, MANIFEST = "metrics.jsonl", "manifest.json"
 
 
-def open_run(run: Path, source: Path | None, config, stage: str) -> int:
+def open_run(run: Path, source: Path | None, config, stage: str, world: World) -> int:
     """How many updates are done: none in a new run, or those of the checkpoint `source` that the run goes on from.
 
     Refuses to start where a run already lies, where another process writes or nothing can be written, and to go on
     with other flags or from another start.
     """
-    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    require(there.is_dir() and os.access(there, os.W_OK | os.X_OK), f"cannot write to {there}")
-    if (run / LOG).exists():
-        with refusals(), (run / LOG).open("a") as file:
-            lock(file, run)
-    if not config.resume:
+    with refusals():
+        there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+        require(there.is_dir() and os.access(there, os.W_OK | os.X_OK), f"cannot write to {there}")
+        if world.leads and (run / LOG).exists():
+            with (run / LOG).open("a") as file:
+                lock(file, run)
+    done = 0
+    if config.resume:
+        require(source is not None, f"{run} holds no checkpoint to resume")
+        done = check_resumed(run, source, config, stage)
+    else:
         require(not checkpoints(run), f"{run} holds a run already: --resume continues it, --out names another place")
-        return 0
-    require(source is not None, f"{run} holds no checkpoint to resume")
+    require(len(set(world.gather([done]))) == 1, f"the processes see different checkpoints in {run}")
+    return done
+
+
+def check_resumed(run: Path, source: Path, config, stage: str) -> int:
+    """Refuse flags and a start that are not those of the run; how many updates are done."""
     training = load_training(source)
     require(training.get("stage") == stage, f"{source} is no checkpoint of this script")
     for name, value in asdict(config).items():
@@ -108,17 +116,36 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
     try:
         _write_checkpoint(draft, weights, state, model, tokenizer, {"update": update, **training})
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, which was passed over
+        for path in (*draft.rglob("*"), draft, run / LOG):
+            sync(path)
+        for old in checkpoints(run):  # damaged ones, which were passed over
+            if number(old) >= update:
+                remove(old)
         os.replace(draft, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, mostly
-        free = shutil.disk_usage(run).free / 1e6
-        fail(f"cannot write the checkpoint {folder} ({free:.0f} MB are free): {error}")
+        sync(run)
+    except Exception as error:  # a full disk, mostly, of which every library has its own kind
+        fail(f"cannot write the checkpoint {folder} ({shutil.disk_usage(run).free / 1e6:.0f} MB are free): {error}")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     if keep := training.get("keep", 0):
         for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
     return folder
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk and not only on their way there."""
+    if path.exists():
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that it is never half there under its name."""
+    old = checkpoint.with_name(f".{checkpoint.name}.old.part")
+    os.replace(checkpoint, old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_checkpoint(
@@ -151,15 +178,19 @@ def fault(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if sha256(checkpoint / name) != digest:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"cannot read {MANIFEST}: {error}"
     return None
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The folders RUN/step-N, by N."""
-    steps = {int(m[1]): p for p in run.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    return [steps[n] for n in sorted(steps)]
+    return sorted((p for p in run.glob("step-*") if re.fullmatch(r"step-[0-9]+", p.name)), key=number)
+
+
+def number(checkpoint: Path) -> int:
+    """N of RUN/step-N."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -179,6 +210,8 @@ def newest_checkpoint(run: Path) -> Path | None:
 def find_checkpoint(name: str) -> Path:
     """A checkpoint folder, the newest checkpoint of a run folder, or a model from the Hugging Face hub or its cache."""
     path = Path(name)
+    with refusals():  # names that no file system takes
+        path.exists()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.exists() and path.parts[0] not in ("runs", "models"):
         try:
             return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
@@ -196,21 +229,21 @@ def find_checkpoint(name: str) -> Path:
 def optimizer_to_save(optimizer: torch.optim.Optimizer, leads: bool) -> dict:
     """The optimizer's state, as it is without sharding; empty but for the process that leads."""
     state, gathered = optimizer.state_dict(), {}
-    for number, of_weight in state["state"].items():
-        gathered[number] = {}
+    for i, of_weight in state["state"].items():
+        gathered[i] = {}
         for key, value in of_weight.items():
             value = whole(value)
             if leads:
-                gathered[number][key] = value.cpu()
+                gathered[i][key] = value.cpu()
     return state | {"state": gathered}
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     try:
         state = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu", mmap=True)
-        for number, weight in enumerate(w for group in optimizer.param_groups for w in group["params"]):
-            of_weight = state["state"].get(number, {})
-            state["state"][number] = {key: split_like(value, weight) for key, value in of_weight.items()}
+        for i, weight in enumerate(w for group in optimizer.param_groups for w in group["params"]):
+            of_weight = state["state"].get(i, {})
+            state["state"][i] = {key: split_like(value, weight) for key, value in of_weight.items()}
         optimizer.load_state_dict(state)
     except Exception as error:  # a cut file fails in many ways
         fail(f"cannot read the optimizer in {checkpoint / 'training_state.pt'}: {str(error)[:200]}")
@@ -226,6 +259,8 @@ def lock(file, run: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another process is writing to {run}")
+    except OSError as error:
+        warn(f"this file system has no locks ({error}): see to it that nothing else writes to {run}")
 
 
 class Log:
@@ -235,18 +270,19 @@ class Log:
     """
 
     def __init__(self, run: Path, done: int):
-        path = run / LOG
+        self.path = run / LOG
+        require(self.path.exists() or not done, f"{self.path} is gone, though step-{done} is there")
         with refusals():
             run.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("ab", buffering=0)
+            self.file = self.path.open("ab", buffering=0)
         lock(self.file, run)
-        require(bool(checkpoints(run)) == bool(done), f"another process has just written to {run}")
-        self.rows = read_log(path)[:done]
-        numbers = [row.get("update") for row in self.rows]
-        expected = list(range(1, done + 1))
-        missing = next((n for n, m in zip(expected, [*numbers, *[None] * done]) if n != m), None)
-        require(missing is None, f"{path} lacks update {missing}, though step-{done} is there")
-        with path.open("rb") as file:
+        newer = [found for found in checkpoints(run) if number(found) > done and not fault(found)]
+        require(not newer, f"another process has just written to {run}")
+        self.rows = read_log(self.path)[:done]
+        there = [row.get("update") for row in self.rows]
+        missing = next((n for n, found in enumerate([*there, *[None] * done][:done], 1) if n != found), None)
+        require(missing is None, f"{self.path} lacks update {missing}, though step-{done} is there")
+        with self.path.open("rb") as file:
             self.file.truncate(sum(len(file.readline()) for _ in range(done)))
 
     def write(self, row: dict) -> None:
@@ -254,8 +290,10 @@ class Log:
         self.rows.append(row)
         line = json.dumps(row).encode() + b"\n"
         with refusals():
+            same = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+            require(same, f"{self.path} is no longer the file that this run writes to")
             written = self.file.write(line)
-        require(written == len(line), f"{self.file.name} could not be written: the disk is full")
+        require(written == len(line), f"{self.path} could not be written: the disk is full")
 
 
 def read_log(path: Path) -> list[dict]:
@@ -267,7 +305,7 @@ def read_log(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
             sound = isinstance(rows[-1], dict)
-        except ValueError:
+        except (ValueError, RecursionError):
             sound = False
         require(sound, f"{path}, line {number}: this is no JSON object")
     return rows
