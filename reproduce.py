@@ -481,7 +481,7 @@ def gf13(lab: Lab) -> None:
         axis.bar([j + 0.4 * i - 0.2 for j in range(3)], heights, 0.36, color=COLOURS[kind], label=kind)
     axis.set(xticks=range(3), ylabel="pass@1 on 6-9 steps after RL, GF(13), %", ylim=(0, 102))
     axis.set_xticklabels([f"SFT on {STRATEGIES[model]}" for model in STRATEGIES])
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     lab.report({"rows": rows, "claims": claims}, f"{text}\n\n{claims_table(claims)}", figure)
 
 
