@@ -230,7 +230,9 @@ def check(config: EvalConfig) -> None:
     require(1 <= len(config.checkpoints) <= 2, "name one checkpoint, or two to compare")
     require(config.problems >= 1, "--problems must be at least 1")
     require(config.samples >= 1, "--samples must be at least 1")
-    require(config.temperature > 0, "--temperature must be above 0; for the likeliest tokens there is --greedy")
+    require(
+        0 < config.temperature < math.inf, "--temperature must be above 0; for the likeliest tokens there is --greedy"
+    )
     check_outputs(config.json, config.plot)
 
 

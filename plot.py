@@ -86,7 +86,7 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
 def draw_reasons(axis, reasons: dict) -> None:
     """Bars of what selection and each kind of improvement brought, those that lost below zero."""
     rows = {"all": reasons["overall"], **reasons["by_type"]}
-    rows |= {f"{n} steps": figures for n, figures in reasons["by_steps"].items()}
+    rows |= {f"{n} step{'s' * (n != '1')}": figures for n, figures in reasons["by_steps"].items()}
     above, below = np.zeros(len(rows)), np.zeros(len(rows))
     for name, shade in REASONS.items():
         part = np.array([figures[name]["mean"] for figures in rows.values()])
@@ -150,7 +150,7 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
         axis.set_title(title, fontsize=10)
         logged = {metric for rows in runs.values() for row in rows for metric in row}
         if not axis.lines:
-            axis.text(0.5, 0.5, "not in the log", ha="center", transform=axis.transAxes, color="grey")
+            axis.text(0.5, 0.5, "no values", ha="center", transform=axis.transAxes, color="grey")
         elif len(metrics) > 1:  # which style is which type
             for j, (metric, style) in enumerate(metrics.items()):
                 if metric in logged:

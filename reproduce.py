@@ -129,12 +129,14 @@ class Lab:
 
     def report(self, result: dict, text: str, figure) -> None:
         """Write results/NAME; the time it took is kept from the run that did most."""
-        folder = Path("results") / self.name
+        model = Path(self.config.model).name
+        folder = Path("results") / (f"{self.name}-{model}" if model else self.name)
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / f"{self.name}.json"
         minutes = (time.perf_counter() - self.started) / 60
-        if known.exists():
-            minutes = max(minutes, read_json(known).get("minutes", 0.0))
+        before = read_json(known) if known.exists() else {}
+        if before.get("seeds") == self.config.seeds:
+            minutes = max(minutes, before["minutes"])
         with refusals():
             write_json(known, {"seeds": self.config.seeds, "minutes": round(minutes, 1), **result})
         commands = "\n".join(str(run) for run in self.runs.values())
@@ -300,6 +302,15 @@ def table1_figure(rows: list[dict]):
     return figure
 
 
+def mean_log(logs: list[list[dict]], metrics) -> list[dict]:
+    """The mean of the seeds, update by update, where any has the metric."""
+    rows = []
+    for same in zip(*logs):
+        values = {metric: [row[metric] for row in same if row.get(metric) is not None] for metric in metrics}
+        rows.append({"update": same[0]["update"]} | {metric: fmean(found) for metric, found in values.items() if found})
+    return rows
+
+
 def dynamics(lab: Lab) -> None:
     """The course of RL on 6-9 steps: accuracy by type and by number of steps (figures 2-4; runs of table1)"""
     cells = {
@@ -326,12 +337,13 @@ def dynamics(lab: Lab) -> None:
         below = {f"{n} steps": f"accuracy_at_steps/{n}" for n in steps}
         for row, metrics in enumerate((above, below)):
             axis = axes[3 * row + column]
+            shown = logs[model] if row == 0 else [mean_log(logs[model], metrics.values())]
             for i, (label, metric) in enumerate(metrics.items()):
-                draw_seeds(axis, logs[model], metric, i, label)
+                draw_seeds(axis, shown, metric, i, label)
             axis.set(ylim=(0, 1.02), title=f"SFT on {STRATEGIES[model]}" if row == 0 else "")
             axis.set_xlabel("update" if row == 1 else "")
     axes[0].set_ylabel("accuracy by type")
-    axes[3].set_ylabel("accuracy by number of steps")
+    axes[3].set_ylabel("by number of steps, mean of the seeds")
     for axis in (axes[0], axes[3]):
         axis.legend(fontsize=8, frameon=False)
     rows = [{"model": model, "type": kind, "last": value} for (model, kind), value in found.items()]
@@ -352,7 +364,7 @@ def amplification(lab: Lab) -> None:
     names = ("stream", "learning", "balanced")
     for share, runs in cells.items():
         for run, comparison in runs:
-            log = read_log(run.place / "metrics.jsonl")
+            log = with_both_types(run)
             found = {
                 "stream": fmean(forward_share(row, share) for row in log[-len(log) // 10 :]),
                 "learning": fmean(forward_share(row, 0.5) for row in log[15:25]),
@@ -372,38 +384,49 @@ def amplification(lab: Lab) -> None:
     near = all(abs(found - 100 * share) < 6 for found, share in zip(means("stream"), cells))
     claims = [
         ("the share of forward responses in the RL stream follows the data: 50, 75, 90%", rising("stream")[0], near),
-        ("and rises with it on balanced data, after RL", *rising("balanced")),
-        ("or at least on the way, while RL teaches the choice (updates 16-25)", *rising("learning")),
+        ("and rises with it on balanced validation data, after RL", *rising("balanced")),
+        ("(ours) or at least on the way, while RL teaches the choice (updates 16-25)", *rising("learning")),
     ]
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for i, (share, runs) in enumerate(cells.items()):
-        logs = [read_log(run.place / "metrics.jsonl") for run, _ in runs]
+        logs = [with_both_types(run) for run, _ in runs]
         logs = [[row | {"forward": forward_share(row, share)} for row in log] for log in logs]
         draw_seeds(axis, logs, "forward", i, f"{share:.0%} evaluation")
         axis.axhline(share, color=f"C{i}", linewidth=0.8, linestyle=":")
     axis.set(xlabel="update", ylabel="share of forward responses in the RL stream", ylim=(0, 1))
     axis.legend(frameon=False)
     table = markdown(
-        ["evaluation in the RL data", "forward in the stream, %", "on balanced data, updates 16-25", "after RL"], texts
+        [
+            "evaluation in the RL data",
+            "forward in the stream, %",
+            "the same at 50:50, updates 16-25",
+            "validation, after RL",
+        ],
+        texts,
     )
     lab.report({"rows": rows, "claims": claims}, f"{table}\n\n{claims_table(claims)}", figure)
 
 
+def with_both_types(run: Run) -> list[dict]:
+    """The rows of the log, but for updates whose few problems were all of one type."""
+    rows = read_log(run.place / "metrics.jsonl")
+    return [row for row in rows if {f"{FORWARD}/{EVALUATION}", f"{FORWARD}/{INVERSION}"} <= row.keys()]
+
+
 def forward_share(row: dict, evaluation_share: float) -> float:
-    """The share of forward responses in an update, of types weighted as they are drawn."""
+    """The share of forward responses in an update, if this share of its problems were evaluation."""
     by_type = [(row.get(f"{FORWARD}/{EVALUATION}"), evaluation_share)]
     by_type += [(row.get(f"{FORWARD}/{INVERSION}"), 1 - evaluation_share)]
-    there = [(value, weight) for value, weight in by_type if value is not None]
-    return sum(value * weight for value, weight in there) / sum(weight for _, weight in there)
+    return sum(value * weight for value, weight in by_type)
 
 
-SEEDS_OF_COMPOSITION = {"single parts": {}, "1-2 parts": {"parts": "1-2"}, "1-3 parts": {"parts": "1-3"}}
+COMPOSITION_STARTS = {"single parts": {}, "1-2 parts": {"parts": "1-2"}, "1-3 parts": {"parts": "1-3"}}
 
 
 def composition(lab: Lab) -> None:
     """RL on compositions of 3-5 parts, from SFT on single parts, on up to two (the paper's) and on up to three"""
     cells = {}
-    for name, flags in SEEDS_OF_COMPOSITION.items():
+    for name, flags in COMPOSITION_STARTS.items():
         for seed in lab.seeds:
             start = lab.sft("FB", seed, **flags)
             run = lab.rl(start, seed, difficulty="easy", parts="3-5")
@@ -428,7 +451,7 @@ def composition(lab: Lab) -> None:
     claims = [
         ("RL learns 3-5 parts if SFT held compositions of two", found([paper]), change[paper] > 10),
         ("and not if it held none", found([alone]), change[alone] < 5),
-        ("a weaker form: it learns 4-5 parts if SFT held up to three", found([more]), change[more] > 10),
+        ("(ours) a weaker form: it learns 4-5 parts if SFT held up to three", found([more]), change[more] > 10),
     ]
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for i, (name, runs) in enumerate(cells.items()):

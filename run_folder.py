@@ -29,15 +29,7 @@ from runtime import World, fail, is_sharded, refusals, require, warn, whole, wri
 from sharding import split_like
 from tokenizer import Tokenizer
 
-MAY_DIFFER = {
-    "out",
-    "resume",
-    "eval_every",
-    "save_every",
-    "keep",
-    "recompute",
-    "shard",
-}  # flags that a resumed run may change
+MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep", "recompute", "shard"}
 LOG, MANIFEST = "metrics.jsonl", "manifest.json"
 
 
@@ -69,7 +61,7 @@ def check_resumed(run: Path, source: Path, config, stage: str) -> int:
     require(training.get("stage") == stage, f"{source} is no checkpoint of this script")
     for name, value in asdict(config).items():
         if name not in MAY_DIFFER and name in training and training[name] != value:
-            fail(f"{run} was started with --{name.replace('_', '-')} {training[name]}, not {value}")
+            fail(f"{run} was started with --{name.replace('_', '-')} {training[name]}, not {value or 'without'}")
     if start := training.get("start"):
         require(Path(start).is_dir(), f"{start}, where {run} started, is gone")
         same = fingerprint(Path(start)) == training.get("start_sha256")

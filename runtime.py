@@ -57,7 +57,7 @@ def check_outputs(json_file: str, plot: str) -> None:
     for name in (json_file, plot):
         there = os.access(Path(name).parent, os.W_OK) and not Path(name).is_dir()
         require(not name or there, f"{name} cannot be written: it is a folder, or its folder is missing or read-only")
-    require(not plot or plot.endswith(".png"), "--plot writes PNG: give a name that ends in .png")
+    require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
 
 
 def read_json(path: Path) -> dict:

@@ -46,6 +46,7 @@ from model import PRECISIONS, Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
 from rollout import Rollout, Sampler
 from run_folder import (
+    MAY_DIFFER,
     Log,
     checkpoints,
     find_checkpoint,
@@ -103,7 +104,7 @@ class GrpoConfig:
     recompute: bool = False  # keep fewer activations for the backward pass and compute them again: less memory
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto measures. Weights stay fp32
     lora: int | None = None  # rank of LoRA adapters, 0 to train all the weights [tiny 0, pretrained 64]
-    lora_alpha: int = 128  # the adapters' scale, times their rank
+    lora_alpha: int = 128  # adapters are scaled by this over their rank
     lora_dropout: float = 0.05  # share of the adapters' inputs that is dropped in training
     shard: bool = False  # split weights, gradients and optimizer over all processes (FSDP), to save memory
     no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
@@ -135,7 +136,7 @@ def complete(config: GrpoConfig, tiny: bool) -> GrpoConfig:
     require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
     require(config.clip_high > 0, "--clip-high must be above 0")
     require(config.clip_gradient > 0, "--clip-gradient must be above 0")
-    require(config.temperature > 0, "--temperature must be above 0")
+    require(0 < config.temperature < math.inf, "--temperature must be above 0, and finite")
     require(config.max_new_tokens >= 0, "--max-new-tokens must not be negative")
     require(config.micro_tokens >= 0, "--micro-tokens must not be negative")
     require(config.eval_every >= 0, "--eval-every must not be negative")
@@ -248,7 +249,7 @@ def add_gradient(
     budget = config.micro_tokens or (16384 if world.device.type == "cuda" else 2048)  # caches of a CPU are small
     pieces = list(micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, budget))
     own = len(pieces)
-    if is_sharded(model):  # all processes have to make as many passes; what is more counts nothing
+    if is_sharded(model):  # all processes have to make as many passes: those from `own` on count nothing
         first = torch.zeros(1, dtype=torch.long, device=rewards.device)
         pieces += [first] * (max(world.gather([own])) - own)
     parts = add_gradients(model, computing, loss, list(enumerate(pieces)))[:own]
@@ -298,8 +299,14 @@ def find_sft(config: GrpoConfig) -> Path | None:
     """The checkpoint to start from; None where the default place has none that is finished."""
     if config.init:
         return find_checkpoint(config.init)
-    found = newest_checkpoint(train_sft.default_place("mixed", config.field, config.relabel))
+    found = newest_checkpoint(place := train_sft.default_place("mixed", config.field, config.relabel))
     training = load_training(found) if found else {}
+    usual = asdict(train_sft.complete(train_sft.SftConfig(field=config.field, relabel=config.relabel), True))
+    for name in (usual.keys() & training) - MAY_DIFFER - {"precision"}:
+        same = training[name] == usual[name]
+        require(
+            same, f"{place} was trained with --{name.replace('_', '-')} {training[name]}: name it by --init if meant"
+        )
     return found if found and training.get("update") == training.get("total") else None
 
 
@@ -362,7 +369,7 @@ def main(config: GrpoConfig, world: World) -> None:
     made |= {"start": str(init.resolve()), "start_sha256": fingerprint(init)}
     sampler = Sampler(copy, tokenizer.stops, config.group, max_new_tokens, config.temperature)
     if world.leads:
-        print(describe(copy))
+        print(f"Starting from {init}.\n{describe(copy)}")
     log = Log(run, begin) if world.leads else None
     bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
     signals, skipped, warned = Signals(), 0, set()
@@ -443,8 +450,8 @@ def trouble(rows: list[dict]) -> set[str]:
         right = "every response is right, so nothing is learned any more: stop here, or go on with harder problems "
         right += "(--steps, --difficulty extreme)"
         found.add(right if reward > 0.99 else wrong)
-    trained = [row for row in recent if row["groups_without_signal"] < 1 and not row.get("skipped")]
-    entropies = [row["entropy"] for row in trained]
+    taken = [row for row in recent if row["groups_without_signal"] < 1 and not row.get("skipped")]
+    entropies = [row["entropy"] for row in taken]
     if entropies and max(entropies) < 1e-3 and reward < 0.9:
         found.add(
             "the policy has collapsed: its entropy is near zero though many responses are wrong. Start again with a "

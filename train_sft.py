@@ -2,7 +2,7 @@
 
     python train_sft.py                          # the tiny model, from nothing, either strategy for either type
     python train_sft.py --strategy forward       # forward solutions only: inversion must begin with a guess
-    python train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --out runs/qwen    # the paper's recipe
+    python train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --out runs/qwen-sft    # the paper's recipe
     torchrun --nproc-per-node 2 train_sft.py     # two processes share each batch
 
 The loss is the mean of -log p over the tokens of the responses, the stop token included, prompts excluded. A tiny
@@ -59,12 +59,12 @@ class SftConfig:
     batch_size: int | None = None  # examples an update, over all processes [tiny 32, pretrained 16]
     lr: float | None = None  # peak learning rate of AdamW [tiny 3e-3, pretrained 2e-4]
     weight_decay: float = 0.01  # of AdamW
-    warmup: int = 100  # updates to reach the peak; a cosine leads down to zero
+    warmup: int = 100  # updates in which the rate rises, on top of a cosine that leads down from the peak to zero
     clip_gradient: float = 1.0  # longest gradient
     position_gap: int | None = None  # longest sum of random gaps in the positions [tiny 130, pretrained 0]
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto measures. Weights stay fp32
     lora: int | None = None  # rank of LoRA adapters, 0 to train all the weights [tiny 0, pretrained 64]
-    lora_alpha: int = 128  # the adapters' scale, times their rank
+    lora_alpha: int = 128  # adapters are scaled by this over their rank
     lora_dropout: float = 0.05  # share of the adapters' inputs that is dropped in training
     shard: bool = False  # split weights, gradients and optimizer over all processes (FSDP), to save memory
     no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
@@ -72,7 +72,7 @@ class SftConfig:
     eval_every: int = 200  # updates between validations
     save_every: int = 400  # updates between checkpoints
     keep: int | None = None  # newest checkpoints that are kept, 0 for all [tiny 0, pretrained 2]
-    out: str = ""  # run folder [runs/sft-STRATEGY-gfFIELD]
+    out: str = ""  # run folder [runs/sft-STRATEGY-gfFIELD, pretrained also -MODEL]
     resume: bool = False  # continue the newest checkpoint of the run folder
 
 
@@ -91,7 +91,10 @@ def complete(config: SftConfig, tiny: bool) -> SftConfig:
     for name, value in defaults.items():
         if getattr(config, name) is None and not (name == "updates" and config.epochs is not None):
             setattr(config, name, value)
-    config.out = config.out or str(default_place(config.strategy, config.field, config.relabel))
+    place = default_place(config.strategy, config.field, config.relabel)
+    if config.model != "tiny":  # not where train_grpo.py looks for the tiny one
+        place = place.with_name(f"{place.name}-{Path(config.model).name}")
+    config.out = config.out or str(place)
 
     require(config.examples >= 0, "--examples must not be negative")
     require(config.batch_size >= 1, "--batch-size must be at least 1")
