@@ -302,7 +302,7 @@ def find_sft(config: GrpoConfig) -> Path | None:
     found = newest_checkpoint(place := train_sft.default_place("mixed", config.field, config.relabel))
     training = load_training(found) if found else {}
     usual = asdict(train_sft.complete(train_sft.SftConfig(field=config.field, relabel=config.relabel), True))
-    for name in (usual.keys() & training) - MAY_DIFFER - {"precision"}:
+    for name in sorted((usual.keys() & training) - MAY_DIFFER - {"precision"}):
         same = training[name] == usual[name]
         require(
             same, f"{place} was trained with --{name.replace('_', '-')} {training[name]}: name it by --init if meant"

@@ -11,7 +11,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from conftest import same_weights
+from conftest import refusal, same_weights
 from safetensors.torch import load_file, save_file
 
 import train_grpo
@@ -216,3 +216,19 @@ def test_the_main_job_trains_sft_first_where_it_is_missing(tmp_path, monkeypatch
     shutil.rmtree("runs/grpo-1-2-gf3")
     train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE)
     assert "training one first" not in capsys.readouterr().out
+
+
+def test_the_main_job_does_not_start_from_a_trial(tmp_path, monkeypatch, capsys):
+    """A short SFT run at the default place is not taken for the usual one, unless it is named."""
+    monkeypatch.chdir(tmp_path)
+    trial = train_sft.main(train_sft.SftConfig(field=3, steps="1-2", updates=2, batch_size=4, precision="fp32"), ONE)
+    assert trial == Path("runs/sft-mixed-gf3/step-2")
+    line = refusal(lambda: train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE), capsys)
+    assert "runs/sft-mixed-gf3 was trained with --" in line and "--init" in line
+    grpo(tmp_path / "named", Path("runs/sft-mixed-gf3"), updates=1)
+
+
+def test_sft_of_a_pretrained_model_does_not_lie_where_the_main_job_starts(tmp_path, monkeypatch, pretrained):
+    monkeypatch.chdir(tmp_path)
+    flags = {"model": str(pretrained), "field": 3, "steps": "1-2", "updates": 1, "batch_size": 2, "precision": "fp32"}
+    assert train_sft.main(train_sft.SftConfig(**flags), ONE) == Path("runs/sft-mixed-gf3-pretrained/step-1")
