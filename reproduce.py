@@ -565,7 +565,7 @@ def robustness(lab: Lab) -> None:
         axis.bar([j + 0.27 * (i - 1) for j in range(4)], [final[name, model] for name in ROBUSTNESS], 0.25, label=model)
     axis.set(xticks=range(4), ylabel="pass@1 on 6-9 steps after RL, %", ylim=(0, 102))
     axis.set_xticklabels(ROBUSTNESS)
-    axis.legend(frameon=False, ncols=3)
+    axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     rows = [{"rl": name, "model": model, "after": found} for (name, model), found in values.items()]
     lab.report({"rows": rows, "claims": claims}, f"{text}\n\n{claims_table(claims)}", figure)
 
