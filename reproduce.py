@@ -415,9 +415,8 @@ def with_both_types(run: Run) -> list[dict]:
 
 def forward_share(row: dict, evaluation_share: float) -> float:
     """The share of forward responses in an update, if this share of its problems were evaluation."""
-    by_type = [(row.get(f"{FORWARD}/{EVALUATION}"), evaluation_share)]
-    by_type += [(row.get(f"{FORWARD}/{INVERSION}"), 1 - evaluation_share)]
-    return sum(value * weight for value, weight in by_type)
+    evaluation, inversion = (row[f"{FORWARD}/{kind}"] for kind in (EVALUATION, INVERSION))
+    return evaluation_share * evaluation + (1 - evaluation_share) * inversion
 
 
 COMPOSITION_STARTS = {"single parts": {}, "1-2 parts": {"parts": "1-2"}, "1-3 parts": {"parts": "1-3"}}
@@ -444,14 +443,14 @@ def composition(lab: Lab) -> None:
             change[name, parts] = fmean(pair[1]) - fmean(pair[0])
         table.append([name, *columns])
 
-    def found(names: list[tuple[str, str]]) -> str:
-        return ", ".join(f"{name}: {change[name, parts]:+.1f}" for name, parts in names)
+    def found(cell: tuple[str, str]) -> str:
+        return f"{cell[0]}: {change[cell]:+.1f}"
 
     alone, paper, more = ("single parts", "3-5"), ("1-2 parts", "3-5"), ("1-3 parts", "4-5")
     claims = [
-        ("RL learns 3-5 parts if SFT held compositions of two", found([paper]), change[paper] > 10),
-        ("and not if it held none", found([alone]), change[alone] < 5),
-        ("(ours) a weaker form: it learns 4-5 parts if SFT held up to three", found([more]), change[more] > 10),
+        ("RL learns 3-5 parts if SFT held compositions of two", found(paper), change[paper] > 10),
+        ("and not if it held none", found(alone), change[alone] < 5),
+        ("(ours) a weaker form: it learns 4-5 parts if SFT held up to three", found(more), change[more] > 10),
     ]
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for i, (name, runs) in enumerate(cells.items()):

@@ -59,14 +59,20 @@ def check_resumed(run: Path, source: Path, config, stage: str) -> int:
     """Refuse flags and a start that are not those of the run; how many updates are done."""
     training = load_training(source)
     require(training.get("stage") == stage, f"{source} is no checkpoint of this script")
-    for name, value in asdict(config).items():
-        if name not in MAY_DIFFER and name in training and training[name] != value:
-            fail(f"{run} was started with --{name.replace('_', '-')} {training[name]}, not {value or 'without'}")
+    for flag, then, now in other_flags(training, config):
+        fail(f"{run} was started with {flag} {then}, not {now or 'without'}")
     if start := training.get("start"):
         require(Path(start).is_dir(), f"{start}, where {run} started, is gone")
         same = fingerprint(Path(start)) == training.get("start_sha256")
         require(same, f"the weights in {start}, where {run} started, are no longer the same")
     return training["update"]
+
+
+def other_flags(training: dict, config) -> list[tuple[str, object, object]]:
+    """The flags in which a config is not what made a checkpoint, with the values then and now."""
+    names = [name for name in asdict(config) if name not in MAY_DIFFER and name in training]
+    values = [(f"--{name.replace('_', '-')}", training[name], getattr(config, name)) for name in names]
+    return [(flag, then, now) for flag, then, now in values if then != now]
 
 
 def fingerprint(folder: Path) -> str:

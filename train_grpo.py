@@ -46,7 +46,6 @@ from model import PRECISIONS, Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
 from rollout import Rollout, Sampler
 from run_folder import (
-    MAY_DIFFER,
     Log,
     checkpoints,
     find_checkpoint,
@@ -54,6 +53,7 @@ from run_folder import (
     load_optimizer,
     newest_checkpoint,
     open_run,
+    other_flags,
     read_log,
     save_checkpoint,
 )
@@ -301,12 +301,9 @@ def find_sft(config: GrpoConfig) -> Path | None:
         return find_checkpoint(config.init)
     found = newest_checkpoint(place := train_sft.default_place("mixed", config.field, config.relabel))
     training = load_training(found) if found else {}
-    usual = asdict(train_sft.complete(train_sft.SftConfig(field=config.field, relabel=config.relabel), True))
-    for name in sorted((usual.keys() & training) - MAY_DIFFER - {"precision"}):
-        same = training[name] == usual[name]
-        require(
-            same, f"{place} was trained with --{name.replace('_', '-')} {training[name]}: name it by --init if meant"
-        )
+    usual = train_sft.complete(train_sft.SftConfig(field=config.field, relabel=config.relabel), True)
+    for flag, then, _ in other_flags(training, usual):
+        require(flag == "--precision", f"{place} was trained with {flag} {then}: name it by --init if meant")
     return found if found and training.get("update") == training.get("total") else None
 
 

@@ -34,14 +34,14 @@ def start(tmp_path_factory) -> Path:
     return folder
 
 
-def begin(command: str, out: Path, processes: int = 0, prefix: str = "") -> subprocess.Popen:
+def begin(command: str, out: Path, processes: int = 0) -> subprocess.Popen:
     """Start a script, or go on with it."""
     script, *flags = command.split()
     run = [sys.executable]
     if processes:
         run += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     resume = ["--resume"] if checkpoints(out) else []
-    words = [*prefix.split(), *run, str(HERE / script), f"--out={out}", *flags, *resume]
+    words = [*run, str(HERE / script), f"--out={out}", *flags, *resume]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(words, env=ENVIRONMENT, text=True, **pipes)
 

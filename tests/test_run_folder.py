@@ -137,6 +137,15 @@ def test_one_process_writes_to_a_run(run, finished, capsys):
     assert read_log(run / "metrics.jsonl") == read_log(finished / "metrics.jsonl")
 
 
+def test_a_file_system_without_locks_is_said(run, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    Log(run, 6).write({"update": 7})
+    assert "no locks" in capsys.readouterr().err and len(read_log(run / "metrics.jsonl")) == 7
+
+
 def test_a_start_that_has_changed_is_noticed(tmp_path, pretrained, capsys):
     flags = {"model": str(pretrained), "updates": 2, "lora": 2, "examples": 8, "save_every": 1, "batch_size": 2}
     run = tmp_path / "lora"
