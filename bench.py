@@ -5,7 +5,8 @@
     python bench.py --plot linear.png      # and an update's time against the tokens it generates
 
 Ours and the peer take turns, on the same random weights and the same numbers of tokens, and the best of a few rounds
-counts, which is what an idle machine would show. Responses always run to their full length. `transformers` is always
+counts, which is what an idle machine would show. Responses always run to their full length. The tiny rows compute the
+main job's model. `transformers` is always
 there; TRL is compared with where it is installed (pip install trl==1.16.0).
 
 The limit is what a step cannot do without, over rates measured here a moment before: in decoding the weights and the
@@ -14,11 +15,12 @@ cached keys and values are read once a step, and each token costs two operations
 
 import importlib.util
 import os
+import random
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from checkpoint import hf_config
+import checkpoint
+from data.finite_field import FITTING, Task
 from model import PRECISIONS, ModelConfig, Transformer, measure_precision, plain_weights, refresh, working_copy
 from packed import pad
 from rollout import Rollout, Sampler
@@ -63,7 +66,8 @@ class Work:
         return f"{self.prompts} x {self.group}, prompt {self.prompt}, {self.new} new"
 
 
-TINY = Work(ModelConfig(64, num_key_value_heads=4), 32, 8, 45, 80)
+WORDS = word_tokenizer(11)
+TINY = Work(replace(checkpoint.TINY, vocab_size=len(WORDS)), 32, 8, 45, 80)
 SMOLLM2 = Work(ModelConfig(49152, 576, 1536, 30, 9, 3), 8, 8, 45, 64)
 SMALL = Work(ModelConfig(64, 32, 48, 2), 2, 2, 5, 6)
 QWEN = Work(ModelConfig(151936, 1536, 8960, 28, 12, 2), 32, 8, 128, 256)
@@ -167,18 +171,18 @@ class Ours:
         self.train(self.rollout())
 
 
-def peer_model(work: Work, eos_token_id: int | None) -> Qwen2ForCausalLM:
-    """A model of transformers of the same shape, with random weights."""
+def peer_model(ours: Ours, eos_token_id: int | None) -> Qwen2ForCausalLM:
+    """transformers' model of the same shape and weights."""
     special = {"eos_token_id": eos_token_id, "pad_token_id": 0}
-    return Qwen2ForCausalLM(Qwen2Config(**hf_config(work.shape, word_tokenizer(11)) | special))
+    peer = Qwen2ForCausalLM(Qwen2Config(**checkpoint.hf_config(ours.work.shape, WORDS) | special))
+    peer.load_state_dict(dict(plain_weights(ours.model)), strict=False)  # tied: without the head
+    return peer
 
 
 def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[], object]:
     """transformers' generate on the same weights and the same work."""
     work, device = ours.work, ours.world.device
-    peer = peer_model(work, None).eval()
-    peer.load_state_dict(dict(plain_weights(ours.model)), strict=False)  # tied: without the head
-    peer = peer.to(device, dtype)
+    peer = peer_model(ours, None).eval().to(device, dtype)
     prompts = torch.tensor(ours.prompts, device=device).repeat_interleave(work.group, 0)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
     options |= {"max_new_tokens": work.new, "min_new_tokens": work.new}
@@ -187,7 +191,7 @@ def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[
 
 
 def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
-    """Seconds of the fastest update of TRL's GRPOTrainer on the same shape and work, the first left out."""
+    """Seconds of the fastest update of TRL's GRPOTrainer on the same weights and work, the first left out."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -210,7 +214,7 @@ def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
             steps.append(time.perf_counter() - self.clock)
 
     with tempfile.TemporaryDirectory() as folder:
-        peer_model(work, 1).save_pretrained(folder)  # TRL loads its reference model by name
+        peer_model(ours, 1).save_pretrained(folder)  # TRL loads its reference model by name
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         text = " ".join(["w5"] * work.prompt)
         rows = work.prompts * work.group
@@ -296,10 +300,13 @@ def training_row(
 
 
 def time_of_lengths(work: Work, precision: str, rounds: int, world: World) -> list[dict]:
-    """Updates on chains of 3 to 9 steps: 4 prompt tokens and 7 response tokens a step, as the task has them."""
+    """Updates on chains of 3 to 9 steps, of as many tokens as the task's prompts and solutions have."""
     rows = []
     for steps in range(3, 10):
-        ours = Ours(Work(work.shape, work.prompts, work.group, 9 + 4 * steps, 9 + 7 * steps), precision, world.device)
+        problem = Task((steps, steps)).sample(random.Random(0), "train")
+        solution = problem.solution(FITTING[problem.kind])
+        lengths = {"prompt": len(WORDS.prompt(problem)), "new": len(WORDS.solution(solution))}
+        ours = Ours(replace(work, **lengths), precision, world.device)
         ours.update()
         rows.append({"steps": steps, "tokens": ours.work.tokens, "seconds": best(ours.update, rounds)})
     return rows
