@@ -283,7 +283,9 @@ def refresh(copy: Transformer, model: Transformer) -> None:
         for mine, weight in zip(trained(copy), trained(model)):
             mine.copy_(whole(weight.to(mine.dtype)))
     elif copy is not model:
-        torch._foreach_copy_(trained(copy), trained(model))
+        for dtype in {weight.dtype for weight in trained(copy)}:  # one kernel for all of a type
+            pairs = [(mine, weight) for mine, weight in zip(trained(copy), trained(model)) if mine.dtype == dtype]
+            torch._foreach_copy_(*map(list, zip(*pairs)))
 
 
 def init_weights(model: Transformer, generator: torch.Generator) -> None:

@@ -143,6 +143,15 @@ def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Ten
     return tokens, log_p.gather(1, tokens[:, None])[:, 0]
 
 
+def scores(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention scores (b, Tq, Tk) of queries (b, Tq, d) and keys (b, Tk, d), in fp32 as the trainer's kernels have
+    them: Qwen2's biases make scores of a hundred, which 16 bits miss by a half."""
+    k = k.transpose(1, 2)
+    if q.device.type == "cuda" and q.dtype != torch.float32:
+        return torch.add(bias, torch.bmm(q, k, out_dtype=torch.float32), alpha=scale)  # CUDA alone has it
+    return torch.baddbmm(bias, q.float(), k.float(), alpha=scale)
+
+
 @dataclass
 class Drawn:
     """What B rows have drawn, step by step; behind a row's length lie tokens that do not count."""
@@ -212,7 +221,7 @@ class Batch:
         self.lengths[: self.P] = lengths
         packed = pack_prompts(tokens, lengths)
         attend = packed_attention(packed, self.model)
-        real = torch.arange(self.longest, device=lengths.device) < lengths[:, None]  # (P, Tp)
+        real = (torch.arange(self.longest, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)
 
         def attend_and_store(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
             _, *key_and_value = split_heads(qkv, rope, self.model.config)
@@ -248,11 +257,10 @@ class Batch:
         device, Tp = positions.device, self.longest
         if self.way == "matmul":
             real = torch.arange(Tp, device=device) < self.lengths[: self.P, None]
-            like = {"dtype": self.model.dtype, "device": device}
-            bias = torch.zeros(real.shape, **like).masked_fill(~real, -torch.inf)
+            bias = torch.zeros(real.shape, device=device).masked_fill(~real, -torch.inf)
             self.prompt_bias = bias.repeat_interleave(self.model.config.num_key_value_heads, 0)[:, None]  # (P*K, 1, Tp)
             later = torch.arange(self.window, device=device) > self.t
-            self.response_bias = torch.zeros(1, 1, self.window, **like).masked_fill(later, -torch.inf)
+            self.response_bias = torch.zeros(1, 1, self.window, device=device).masked_fill(later, -torch.inf)
         self.draw(self.model(self.tokens[:rows], positions, getattr(self, f"attend_by_{self.way}")))
 
     def draw(self, hidden: Tensor) -> None:
@@ -307,10 +315,10 @@ class Batch:
         # Heads that share a key head, and for the prompt also the rows of a group, are one matrix.
         shared = q.view(P, G, K, R, d).transpose(1, 2).reshape(P * K, G * R, d)
         own = q.reshape(B * K, R, d)
-        to_prompt = torch.baddbmm(self.prompt_bias, shared, prompt_k.transpose(1, 2), alpha=scale)
-        to_response = torch.baddbmm(self.response_bias, own, response_k.transpose(1, 2), alpha=scale)
+        to_prompt = scores(shared, prompt_k, self.prompt_bias, scale)
+        to_response = scores(own, response_k, self.response_bias, scale)
         to_prompt = to_prompt.view(P, K, G, R, Tp).transpose(1, 2).reshape(B * K, R, Tp)
-        weights = torch.cat((to_prompt, to_response), -1).float().softmax(-1).to(q.dtype)
+        weights = torch.cat((to_prompt, to_response), -1).softmax(-1).to(q.dtype)
         on_prompt = weights[..., :Tp].view(P, G, K, R, Tp).transpose(1, 2).reshape(P * K, G * R, Tp)
         mixed = torch.bmm(on_prompt, prompt_v).view(P, K, G, R, d).transpose(1, 2).reshape(B * K, R, d)
         return torch.baddbmm(mixed, weights[..., Tp:], response_v).view(B, H * d)

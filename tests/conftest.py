@@ -24,6 +24,15 @@ def small_model(seed: int = 0, **shape) -> Transformer:
     return model
 
 
+def with_large_biases(model: Transformer, size: float = 30.0) -> Transformer:
+    """Attention scores of more than a hundred in the first layer, as Qwen2's and Qwen2.5's key biases make them."""
+    c = model.config
+    biases = model.model.layers[0].self_attn.qkv_proj.bias.view(-1, c.head_dim)
+    with torch.no_grad():  # in the pair that turns slowest, so that what is attended to hardly changes
+        biases[: c.num_attention_heads + c.num_key_value_heads, c.head_dim // 2 - 1] += size
+    return model
+
+
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

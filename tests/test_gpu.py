@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import small_model, with_large_biases
 
 from lora import add_lora
 from model import PRECISIONS, lower, trained, working_copy
@@ -18,7 +18,7 @@ REWARDS = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]])
 
 def update(device: torch.device, precision: str, lora: bool = False):
     """A rollout, from graphs where there are any, and the gradient on it."""
-    model = small_model(hidden_size=128, model_type="qwen3").to(device)  # heads of 32, which the kernels take
+    model = with_large_biases(small_model(hidden_size=128)).to(device)  # heads of 32, which the kernels take
     if lora:
         model = add_lora(lower(model, PRECISIONS[precision]), 4, 8, 0.0, torch.Generator().manual_seed(0))
     copy = working_copy(model, precision)
@@ -50,4 +50,4 @@ def test_bf16_keeps_sampler_and_trainer_together(lora, decode, monkeypatch):
         pytest.importorskip("flash_attn")
     monkeypatch.setattr(Batch, "choose_attention", lambda self: decode)
     _, difference, gradient = update(torch.device("cuda"), "bf16", lora)
-    assert difference < 0.1 and gradient.isfinite().all() and gradient.norm() > 0
+    assert difference < 0.2 and gradient.isfinite().all() and gradient.norm() > 0
