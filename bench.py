@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ from train_grpo import GrpoConfig, add_gradient
 @dataclass
 class BenchConfig:
     rounds: int = 4  # timings of ours and of the peer, in turn; the best counts
-    only: Literal["", "cpu-tiny-rollout", "cpu-tiny-update", "cpu-tiny-training", "cpu-smollm2-update"] = ""  # one row
+    only: str = ""  # a row, such as cpu-tiny-rollout, alone
     small: bool = False  # tiny sizes, to see that everything runs
     json: str = ""  # write the rows to this file
     plot: str = ""  # draw the time of updates of 3 to 9 steps to this PNG
@@ -123,14 +122,22 @@ def matrix_weights(c: ModelConfig) -> int:
 
 
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
-    size = 8192 if device.type == "cuda" else 1024
+    size, n = (8192, 2**30) if device.type == "cuda" else (1024, 2**24)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    large = torch.zeros(2**30 // (1 if device.type == "cuda" else 8), dtype=torch.uint8, device=device).view(
-        torch.int64
-    )
+    large = torch.zeros(n, dtype=torch.int64, device=device)
     F.linear(a, b), large.sum()
     operations = 2 * size**3 / best(lambda: F.linear(a, b), 10)
     return Rates(large.numel() * 8 / best(large.sum, 10), operations)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is measured on, and how."""
+
+    world: World
+    precision: str
+    rates: Rates
+    rounds: int
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -140,17 +147,18 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
 class Ours:
     """A model of random weights, and an update of it as train_grpo.py does one, on random rewards."""
 
-    def __init__(self, work: Work, precision: str, device: torch.device, beta: float = 0.0):
-        self.work, self.world = work, World(0, 1, device)
+    def __init__(self, work: Work, machine: Machine, beta: float = 0.0):
+        self.work, self.world, device = work, machine.world, machine.world.device
         self.config = GrpoConfig(beta=beta, temperature=1.0)
         torch.manual_seed(0)
-        self.model = Transformer(work.shape).to(device)
+        with device:
+            self.model = Transformer(work.shape)
         with torch.no_grad():
             for weight in self.model.parameters():
                 if weight.ndim == 2:
                     weight.normal_(0, 0.02)
-        self.copy = working_copy(self.model, precision)
-        self.reference = working_copy(self.model, precision) if beta else None
+        self.copy = working_copy(self.model, machine.precision)
+        self.reference = working_copy(self.model, machine.precision) if beta else None
         self.sampler = Sampler(self.copy, [], work.group, work.new)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.prompts = torch.randint(3, work.shape.vocab_size, (work.prompts, work.prompt)).tolist()
@@ -174,7 +182,8 @@ class Ours:
 def peer_model(ours: Ours, eos_token_id: int | None) -> Qwen2ForCausalLM:
     """transformers' model of the same shape and weights."""
     special = {"eos_token_id": eos_token_id, "pad_token_id": 0}
-    peer = Qwen2ForCausalLM(Qwen2Config(**checkpoint.hf_config(ours.work.shape, WORDS) | special))
+    with ours.world.device:
+        peer = Qwen2ForCausalLM(Qwen2Config(**checkpoint.hf_config(ours.work.shape, WORDS) | special))
     peer.load_state_dict(dict(plain_weights(ours.model)), strict=False)  # tied: without the head
     return peer
 
@@ -260,55 +269,62 @@ def row(name: str, what: str, ours: float, peer: float | None, limit: float | No
     return out | {"of_limit": limit / ours if limit else None}
 
 
-def rollout_rows(
-    name: str, work: Work, rates: Rates, precision: str, config: BenchConfig, world: World
-) -> Iterator[dict]:
-    ours = Ours(work, precision, world.device)
-    limit = rates.decode_seconds(work, PRECISIONS[precision].itemsize)
-    for static in (False, True) if world.device.type == "cuda" else (False,):
-        peers = [PRECISIONS[precision]] if world.device.type == "cuda" else PRECISIONS.values()
-        timed = [in_turn(ours.rollout, generate(ours, dtype, static), config.rounds) for dtype in peers]
+def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
+    ours, own = Ours(work, machine), PRECISIONS[machine.precision]
+    limit = machine.rates.decode_seconds(work, own.itemsize)
+    on_gpu = machine.world.device.type == "cuda"
+    for static in (False, True) if on_gpu else (False,):
+        peers = [own] if on_gpu else PRECISIONS.values()
+        timed = [in_turn(ours.rollout, generate(ours, dtype, static), machine.rounds) for dtype in peers]
         seconds, peer = min(a for a, _ in timed), min(b for _, b in timed)
         kind = f"{'static' if static else 'dynamic'} cache, its better of {len(timed)}"
-        what = f"rollout in {precision}, {work}; transformers generate, {kind}"
+        what = f"rollout in {machine.precision}, {work}; transformers generate, {kind}"
         yield row(name + "-static" * static, what, seconds, peer, limit)
 
 
-def update_row(name: str, work: Work, beta: float, precision: str, config: BenchConfig, world: World) -> Iterator[dict]:
-    ours = Ours(work, precision, world.device, beta)
+def update_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
+    ours = Ours(work, machine, beta=0.05)
     ours.update()
-    seconds = best(ours.update, config.rounds)
+    seconds = best(ours.update, machine.rounds)
     peer = None
     if importlib.util.find_spec("trl"):
         # TRL's precision is its faster one on a small model, and ours on a large one.
-        precisions = PRECISIONS if work.shape.hidden_size < 512 else (precision,)
-        peer = min(trl_update_seconds(ours, p, config.rounds) for p in precisions)
-        seconds = min(seconds, best(ours.update, config.rounds))
-    what = f"GRPO update in {precision}, KL {beta}, {work}; TRL"
+        precisions = PRECISIONS if work.shape.hidden_size < 512 else (machine.precision,)
+        peer = min(trl_update_seconds(ours, p, machine.rounds) for p in precisions)
+        seconds = min(seconds, best(ours.update, machine.rounds))
+    what = f"GRPO update in {machine.precision}, KL 0.05, {work}; TRL"
     yield row(name, what, seconds, peer)
 
 
-def training_row(
-    name: str, work: Work, rates: Rates, precision: str, config: BenchConfig, world: World
-) -> Iterator[dict]:
-    ours = Ours(work, precision, world.device)
+def training_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
+    ours = Ours(work, machine)
     rollout = ours.rollout()
     ours.train(rollout)
-    seconds = best(lambda: ours.train(rollout), config.rounds)
-    what = f"training half in {precision}, {work}; of the limit: of a matrix product's rate"
-    yield row(name, what, seconds, None, rates.training_seconds(work))
+    seconds = best(lambda: ours.train(rollout), machine.rounds)
+    what = f"training half in {machine.precision}, {work}; of the limit: of a matrix product's rate"
+    yield row(name, what, seconds, None, machine.rates.training_seconds(work))
 
 
-def time_of_lengths(work: Work, precision: str, rounds: int, world: World) -> list[dict]:
+ROWS = {
+    "gpu-qwen-training": (training_rows, QWEN),
+    "gpu-qwen-rollout": (rollout_rows, QWEN),
+    "cpu-tiny-rollout": (rollout_rows, TINY),
+    "cpu-tiny-update": (update_rows, TINY),
+    "cpu-tiny-training": (training_rows, TINY),
+    "cpu-smollm2-update": (update_rows, SMOLLM2),
+}
+
+
+def time_of_lengths(work: Work, machine: Machine) -> list[dict]:
     """Updates on chains of 3 to 9 steps, of as many tokens as the task's prompts and solutions have."""
     rows = []
     for steps in range(3, 10):
         problem = Task((steps, steps)).sample(random.Random(0), "train")
         solution = problem.solution(FITTING[problem.kind])
         lengths = {"prompt": len(WORDS.prompt(problem)), "new": len(WORDS.solution(solution))}
-        ours = Ours(replace(work, **lengths), precision, world.device)
+        ours = Ours(replace(work, **lengths), machine)
         ours.update()
-        rows.append({"steps": steps, "tokens": ours.work.tokens, "seconds": best(ours.update, rounds)})
+        rows.append({"steps": steps, "tokens": ours.work.tokens, "seconds": best(ours.update, machine.rounds)})
     return rows
 
 
@@ -340,7 +356,7 @@ def line(r: dict) -> str:
     return f"| {r['name']} | {r['what']} | {r['ours']:.3f} | {peer} | {ratio} | {limit} |"
 
 
-def machine(world: World) -> str:
+def name_of(world: World) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
     told = Path("/proc/cpuinfo")  # Linux alone has it
@@ -350,31 +366,23 @@ def machine(world: World) -> str:
 
 def main(config: BenchConfig, world: World) -> None:
     require(config.rounds >= 1, "--rounds must be at least 1")
+    require(config.only in ("", *ROWS), f"--only takes one of {', '.join(ROWS)}, not {config.only!r}")
     check_outputs(config.json, config.plot)
     precision = measure_precision(TINY.shape, world.device)
     rates = measure_rates(PRECISIONS[precision], world.device)
-    print(f"{machine(world)}, torch {torch.__version__}; computing in {precision}")
-    print(
-        f"memory {rates.bandwidth / 1e9:.0f} GB/s, matrix products {rates.operations / 1e12:.2f} TFLOP/s\n", flush=True
-    )
-    tiny, smollm2, qwen = (SMALL,) * 3 if config.small else (TINY, SMOLLM2, QWEN)
-    rows = {
-        "gpu-qwen-rollout": (rollout_rows, qwen, rates, precision),
-        "gpu-qwen-training": (training_row, qwen, rates, precision),
-        "cpu-tiny-rollout": (rollout_rows, tiny, rates, precision),
-        "cpu-tiny-update": (update_row, tiny, 0.05, precision),
-        "cpu-tiny-training": (training_row, tiny, rates, precision),
-        "cpu-smollm2-update": (update_row, smollm2, 0.05, "bf16"),
-    }
+    machine = Machine(world, precision, rates, config.rounds)
+    print(f"{name_of(world)}, torch {torch.__version__}; computing in {precision}")
+    print(f"memory {rates.bandwidth / 1e9:.0f} GB/s, matrix products {rates.operations / 1e12:.2f} TFLOP/s\n")
     print(HEADER, flush=True)
     timed = []
-    for name, (function, *work) in rows.items():
+    for name, (rows, work) in ROWS.items():
         if name.startswith(config.only or ("gpu" if world.device.type == "cuda" else "cpu")):
-            for r in function(name, *work, config, world):
+            for r in rows(name, SMALL if config.small else work, machine):
                 timed.append(r)
                 print(line(r), flush=True)
     if config.plot:
-        explained = plot_lengths(time_of_lengths(tiny, precision, config.rounds, world), Path(config.plot))
+        times = time_of_lengths(SMALL if config.small else TINY, machine)
+        explained = plot_lengths(times, Path(config.plot))
         print(f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {100 * explained:.1f}%")
     if config.json:
         with refusals():

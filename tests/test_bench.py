@@ -6,12 +6,16 @@ import json
 import pytest
 import torch
 
-from bench import BenchConfig, Ours, Rates, Work, main, matrix_weights
+from bench import BenchConfig, Machine, Ours, Rates, Work, main, matrix_weights
 from model import ModelConfig
 from runtime import World
 
 ONE = World(0, 1, torch.device("cpu"))
 SMALL = Work(ModelConfig(64, 32, 48, 2, tie_word_embeddings=False), 2, 3, 5, 4)
+
+
+def machine(precision: str) -> Machine:
+    return Machine(ONE, precision, Rates(1e10, 1e11), 1)
 
 
 def test_rows_and_plot(tmp_path, capsys):
@@ -27,7 +31,7 @@ def test_rows_and_plot(tmp_path, capsys):
 
 def test_matrix_weights():
     """All weights but norms and biases; the embedding, which is only looked up, where it is not the head as well."""
-    model = Ours(SMALL, "fp32", ONE.device).model
+    model = Ours(SMALL, machine("fp32")).model
     matrices = sum(w.numel() for w in model.parameters() if w.ndim == 2)
     assert matrix_weights(SMALL.shape) == matrices - model.model.embed_tokens.weight.numel()
 
@@ -44,7 +48,7 @@ def test_decoding_is_limited_by_memory_or_by_arithmetic():
 
 
 def test_an_update_moves_the_weights():
-    ours = Ours(SMALL, "bf16", ONE.device, beta=0.05)
+    ours = Ours(SMALL, machine("bf16"), beta=0.05)
     before = ours.model.lm_head.weight.clone()
     ours.update()
     assert not torch.equal(before, ours.model.lm_head.weight)
