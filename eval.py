@@ -87,13 +87,12 @@ def evaluate(
 
 
 def validation_problems(task: Task, n: int, seed: int) -> list[Problem]:
-    """n distinct validation problems, or as many as a long search finds."""
-    rng, chosen = stream(seed, "validation problems"), {}
-    for _ in range(50 * n):
+    """n distinct validation problems; of a task that has fewer, all or nearly all."""
+    rng, chosen, repeated = stream(seed, "validation problems"), {}, 0
+    while len(chosen) < n and repeated < 300:  # in a row
         problem = task.sample(rng, "validation")
-        chosen.setdefault((problem.field, problem.parts), problem)
-        if len(chosen) == n:
-            break
+        known = chosen.setdefault((problem.field, problem.parts), problem)
+        repeated = 0 if known is problem else repeated + 1
     return list(chosen.values())
 
 
