@@ -82,6 +82,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Plots take seconds to draw: for tests that look at something else."""
+    monkeypatch.setattr("plot.save", lambda *_: None)
+
+
 def same_weights(a: Transformer, b: Transformer) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 

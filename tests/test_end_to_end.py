@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 import train_grpo
 import train_sft
 from checkpoint import load_model
+from model import ModelConfig
 from run_folder import find_checkpoint, read_log
 from runtime import World
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_grpo.__file__).parent
+pytestmark = pytest.mark.usefixtures("undrawn")
 SMALL = {"field": 3, "steps": "1-2", "prompts": 4, "group": 4, "eval_problems": 8, "precision": "fp32"}
 
 
@@ -29,8 +31,11 @@ SMALL = {"field": 3, "steps": "1-2", "prompts": 4, "group": 4, "eval_problems": 
 def sft(tmp_path_factory) -> Path:
     """A model that solves chains of one or two steps, in either strategy, part of the time."""
     out = tmp_path_factory.mktemp("sft")
-    flags = {"field": 3, "steps": "1-2", "updates": 250, "warmup": 50, "precision": "fp32"}
-    train_sft.main(train_sft.SftConfig(out=str(out / "run"), **flags), ONE)
+    flags = {"field": 3, "steps": "1-2", "updates": 250, "warmup": 50, "batch_size": 24, "precision": "fp32"}
+    with pytest.MonkeyPatch.context() as patch:
+        smaller = ModelConfig(0, hidden_size=96, intermediate_size=288, num_hidden_layers=2)
+        patch.setattr("checkpoint.TINY", smaller)
+        train_sft.main(train_sft.SftConfig(out=str(out / "run"), **flags), ONE)
     return out / "run"
 
 
@@ -46,8 +51,9 @@ def test_sft_learns(sft):
     assert find_checkpoint(str(sft)).name == "step-250"
 
 
-def test_grpo_improves_and_reports(sft, tmp_path, capsys):
+def test_grpo_improves_and_reports(sft, tmp_path, capsys, monkeypatch):
     """Reward rises because the fitting strategy is chosen more often; everything promised is written."""
+    monkeypatch.undo()  # this one draws
     rows = grpo(tmp_path / "run", sft, updates=30, prompts=16, group=8, lr=3e-4, eval_problems=64)
     first, last = rows[:5], rows[-5:]
 

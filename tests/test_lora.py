@@ -180,6 +180,7 @@ GRPO = {
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.usefixtures("undrawn")
 def test_from_pretrained_to_reinforced_and_resumed(precision, tmp_path, pretrained):
     """Each stage leaves a plain checkpoint and adapters; a run that resumes ends as if it had not stopped."""
     flags = {"model": str(pretrained), "precision": precision, **SFT}

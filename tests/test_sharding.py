@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from conftest import make_pretrained, refusal
 from torch.distributed.tensor import DTensor
 
+import plot
 import train_grpo
 import train_sft
 from checkpoint import load_model
@@ -33,7 +34,7 @@ def judge_by_text(problems, texts, stopped):
 
 
 def train(folder: Path, world: World, shard: bool, resume: bool = False) -> None:
-    train_grpo.judge_groups = judge_by_text
+    train_grpo.judge_groups, plot.save = judge_by_text, lambda *_: None
     given = {"precision": "fp32", "shard": shard, "resume": resume}
     train_sft.main(train_sft.SftConfig(out=str(folder / "sft"), **SFT, **given), world)
     init = folder.parent / "start" / "step-2"
@@ -61,7 +62,7 @@ def close(ours: list[dict], theirs: list[dict]) -> bool:
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monkeypatch):
+def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monkeypatch, undrawn):
     """The curve, the weights and the optimizer; and a sharded run goes on unsharded, on another number of processes."""
     monkeypatch.setattr(train_grpo, "judge_groups", judge_groups)  # to be put back after `train`
     make_pretrained(tmp_path / "pretrained", "qwen3")

@@ -138,7 +138,7 @@ def _process(rank: int, size: int, port: int, folder: str) -> None:
     torch.save((batch.gradient(world=world, groups=slice(rank, None, size)), batch.figures), f"{folder}/{rank}")
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, size, free_port):
     """Bug: token counts taken on each process (trl #3231, open-instruct #1161)."""
     mp.start_processes(_process, (size, free_port, str(tmp_path)), nprocs=size, start_method="spawn")
