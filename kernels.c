@@ -1,7 +1,7 @@
 /* What a transformer on the CPU does between its matrix products, fused: see kernels.py.
  *
- * Compiled with -DHEAD_DIM=d and, for 16-bit weights, -DBF16. Arrays are contiguous; `real` is the type of the weights,
- * sums are floats. Each call runs on one thread.
+ * Compiled with -DBF16 for 16-bit weights and with -DHEAD_DIM=d for attention, which is left out without. Arrays are
+ * contiguous; `real` is the type of the weights, sums are floats. Each call runs on one thread.
  */
 
 #include <stdint.h>
@@ -92,6 +92,8 @@ void swiglu_backward(long n, long I, const real *gate_up, const real *d_out, rea
             d_gate_up[I + j] = store(d * gate * s);
         }
 }
+
+#ifdef HEAD_DIM
 
 static inline void rotate(const real *x, const float *cosines, const float *sines, float scale, float *out) {
     enum { half = HEAD_DIM / 2 };
@@ -286,3 +288,5 @@ void packed_backward(long N, long S, long H, long K, long longest, const long *s
         }
     free(room.memory), free(slopes), free(d_keys), free(d_values);
 }
+
+#endif

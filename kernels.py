@@ -19,11 +19,13 @@ from torch import Tensor
 # thread that loads the library flush small numbers to zero.
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only"
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-SIGNATURES = {
+ELEMENTWISE = {
     "add_rms_norm": (Int, Int, Float, *[Pointer] * 5),
     "add_rms_norm_backward": (Int, Int, Float, *[Pointer] * 7),
     "swiglu": (Int, Int, Pointer, Pointer),
     "swiglu_backward": (Int, Int, Pointer, Pointer, Pointer),
+}
+ATTENTION = {
     "attend": (*[Int] * 7, *[Pointer] * 9),
     "packed": (*[Int] * 4, *[Pointer] * 7),
     "packed_backward": (*[Int] * 5, *[Pointer] * 8),
@@ -45,15 +47,15 @@ def available() -> bool:
 
 
 @functools.cache
-def library(dtype: torch.dtype, head_dim: int = 2) -> ctypes.CDLL:
-    """The kernels for weights of `dtype` (fp32 or bf16) and heads of `head_dim`."""
+def library(dtype: torch.dtype, head_dim: int = 0) -> ctypes.CDLL:
+    """The kernels for weights in fp32 or bf16: those of attention, for heads of this size, or else the others."""
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "kernels.so"
-        flags = [*FLAGS.split(), f"-DHEAD_DIM={head_dim}", *(["-DBF16"] if dtype == torch.bfloat16 else [])]
+        flags = FLAGS.split() + ["-DBF16"] * (dtype == torch.bfloat16) + [f"-DHEAD_DIM={head_dim}"] * bool(head_dim)
         command = ["cc", *flags, "-shared", "-fPIC", str(Path(__file__).with_name("kernels.c")), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True)
         kernels = ctypes.CDLL(str(built))
-    for name, kinds in SIGNATURES.items():
+    for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = kinds, None
     return kernels
