@@ -274,7 +274,7 @@ def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
     limit = machine.rates.decode_seconds(work, own.itemsize)
     on_gpu = machine.world.device.type == "cuda"
     for static in (False, True) if on_gpu else (False,):
-        peers = [own] if on_gpu else PRECISIONS.values()
+        peers = {own} if on_gpu else {own, torch.float32}
         timed = [in_turn(ours.rollout, generate(ours, dtype, static), machine.rounds) for dtype in peers]
         seconds, peer = min(a for a, _ in timed), min(b for _, b in timed)
         kind = f"{'static' if static else 'dynamic'} cache, its better of {len(timed)}"
@@ -288,8 +288,8 @@ def update_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
     seconds = best(ours.update, machine.rounds)
     peer = None
     if importlib.util.find_spec("trl"):
-        # TRL's precision is its faster one on a small model, and ours on a large one.
-        precisions = PRECISIONS if work.shape.hidden_size < 512 else (machine.precision,)
+        # TRL's precision is ours, or on a small model fp32 where it is faster in that.
+        precisions = {machine.precision, "fp32"} if work.shape.hidden_size < 512 else {machine.precision}
         peer = min(trl_update_seconds(ours, p, machine.rounds) for p in precisions)
         seconds = min(seconds, best(ours.update, machine.rounds))
     what = f"GRPO update in {machine.precision}, KL 0.05, {work}; TRL"
