@@ -69,6 +69,9 @@ class Run:
     def result(self) -> dict:
         return read_json(self.place)
 
+    def log(self) -> list[dict]:
+        return read_log(self.place / "metrics.jsonl")
+
 
 def name_of(what: str, flags: dict) -> str:
     return "-".join([what, *(f"{name}-{value}" for name, value in flags.items())])
@@ -107,6 +110,15 @@ class Lab:
         place = after.place / f"{name_of('compared', flags)}.json"
         return self.add("eval.py", place, str(before.place), str(after.place), **flags, json=place)
 
+    def cell(self, model: str, sft: dict, rl: dict, *compared: dict) -> list[tuple[Run, ...]]:
+        """Of each seed: RL from an SFT model, and both on the same problems, once for each set of eval.py's flags."""
+        cells = []
+        for seed in self.seeds:
+            start = self.sft(model, seed, **sft)
+            run = self.rl(start, seed, **rl)
+            cells.append((run, *(self.compare(start, run, **flags) for flags in compared)))
+        return cells
+
     def run(self) -> None:
         """Do what has not been done, in the order SFT, RL, evaluation."""
         cores = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
@@ -127,7 +139,7 @@ class Lab:
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(do, waiting))
 
-    def report(self, result: dict, text: str, figure) -> None:
+    def report(self, rows: list[dict], claims: list[tuple[str, str, bool]], table: str, figure) -> None:
         """Write results/NAME; the time it took is kept from the run that did most."""
         model = Path(self.config.model).name
         folder = Path("results") / (f"{self.name}-{model}" if model else self.name)
@@ -138,10 +150,13 @@ class Lab:
         if before.get("seeds") == self.config.seeds:
             minutes = max(minutes, before["minutes"])
         with refusals():
-            write_json(known, {"seeds": self.config.seeds, "minutes": round(minutes, 1), **result})
-        commands = "\n".join(str(run) for run in self.runs.values())
+            figures = {"seeds": self.config.seeds, "minutes": round(minutes, 1), "rows": rows, "claims": claims}
+            write_json(known, figures)
+        commands = "\n".join(map(str, self.runs.values()))
         head = f"<details><summary>The commands; {minutes:.0f} minutes for those not run before</summary>"
-        text += f"\n\n{head}\n\n```\n{commands}\n```\n\n</details>\n"
+        verdicts = [[claim, found, "yes" if holds else "**no**"] for claim, found, holds in claims]
+        verdicts = markdown(["the paper says", "found", "holds"], verdicts)
+        text = "\n\n".join(filter(None, [table, verdicts, head, f"```\n{commands}\n```", "</details>\n"]))
         (folder / f"{self.name}.md").write_text(text)
         save(figure, folder / f"{self.name}.png")
         print(f"\n{text}\n{folder}")
@@ -159,19 +174,9 @@ def percent_of(summary: dict, kind: str | None = None, key: str = "pass@1") -> f
     return 100 * (figures[key] or 0.0)
 
 
-def fit_share(summary: dict) -> float:
-    return percent_of(summary, key="fit_share")
-
-
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def claims_table(claims: list[tuple[str, str, bool]]) -> str:
-    """What the paper says, what was found, and whether it holds."""
-    rows = [[claim, found, "yes" if holds else "**no**"] for claim, found, holds in claims]
-    return markdown(["the paper says", "found", "holds"], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -199,30 +204,23 @@ def draw_seeds(axis, logs: list[list[dict]], metric: str, number: int, label: st
         draw_smoothly(axis, log, metric, color=f"C{number}", label=label if i == 0 else None, linewidth=1.3)
 
 
-def table1_runs(lab: Lab, **flags) -> dict[tuple[str, int], dict[str, Run]]:
-    """SFT, RL on 2-5 and RL on 6-9 steps of each model and seed, and their comparisons on 6-9 steps."""
-    cells = {}
-    for seed in lab.seeds:
-        for model in STRATEGIES:
-            start = lab.sft(model, seed, **flags)
-            cells[model, seed] = {"SFT": start}
-            for stage, difficulty in zip(STAGES[1:], ("easy", "hard")):
-                run = lab.rl(start, seed, difficulty=difficulty, **flags)
-                cells[model, seed] |= {stage: run, f"SFT, {stage}": lab.compare(start, run, difficulty="hard")}
-    return cells
-
-
 def table1(lab: Lab) -> None:
     """SFT on backward, forward or both strategies, then RL on 2-5 or 6-9 steps: pass@1 on 6-9 steps"""
-    cells = table1_runs(lab)
+    cells = {
+        (model, rl): lab.cell(model, {}, {"difficulty": rl}, {"difficulty": "hard"})
+        for model in STRATEGIES
+        for rl in ("easy", "hard")
+    }
     lab.run()
     rows, summaries = [], {}
-    for (model, seed), runs in cells.items():
-        easy, hard = (runs[f"SFT, {stage}"].result() for stage in STAGES[1:])
-        for stage, summary in zip(STAGES, (hard["before"], easy["after"], hard["after"])):
-            summaries.setdefault((model, stage), []).append(summary)
-            named = {name: percent_of(summary, kind) for name, kind in zip(("all", INVERSION, EVALUATION), TYPES)}
-            rows.append({"model": model, "stage": stage, "seed": seed, **named, "fit_share": fit_share(summary)})
+    for model in STRATEGIES:
+        for seed in lab.seeds:
+            easy, hard = (cells[model, rl][seed][1].result() for rl in ("easy", "hard"))
+            for stage, summary in zip(STAGES, (hard["before"], easy["after"], hard["after"])):
+                summaries.setdefault((model, stage), []).append(summary)
+                named = {kind or "all": percent_of(summary, kind) for kind in TYPES}
+                named["fit_share"] = percent_of(summary, key="fit_share")
+                rows.append({"model": model, "stage": stage, "seed": seed, **named})
 
     def values(model: str, stage: str, kind: str | None = None, key: str = "pass@1") -> list[float]:
         return [percent_of(summary, kind, key) for summary in summaries[model, stage]]
@@ -234,7 +232,7 @@ def table1(lab: Lab) -> None:
         return fmean(values(*cell))
 
     given = "accuracy_given_fit"
-    before_after, all_stages = (STAGES[0], STAGES[2]), STAGES
+    before_after = (STAGES[0], STAGES[2])
     claims = [
         (
             "FB with RL on 6-9 steps is the best of the nine, near 100% on both types",
@@ -259,7 +257,7 @@ def table1(lab: Lab) -> None:
         claims += [
             (
                 f"{model}: no new strategy, {other} stays within chance (9%)",
-                found(model, all_stages, other),
+                found(model, STAGES, other),
                 max(mean(model, stage, other) for stage in STAGES) < 15,
             ),
             (
@@ -279,8 +277,7 @@ def table1(lab: Lab) -> None:
         for (model, stage), paper in PAPER_TABLE1.items()
     ]
     text = f"Pass@1 in % on 6-9 steps, {lab.config.seeds} seed(s), mean and range:\n\n{markdown(head, table)}"
-    text += f"\n\n{claims_table(claims)}"
-    lab.report({"rows": rows, "claims": claims}, text, table1_figure(rows))
+    lab.report(rows, claims, text, table1_figure(rows))
 
 
 def table1_figure(rows: list[dict]):
@@ -313,11 +310,9 @@ def mean_log(logs: list[list[dict]], metrics) -> list[dict]:
 
 def dynamics(lab: Lab) -> None:
     """The course of RL on 6-9 steps: accuracy by type and by number of steps (figures 2-4; runs of table1)"""
-    cells = {
-        model: [lab.rl(lab.sft(model, seed), seed, difficulty="hard") for seed in lab.seeds] for model in STRATEGIES
-    }
+    cells = {model: lab.cell(model, {}, {"difficulty": "hard"}) for model in STRATEGIES}
     lab.run()
-    logs = {model: [read_log(run.place / "metrics.jsonl") for run in runs] for model, runs in cells.items()}
+    logs = {model: [run.log() for (run,) in runs] for model, runs in cells.items()}
 
     def last(model: str, kind: str) -> float:
         """Mean accuracy over the last tenth of the updates."""
@@ -347,18 +342,14 @@ def dynamics(lab: Lab) -> None:
     for axis in (axes[0], axes[3]):
         axis.legend(fontsize=8, frameon=False)
     rows = [{"model": model, "type": kind, "last": value} for (model, kind), value in found.items()]
-    lab.report({"rows": rows, "claims": claims}, claims_table(claims), figure)
+    lab.report(rows, claims, "", figure)
 
 
 def amplification(lab: Lab) -> None:
     """RL on 50, 75 and 90% evaluation problems: the share of forward responses follows the data"""
-    cells = {}
-    for share in (0.5, 0.75, 0.9):
-        for seed in lab.seeds:
-            start = lab.sft("FB", seed)
-            flags = {} if share == 0.5 else {"evaluation_share": share}
-            run = lab.rl(start, seed, difficulty="hard", **flags)
-            cells.setdefault(share, []).append((run, lab.compare(start, run, difficulty="hard")))
+    hard = {"difficulty": "hard"}
+    flags = {0.5: {}, 0.75: {"evaluation_share": 0.75}, 0.9: {"evaluation_share": 0.9}}
+    cells = {share: lab.cell("FB", {}, hard | given, hard) for share, given in flags.items()}
     lab.run()
     rows, texts = [], []
     names = ("stream", "learning", "balanced")
@@ -404,13 +395,12 @@ def amplification(lab: Lab) -> None:
         ],
         texts,
     )
-    lab.report({"rows": rows, "claims": claims}, f"{table}\n\n{claims_table(claims)}", figure)
+    lab.report(rows, claims, table, figure)
 
 
 def with_both_types(run: Run) -> list[dict]:
     """The rows of the log, but for updates whose few problems were all of one type."""
-    rows = read_log(run.place / "metrics.jsonl")
-    return [row for row in rows if {f"{FORWARD}/{EVALUATION}", f"{FORWARD}/{INVERSION}"} <= row.keys()]
+    return [row for row in run.log() if {f"{FORWARD}/{EVALUATION}", f"{FORWARD}/{INVERSION}"} <= row.keys()]
 
 
 def forward_share(row: dict, evaluation_share: float) -> float:
@@ -424,13 +414,8 @@ COMPOSITION_STARTS = {"single parts": {}, "1-2 parts": {"parts": "1-2"}, "1-3 pa
 
 def composition(lab: Lab) -> None:
     """RL on compositions of 3-5 parts, from SFT on single parts, on up to two (the paper's) and on up to three"""
-    cells = {}
-    for name, flags in COMPOSITION_STARTS.items():
-        for seed in lab.seeds:
-            start = lab.sft("FB", seed, **flags)
-            run = lab.rl(start, seed, difficulty="easy", parts="3-5")
-            compared = [lab.compare(start, run, difficulty="easy", parts=parts) for parts in ("3-5", "4-5")]
-            cells.setdefault(name, []).append((run, *compared))
+    trained, longer = ({"difficulty": "easy", "parts": parts} for parts in ("3-5", "4-5"))
+    cells = {name: lab.cell("FB", flags, trained, trained, longer) for name, flags in COMPOSITION_STARTS.items()}
     lab.run()
     rows, table, change = [], [], {}
     for name, runs in cells.items():
@@ -454,33 +439,26 @@ def composition(lab: Lab) -> None:
     ]
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for i, (name, runs) in enumerate(cells.items()):
-        draw_seeds(axis, [read_log(run[0].place / "metrics.jsonl") for run in runs], "reward", i, name)
+        draw_seeds(axis, [run.log() for run, *_ in runs], "reward", i, name)
     axis.set(xlabel="update", ylabel="reward on compositions of 3-5 parts", ylim=(0, 1.02))
     axis.legend(title="SFT on", frameon=False)
     head = ["SFT on", "3-5 parts: SFT", "after RL", "4-5 parts: SFT", "after RL"]
-    lab.report({"rows": rows, "claims": claims}, f"{markdown(head, table)}\n\n{claims_table(claims)}", figure)
+    lab.report(rows, claims, markdown(head, table), figure)
 
 
 def gf13(lab: Lab) -> None:
     """The three SFT models in GF(13), then RL on 6-9 steps"""
-    cells = {}
-    for seed in lab.seeds:
-        for model in STRATEGIES:
-            start = lab.sft(model, seed, field=13)
-            run = lab.rl(start, seed, difficulty="hard", field=13)
-            comparisons = [lab.compare(start, run, difficulty=difficulty) for difficulty in ("easy", "hard")]
-            cells.setdefault(model, []).append(comparisons)
+    rl, compared = {"difficulty": "hard", "field": 13}, ({"difficulty": "easy"}, {"difficulty": "hard"})
+    cells = {model: lab.cell(model, {"field": 13}, rl, *compared) for model in STRATEGIES}
     lab.run()
     rows, values = [], {}
     for model, runs in cells.items():
-        for seed, (easy, hard) in enumerate(runs):
+        for seed, (_, easy, hard) in enumerate(runs):
             sides = {"SFT, 2-5 steps": easy.result()["before"], "SFT": hard.result()["before"]}
             for stage, summary in {**sides, "RL 6-9": hard.result()["after"]}.items():
                 row = [percent_of(summary, kind) for kind in TYPES]
                 values.setdefault((model, stage), []).append(row)
-                rows.append(
-                    {"model": model, "stage": stage, "seed": seed, "all": row[0]} | dict(zip(TYPES[1:], row[1:]))
-                )
+                rows.append({"model": model, "stage": stage, "seed": seed} | dict(zip(("all", *TYPES[1:]), row)))
 
     def of_all(stage: str) -> dict[str, float]:
         return {model: fmean(row[0] for row in values[model, stage]) for model in STRATEGIES}
@@ -504,16 +482,12 @@ def gf13(lab: Lab) -> None:
     axis.set(xticks=range(3), ylabel="pass@1 on 6-9 steps after RL, GF(13), %", ylim=(0, 102))
     axis.set_xticklabels([f"SFT on {STRATEGIES[model]}" for model in STRATEGIES])
     axis.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    lab.report({"rows": rows, "claims": claims}, f"{text}\n\n{claims_table(claims)}", figure)
+    lab.report(rows, claims, text, figure)
 
 
 def extreme(lab: Lab) -> None:
     """FB reinforced on 6-15 steps"""
-    runs = []
-    for seed in lab.seeds:
-        start = lab.sft("FB", seed)
-        run = lab.rl(start, seed, difficulty="extreme")
-        runs.append((run, lab.compare(start, run, difficulty="extreme")))
+    runs = lab.cell("FB", {}, {"difficulty": "extreme"}, {"difficulty": "extreme"})
     lab.run()
     results = [comparison.result() for _, comparison in runs]
     before, after = ([percent_of(result[side]) for result in results] for side in ("before", "after"))
@@ -528,7 +502,7 @@ def extreme(lab: Lab) -> None:
     axis.set(xlabel="number of steps", ylabel="pass@1", ylim=(0, 1.02))
     axis.legend(frameon=False)
     rows = [{"seed": seed, "before": b, "after": a} for seed, b, a in zip(lab.seeds, before, after)]
-    lab.report({"rows": rows, "claims": claims}, claims_table(claims), figure)
+    lab.report(rows, claims, "", figure)
 
 
 ROBUSTNESS = {  # RL flags, and the paper's final accuracy of B, F and FB
@@ -541,15 +515,14 @@ ROBUSTNESS = {  # RL flags, and the paper's final accuracy of B, F and FB
 
 def robustness(lab: Lab) -> None:
     """Other KL weights and group sizes: the final accuracy of B, F and FB on 6-9 steps"""
-    cells = {}
-    for name, (flags, _) in ROBUSTNESS.items():
-        for model in STRATEGIES:
-            for seed in lab.seeds:
-                start = lab.sft(model, seed)
-                run = lab.rl(start, seed, difficulty="hard", **flags)
-                cells.setdefault((name, model), []).append(lab.compare(start, run, difficulty="hard"))
+    hard = {"difficulty": "hard"}
+    cells = {
+        (name, model): lab.cell(model, {}, hard | flags, hard)
+        for name, (flags, _) in ROBUSTNESS.items()
+        for model in STRATEGIES
+    }
     lab.run()
-    values = {key: [percent_of(run.result()["after"]) for run in runs] for key, runs in cells.items()}
+    values = {key: [percent_of(compared.result()["after"]) for _, compared in runs] for key, runs in cells.items()}
     final = {key: fmean(found) for key, found in values.items()}
     holds = all(final[name, "FB"] > max(final[name, "B"], final[name, "F"]) + 20 for name in ROBUSTNESS)
     found = ", ".join(f"{name}: {final[name, 'FB']:.1f}" for name in ROBUSTNESS)
@@ -566,7 +539,7 @@ def robustness(lab: Lab) -> None:
     axis.set_xticklabels(ROBUSTNESS)
     axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     rows = [{"rl": name, "model": model, "after": found} for (name, model), found in values.items()]
-    lab.report({"rows": rows, "claims": claims}, f"{text}\n\n{claims_table(claims)}", figure)
+    lab.report(rows, claims, text, figure)
 
 
 EXPERIMENTS: dict[str, Callable[[Lab], None]] = {
