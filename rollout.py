@@ -118,7 +118,8 @@ class Sampler:
             if self.batch is not None:  # what it holds can be used again
                 free += self.batch.groups * (self.batch.longest + self.group * self.max_new_tokens) * size
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / n_threads(device)
+            # A share of all there is, since what is free differs from call to call and small batches round otherwise.
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 / n_threads(device)
         return max(1, int(free / 2 / (tokens * size)))  # the other half is for logits, activations and training
 
     def _batch(self, groups: int, longest: int) -> "Batch":
