@@ -237,7 +237,8 @@ def response_log_probs(
 def add_gradients(
     model: Transformer, copy: Transformer, loss: Callable[[Item], tuple[Tensor, Result]], items: Sequence[Item]
 ) -> list[Result]:
-    """Add the gradient of the summed losses of the items to the model's, and return what `loss` has said of each.
+    """Add the gradient of the summed losses of the items to the model's, and return what `loss` has said of each
+    (thread by thread, so not in the order of the items).
 
     The gradients are those of the working copy; they are summed in fp32, in an order that does not depend on timing.
     A sharded model computes itself, in passes that all processes do together, and sums over the processes as well.

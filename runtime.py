@@ -31,7 +31,8 @@ Config, Item, Result = TypeVar("Config"), TypeVar("Item"), TypeVar("Result")
 
 def say(message: str) -> None:
     """A line on stderr, apart from a progress bar that may be there."""
-    with contextlib.suppress(OSError):  # Ctrl-C may have ended the reader of a pipe, too
+    # Ctrl-C may have ended the reader of a pipe, too, or come while another line is being written.
+    with contextlib.suppress(OSError, RuntimeError):
         tqdm.write(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
 
 

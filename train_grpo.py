@@ -241,9 +241,10 @@ def add_gradient(
         with torch.no_grad():
             ratio = (log_probs - old).exp()
             outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
-            sums |= {"loss": losses, "entropy": entropy, "ratio": ratio, "clipped": outside}
+            sums |= {"loss": losses, "entropy": entropy, "ratio": ratio, "clipped_share": outside}
             figures = {name: value.sum().item() for name, value in sums.items()}
-        figures |= {"trained": len(losses), "worst": (log_probs - old).abs().max().item()}
+        figures["trained_tokens"] = len(losses)
+        figures["logprob_difference"] = (log_probs - old).abs().max().item()
         return losses.sum() * (i < own) / n_tokens, figures
 
     budget = config.micro_tokens or (16384 if world.device.type == "cuda" else 2048)  # caches of a CPU are small
@@ -253,22 +254,16 @@ def add_gradient(
         first = torch.zeros(1, dtype=torch.long, device=rewards.device)
         pieces += [first] * (max(world.gather([own])) - own)
     parts = add_gradients(model, computing, loss, list(enumerate(pieces)))[:own]
-    names = ("loss", "entropy", "ratio", "clipped", "trained", *(["kl"] if reference is not None else []))
-    totals = dict(zip(names, world.sum(*(sum(part[name] for part in parts) for name in names))))
-    worst = max((part["worst"] for part in parts), default=0.0)
-    trained = max(1.0, totals["trained"])
-    figures = {
-        "loss": totals["loss"] / n_tokens,
+    names = ("loss", "trained_tokens", "entropy", "ratio", "clipped_share", *(["kl"] if reference is not None else []))
+    loss_sum, n_trained, *sums = world.sum(*(sum(part[name] for part in parts) for name in names))
+    differences = world.gather([part["logprob_difference"] for part in parts])
+    return {
+        "loss": loss_sum / n_tokens,
         "groups_without_signal": 1 - n_chosen / n_groups,
-        "entropy": totals["entropy"] / trained,
-        "ratio": totals["ratio"] / trained,
-        "clipped_share": totals["clipped"] / trained,
-        "logprob_difference": max(world.gather([worst])),
-        "trained_tokens": totals["trained"],
+        "trained_tokens": n_trained,
+        "logprob_difference": max(differences, default=0.0),
+        **{name: total / n_trained if n_trained else None for name, total in zip(names[2:], sums)},
     }
-    if reference is not None:
-        figures["kl"] = totals["kl"] / trained
-    return figures
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -350,11 +345,9 @@ def main(config: GrpoConfig, world: World) -> None:
     init = Path(load_training(source)["start"]) if source else known or train_sft_first(config, world)
     precision = choose_precision(config.precision, shape, source, world)
     model, tokenizer = load_policy(config, init, source, precision, world.device)
-    initial = None  # the reference, and what the report compares with
-    if config.lora:
-        initial = without_adapters(model)
-    elif config.beta or world.leads:
-        initial = load_model(init, world.device, PRECISIONS[precision])[0].requires_grad_(False)
+    reference = None
+    if config.beta:
+        reference = without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
     copy = shard(model, precision, world) if config.shard else working_copy(model, precision)
     computing = model if config.shard else copy
     computing.recompute = config.recompute
@@ -381,7 +374,7 @@ def main(config: GrpoConfig, world: World) -> None:
         judged = judge_groups(drawn, tokenizer.decode(rollout.responses()), rollout.stopped.tolist())
         rewards = torch.tensor([[float(r.correct) for r in group] for group in judged], device=world.device)
 
-        reference, padded = initial if config.beta else None, pad(prompts, world.device)
+        padded = pad(prompts, world.device)
         n_sampled, n_broken, stopping = world.sum(
             int(rollout.lengths.sum()), not rollout.log_probs.isfinite().all(), signals.caught
         )
@@ -424,7 +417,8 @@ def main(config: GrpoConfig, world: World) -> None:
         if stopping and not last:
             signals.leave(run)
     if world.leads:
-        report((init, initial), (run, copy), tokenizer, problems, max_new_tokens, config)
+        before = load_model(init, world.device, PRECISIONS[precision])[0]
+        report((init, before), (run, copy), tokenizer, problems, max_new_tokens, config)
     world.wait()
 
 

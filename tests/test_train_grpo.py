@@ -149,6 +149,15 @@ def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, s
         assert their_figures == pytest.approx(figures, rel=1e-4, abs=1e-6)
 
 
+def test_what_was_not_measured_is_not_logged_as_zero(batch):
+    """No group with a signal: nothing is forwarded, so there is no entropy, ratio or KL divergence."""
+    rewards = torch.ones(6, 4)
+    models = batch.model, batch.model, batch.model
+    figures = add_gradient(*models, pad(batch.rows), batch.rollout, rewards, CONFIG, ONE)
+    assert figures["groups_without_signal"] == 1 and figures["trained_tokens"] == 0
+    assert all(figures[name] is None for name in ("entropy", "ratio", "clipped_share", "kl"))
+
+
 @pytest.mark.parametrize(
     "ratio, advantage, loss, slope",
     [
