@@ -150,7 +150,7 @@ def load_policy(
 def weights_to_save(model: Transformer, training: dict, leads: bool = True) -> dict[str, torch.Tensor]:
     """The weights in fp32; with LoRA those of the start as they lie on disk, to which the adapters are added.
 
-    Of a sharded model all processes have to ask, and only the one that `leads` gets them.
+    Of a sharded model a collective: all processes have to call it, and the one that `leads` gets the weights.
     """
     if training.get("lora"):
         places = find_weights(Path(training["start"]))

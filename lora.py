@@ -95,7 +95,7 @@ def dropout_key(config, update: int, rank: int, piece: int) -> int | None:
 
 
 def updates(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """What the adapters add to the weights of a checkpoint, one by one, with its name; in fp32 on the CPU."""
+    """Each adapted matrix by its name in a checkpoint, and what is added to it, alpha / rank * B A; in fp32."""
     for name, linear in adapted(model).items():
         for part, (a, b) in zip(part_names(name), linear.adapter.pairs()):
             yield f"{part}.weight", (linear.adapter.scale * (b @ a)).detach().cpu()

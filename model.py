@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix that holds several of the checkpoint's own, of `sizes` rows, and perhaps LoRA adapters of each."""
+    """Several projections of a checkpoint in one matrix, of `sizes` rows each, perhaps with LoRA adapters."""
 
     def __init__(self, inputs: int, *sizes: int, bias: bool = False):
         super().__init__(inputs, sum(sizes), bias)

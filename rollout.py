@@ -106,7 +106,7 @@ class Sampler:
         )
 
     def groups_at_once(self, longest: int) -> int:
-        """How many groups are decoded together: as `max_rows` says, or by the memory that is free."""
+        """How many groups are decoded together: as `max_rows` says, or by memory, free on a GPU and all on the CPU."""
         if self.max_rows is not None:
             return max(1, self.max_rows // self.group)
         config, device = self.model.config, self.model.device

@@ -29,6 +29,7 @@ from runtime import World, fail, is_sharded, refusals, require, warn, whole, wri
 from sharding import split_like
 from tokenizer import Tokenizer
 
+# Flags that may be others when a run goes on.
 MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep", "recompute", "shard"}
 LOG, MANIFEST = "metrics.jsonl", "manifest.json"
 

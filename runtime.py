@@ -238,7 +238,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; for one that is split, all processes have to ask together."""
+    """The full tensor; of one that is split a collective, which all processes have to call."""
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
@@ -246,9 +246,9 @@ def whole(tensor: Tensor) -> Tensor:
 # Gradients
 
 
-def clip_gradient(model: nn.Module, longest: float) -> float:
-    """Scale the gradient down to length `longest` where it is longer; its length before."""
-    return whole(nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], longest)).item()
+def clip_gradient(model: nn.Module, max_norm: float) -> float:
+    """Clip the gradient to norm `max_norm`; its norm before."""
+    return whole(nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], max_norm)).item()
 
 
 def count_skipped(skipped: int, loss: float, norm: float, run: Path) -> int:
@@ -300,7 +300,7 @@ def stream(*key: int | str) -> random.Random:
 
 
 def places(seed: int, size: int, first: int, n: int) -> list[int]:
-    """Which of a data set's examples are the n from number `first` on: all of them, shuffled anew for each epoch."""
+    """n indices from position `first` of an endless row of epochs, each a new permutation of range(size)."""
     wanted, orders = [divmod(i, size) for i in range(first, first + n)], {}
     for epoch in {epoch for epoch, _ in wanted}:
         orders[epoch] = list(range(size))

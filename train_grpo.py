@@ -96,7 +96,7 @@ class GrpoConfig:
     beta: float | None = None  # weight of the KL divergence from the SFT model [tiny 0, pretrained 0.05]
     clip_low: float = 0.2  # bad responses get no gradient where their ratio is below 1 - this
     clip_high: float = 0.2  # good responses get no gradient where their ratio is above 1 + this
-    clip_gradient: float = 1.0  # longest gradient
+    clip_gradient: float = 1.0  # a gradient of a larger norm is scaled down to this
     advantage: Literal["z-score", "mean"] = "z-score"  # rewards minus the group's mean, divided by its deviation or not
     temperature: float | None = None  # of the sampling [tiny 1.0, pretrained 0.7]
     max_new_tokens: int = 0  # longest response [0: the longest solution and a little more]

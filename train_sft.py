@@ -59,8 +59,8 @@ class SftConfig:
     batch_size: int | None = None  # examples an update, over all processes [tiny 32, pretrained 16]
     lr: float | None = None  # peak learning rate of AdamW [tiny 3e-3, pretrained 2e-4]
     weight_decay: float = 0.01  # of AdamW
-    warmup: int = 100  # updates in which the rate rises, on top of a cosine that leads down from the peak to zero
-    clip_gradient: float = 1.0  # longest gradient
+    warmup: int = 100  # updates of linear warm-up, times a cosine decay from the peak to zero
+    clip_gradient: float = 1.0  # a gradient of a larger norm is scaled down to this
     position_gap: int | None = None  # longest sum of random gaps in the positions [tiny 130, pretrained 0]
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto measures. Weights stay fp32
     lora: int | None = None  # rank of LoRA adapters, 0 to train all the weights [tiny 0, pretrained 64]

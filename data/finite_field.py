@@ -207,7 +207,7 @@ class Task:
             raise ValueError(f"relabel must be fixed or shown, not {self.relabel!r}")
 
     def longest(self) -> "Task":
-        """The problems of most parts and steps among these."""
+        """This task with its longest problems only."""
         return replace(self, steps=(self.steps[1],) * 2, parts=(self.parts[1],) * 2)
 
     @staticmethod

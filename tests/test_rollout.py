@@ -228,7 +228,7 @@ def test_a_prompt_that_leaves_no_room_for_more(model, way):
 
 
 def test_more_prompts_than_fit_wait(model, monkeypatch):
-    """The batch is planned from the memory that is free; what a row says does not depend on it."""
+    """The batch is planned from the memory there is; what a row says does not depend on it."""
     plenty = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
     seen, run = [], Batch.run
     monkeypatch.setattr("os.sysconf", lambda name: 1)
