@@ -104,7 +104,7 @@ class Rates:
         """The least time of decoding: weights once a step, cached tokens once a step, a group's prompt once."""
         c, steps = work.shape, work.new - 1
         weights = matrix_weights(c)
-        kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+        kv = 2 * c.num_hidden_layers * c.kv_size
         cached = work.prompts * (steps * work.prompt + work.group * steps * (steps + 1) / 2)
         moved = itemsize * (steps * weights + cached * kv)
         return max(moved / self.bandwidth, 2 * weights * work.tokens / self.operations)
@@ -116,8 +116,7 @@ class Rates:
 
 def matrix_weights(c: ModelConfig) -> int:
     """Weights that take part in matrix products, the vocabulary's once."""
-    kv = c.num_key_value_heads * c.head_dim
-    layer = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size)
+    layer = c.hidden_size * (2 * c.hidden_size + 2 * c.kv_size + 3 * c.intermediate_size)
     return c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
 
 
@@ -330,20 +329,19 @@ def time_of_lengths(work: Work, machine: Machine) -> list[dict]:
 
 def plot_lengths(rows: list[dict], path: Path) -> float:
     """Draw the times over the tokens with the straight line that fits them; how much of them it explains (R^2)."""
-    from matplotlib.figure import Figure
+    from plot import new_figure, save  # matplotlib, which takes a second, only where a plot is asked for
 
     tokens, seconds = (np.array([r[key] for r in rows]) for key in ("tokens", "seconds"))
     slope, start = np.polyfit(tokens, seconds, 1)
     explained = 1 - ((seconds - start - slope * tokens) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
-    figure = Figure((6, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(6, 4, 1, 1)
     axes.plot(tokens, start + slope * tokens, color="0.7", label=f"straight line, R² = {explained:.3f}")
     axes.plot(tokens, seconds, "o", color="tab:blue", label="updates of 3 to 9 steps")
     for r in rows:
         axes.annotate(str(r["steps"]), (r["tokens"], r["seconds"]), (0, 7), textcoords="offset points", ha="center")
     axes.set(xlabel="tokens generated", ylabel="seconds an update", xlim=(0, None), ylim=(0, None))
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     return float(explained)
 
 

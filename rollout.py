@@ -111,7 +111,7 @@ class Sampler:
             return max(1, self.max_rows // self.group)
         config, device = self.model.config, self.model.device
         tokens = longest + self.group * self.max_new_tokens
-        size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
+        size = 2 * config.num_hidden_layers * config.kv_size * self.model.dtype.itemsize
         if device.type == "cuda":
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             free = torch.cuda.mem_get_info(device)[0] + unused

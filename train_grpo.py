@@ -345,9 +345,10 @@ def main(config: GrpoConfig, world: World) -> None:
     init = Path(load_training(source)["start"]) if source else known or train_sft_first(config, world)
     precision = choose_precision(config.precision, shape, source, world)
     model, tokenizer = load_policy(config, init, source, precision, world.device)
-    reference = None
-    if config.beta:
-        reference = without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
+    initial = without_adapters(model) if config.lora else None
+    if config.beta and not config.lora:
+        initial = load_model(init, world.device, PRECISIONS[precision])[0]
+    reference = initial if config.beta else None
     copy = shard(model, precision, world) if config.shard else working_copy(model, precision)
     computing = model if config.shard else copy
     computing.recompute = config.recompute
@@ -417,8 +418,8 @@ def main(config: GrpoConfig, world: World) -> None:
         if stopping and not last:
             signals.leave(run)
     if world.leads:
-        before = load_model(init, world.device, PRECISIONS[precision])[0]
-        report((init, before), (run, copy), tokenizer, problems, max_new_tokens, config)
+        initial = initial or load_model(init, world.device, PRECISIONS[precision])[0]
+        report((init, initial), (run, copy), tokenizer, problems, max_new_tokens, config)
     world.wait()
 
 

@@ -144,12 +144,12 @@ def test_log_probs_equal_the_trainers_at_any_temperature(model, temperature):
 @pytest.mark.parametrize("bias", [0.0, 30.0])
 def test_log_probs_in_bf16_equal_the_trainers_in_bf16(way, bias):
     """Bug: scores in 16 bits, which large ones lose their differences to (transformers #33317)."""
-    model = working_copy(with_large_biases(small_model(hidden_size=128), bias), "bf16")
+    model = working_copy(with_large_biases(small_model(), bias), "bf16")
     rollout = Sampler(model, STOP, 4, 20).sample(PROMPTS, keys(PROMPTS))
     batch = pack(*pad(PROMPTS), rollout.tokens, rollout.lengths, torch.arange(4).repeat_interleave(4))
     log_probs, _ = response_log_probs(model, batch)
     mask = torch.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
-    assert (log_probs - rollout.log_probs[mask]).abs().max() < 0.2
+    assert (log_probs - rollout.log_probs[mask]).abs().max() < 0.1
 
 
 class Recording(TorchDispatchMode):
