@@ -61,7 +61,7 @@ class Run:
 
     def finished(self) -> bool:
         if self.place.suffix == ".json":
-            return self.place.exists()
+            return self.place.exists() and self.place.read_text().endswith("\n}\n")  # not cut off while it was written
         found = newest_checkpoint(self.place)
         training = load_training(found) if found else {}
         return bool(found) and training["update"] == training["total"]

@@ -123,6 +123,12 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     assert len((tmp_path / "calls").read_text().splitlines()) == 2, "nothing is done twice"
     assert str(runs[0]) in capsys.readouterr().out
 
+    cut = lab.compare(runs[0], runs[1])
+    cut.place.write_text('{\n  "first": {\n    "pass@1": 1.0\n  }\n')  # as a full disk leaves it
+    assert not cut.finished()
+    cut.place.write_text('{\n  "first": 1.0\n}\n')
+    assert cut.finished()
+
     lab.sft("F", 7)
     with pytest.raises(SystemExit) as stop:
         lab.run()
