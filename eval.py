@@ -5,14 +5,15 @@
 
 pass@1 is the share of sampled responses that are right, averaged over problems; pass@k is the unbiased estimate of
 Chen et al. (arXiv 2107.03374, equation 1). Intervals are 95% over problems: Wilson's for a pass rate, which is
-conservative when there are several samples a problem, and the normal one for a paired difference.
+conservative when there are several samples a problem, and for a paired difference the adjusted normal one of Bonett and
+Price (2012), which has a width also where all problems change alike.
 """
 
 import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, pstdev
 from typing import Literal
 
 from checkpoint import choose_precision, load_model, load_training, read_config
@@ -23,7 +24,7 @@ from rollout import Sampler
 from run_folder import find_checkpoint
 from runtime import World, check_outputs, parse_flags, processes, refusals, require, stream, write_json
 from split import CAUSES, explain
-from strategies import MIXED, NONE, Response, judge
+from strategies import STRATEGIES, Response, judge
 from tokenizer import Tokenizer
 
 
@@ -126,7 +127,7 @@ def cell(judged: list[list[Response]]) -> dict:
     figures = {"pass@1": mean, "ci95": wilson(mean, len(judged)), "problems": len(judged), "samples": samples}
     for k in (2**i for i in range(1, samples.bit_length())):
         figures[f"pass@{k}"] = fmean(pass_at_k(samples, sum(r.correct for r in group), k) for group in judged)
-    for strategy in (FORWARD, BACKWARD, MIXED, NONE):
+    for strategy in STRATEGIES:
         figures[f"{strategy}_share"] = strategies[strategy] / len(responses)
     figures["fit_share"] = len(fitting) / len(responses)
     figures["accuracy_given_fit"] = fmean(fitting) if fitting else None
@@ -144,7 +145,7 @@ def group_by(judged: list[list[Response]], key: str) -> dict[str, list[list[Resp
 def summarise(judged: list[list[Response]]) -> dict:
     """All figures: overall, by type, by number of steps, by both, and by strategy (of responses, not problems)."""
     by_strategy = {}
-    for strategy in (FORWARD, BACKWARD, MIXED, NONE):
+    for strategy in STRATEGIES:
         correct = [r.correct for group in judged for r in group if r.strategy == strategy]
         if correct:
             by_strategy[strategy] = {"responses": len(correct), "accuracy": fmean(correct)}
@@ -164,10 +165,10 @@ def summarise(judged: list[list[Response]]) -> dict:
 def paired_difference(before: list[list[Response]], after: list[list[Response]]) -> dict:
     """Change of pass@1 on the same problems, with its 95% interval."""
     changes = [pass_rate(b) - pass_rate(a) for a, b in zip(before, after, strict=True)]
-    mean, half = fmean(changes), 1.0  # a single problem tells nothing about others
-    if len(changes) > 1:
-        half = 1.96 * stdev(changes) / math.sqrt(len(changes))
-    return {"pass@1": mean, "ci95": [max(-1.0, mean - half), min(1.0, mean + half)], "problems": len(changes)}
+    adjusted = [*changes, 1.0, -1.0]  # as if on one problem more all was gained and on one all lost
+    centre, half = fmean(adjusted), 1.96 * pstdev(adjusted) / math.sqrt(len(adjusted))
+    interval = [max(-1.0, centre - half), min(1.0, centre + half)]
+    return {"pass@1": fmean(changes), "ci95": interval, "problems": len(changes)}
 
 
 def compare(before: list[list[Response]], after: list[list[Response]]) -> dict:

@@ -12,19 +12,26 @@ response wrong: 1 - acc is the sum, over three causes, of the chance that a resp
 
     arithmetic   a step names the right operation and operands, and a wrong result
     procedure    a step is skipped, out of order or done with something else; the response does not end, or not so
-    guess        everything is carried out rightly from a wrong guess (a strategy that does not fit)
+    guess        what the strategy had to guess, because it does not fit, is not so
 
 What it cannot say. It is arithmetic on outcomes and not a cause: RL did not work on selection and improvement one after
-the other, and a strategy that became better may be taken more often for that reason. A strategy that one policy never
-takes has no accuracy there; it is taken to be the other policy's, so that all it brings counts as selection. "Strategy"
-is what the tagger can tell apart: what happens within one counts as improvement.
-"""
+the other, and a strategy that became better may be taken more often for that reason. "Strategy" is what the tagger can
+tell apart: what happens within one counts as improvement.
 
-from collections.abc import Callable
+What it assumes. From a few responses to a problem only the shares are known there. A strategy that none of them took
+is given the accuracy it has on the problems of the same type and number of steps, else on those of the same type, and
+where one policy never takes it at all, the accuracy it has under the other, so that all it brings counts as selection.
+The sum of the parts is the gain whatever is put there; but where a policy takes a strategy rather on problems that
+suit it, the strategy looks better than it would be on the others, and what selection brings comes out too small or too
+large by that. More responses to a problem (eval.py --samples) need less of it.
+
+Intervals are bootstrapped over problems, and accuracies are put in anew in every resample: a strategy that was rarely
+taken makes them wide. Of what was never seen to happen, a bootstrap cannot say how often it might.
+"""
 
 import numpy as np
 
-from strategies import ARITHMETIC, Response
+from strategies import ARITHMETIC, GUESS, Response
 
 CAUSES = ("arithmetic", "procedure", "guess")
 OUTCOMES = ("right", *CAUSES)
@@ -34,9 +41,7 @@ Judged = list[list[Response]]  # of each problem, its responses
 def outcome(response: Response) -> str:
     if response.correct:
         return "right"
-    if response.error is None:
-        return "guess"
-    return "arithmetic" if response.error == ARITHMETIC else "procedure"
+    return {ARITHMETIC: "arithmetic", GUESS: "guess"}.get(response.error, "procedure")
 
 
 def count(judged: Judged, strategies: list[tuple[str, bool]]) -> np.ndarray:
@@ -48,52 +53,65 @@ def count(judged: Judged, strategies: list[tuple[str, bool]]) -> np.ndarray:
     return counts
 
 
-def rates(counts: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """How often a strategy comes to each outcome, (X, S, 4): on the problem itself; where the strategy was not taken
-    there, on all problems of its kind (X,); NaN where it was not taken on those either."""
+def rates(counts: np.ndarray, cells: list[np.ndarray]) -> np.ndarray:
+    """How often a strategy comes to each outcome, (X, S, 4), from counts (X, S, 4).
+
+    Where it was not taken on a problem, its rates are those of the problem's first cell in which it was (each of
+    `cells` numbers the problems' cells, (X,)); NaN where there is none.
+    """
     with np.errstate(invalid="ignore"):
         found = counts / counts.sum(2, keepdims=True)
-        for kind in np.unique(kinds):
-            same = kinds == kind
-            total = counts[same].sum(0)
-            found[same] = np.where(np.isnan(found[same]), total / total.sum(1, keepdims=True), found[same])
+        for cell in cells:
+            totals = np.zeros((cell.max() + 1, *counts.shape[1:]))
+            np.add.at(totals, cell, counts)
+            found = np.where(np.isnan(found), (totals / totals.sum(2, keepdims=True))[cell], found)
     return found
 
 
-def contributions(before: Judged, after: Judged) -> dict[str, np.ndarray]:
-    """What selection and each kind of improvement bring on each problem, (X,) each; they add up to its gain."""
-    strategies = sorted({(r.strategy, r.fits) for judged in (before, after) for group in judged for r in group})
-    kinds = np.unique([f"{group[0].kind} {group[0].steps}" for group in before], return_inverse=True)[1]
-    counts = [count(judged, strategies) for judged in (before, after)]
-    share, share_after = (c.sum(2) / c.sum((1, 2))[:, None] for c in counts)  # (X, S)
-    rate, rate_after = (rates(c, kinds) for c in counts)
+def contributions(before: np.ndarray, after: np.ndarray, cells: list[np.ndarray]) -> np.ndarray:
+    """What selection and each cause of improvement bring on each problem, (4, X), from counts (X, S, 4).
+
+    They add up to the problem's gain; improvement is the sum of the causes.
+    """
+    share, share_after = (counts.sum(2) / counts.sum((1, 2))[:, None] for counts in (before, after))  # (X, S)
+    rate, rate_after = rates(before, cells), rates(after, cells)
     rate, rate_after = (np.nan_to_num(np.where(np.isnan(a), b, a)) for a, b in ((rate, rate_after), (rate_after, rate)))
     selection = ((share_after - share) * (rate + rate_after)[:, :, 0] / 2).sum(1)
     fewer = ((share + share_after)[:, :, None] / 2 * (rate - rate_after)).sum(1)  # (X, 4) of each outcome
-    parts = {cause: fewer[:, OUTCOMES.index(cause)] for cause in CAUSES}
-    return {"selection": selection, "improvement": -fewer[:, 0], **parts}
+    return np.stack((selection, *fewer[:, 1:].T))
 
 
-def interval(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> list[float]:
-    """95% bootstrap interval of the mean over problems (X,): the percentiles of resampled means."""
-    chosen = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    return np.percentile(values[chosen].mean(1), [2.5, 97.5]).tolist()
-
-
-def explain(before: Judged, after: Judged) -> dict:
+def explain(before: Judged, after: Judged, resamples: int = 1000) -> dict:
     """The gain in pass@1 and its parts, with 95% intervals: overall, by type and by number of steps."""
-    parts = contributions(before, after)
+    strategies = sorted({(r.strategy, r.fits) for judged in (before, after) for group in judged for r in group})
+    counts = [count(judged, strategies) for judged in (before, after)]
+    kinds, steps = ([str(getattr(group[0], key)) for group in before] for key in ("kind", "steps"))
+    cells = [np.unique(names, return_inverse=True)[1] for names in ([*map(" ".join, zip(kinds, steps))], kinds)]
 
-    def figures(same: np.ndarray) -> dict:
-        gain = (parts["selection"] + parts["improvement"])[same]
-        return {
-            name: {"mean": float(values.mean()), "ci95": interval(values)}
-            for name, values in {"gain": gain, **{name: values[same] for name, values in parts.items()}}.items()
+    groups = {("overall", ""): np.ones(len(before))}  # 1 for the problems of a group, (X,)
+    for name, values in (("by_type", kinds), ("by_steps", steps)):
+        groups |= {(name, value): np.array(values) == value for value in sorted(set(values), key=lambda v: (len(v), v))}
+    members = np.array(list(groups.values()), dtype=float)  # (groups, X)
+
+    def means(chosen: np.ndarray) -> np.ndarray:
+        """Of each group and each part, from the chosen problems: (groups, 4); NaN for a group of none."""
+        parts = contributions(*(c[chosen] for c in counts), [cell[chosen] for cell in cells])
+        with np.errstate(invalid="ignore"):
+            return members[:, chosen] @ parts.T / members[:, chosen].sum(1, keepdims=True)
+
+    def with_sums(parts: np.ndarray) -> np.ndarray:
+        """(..., 4) -> gain, selection, improvement and the causes, (..., 6)"""
+        return np.stack((parts.sum(-1), parts[..., 0], parts[..., 1:].sum(-1), *np.moveaxis(parts[..., 1:], -1, 0)), -1)
+
+    found = with_sums(means(np.arange(len(before))))
+    draws = np.random.default_rng(0).integers(0, len(before), (resamples, len(before)))
+    intervals = np.nanpercentile(with_sums(np.array([means(chosen) for chosen in draws])), [2.5, 97.5], axis=0)
+
+    result: dict = {"overall": {}, "by_type": {}, "by_steps": {}}
+    for i, (name, value) in enumerate(groups):
+        figures = {
+            part: {"mean": float(found[i, j]), "ci95": intervals[:, i, j].tolist()}
+            for j, part in enumerate(("gain", "selection", "improvement", *CAUSES))
         }
-
-    def by(key: Callable[[Response], object]) -> dict[str, dict]:
-        values = np.array([key(group[0]) for group in before])
-        return {str(value): figures(values == value) for value in np.unique(values)}
-
-    everything = np.ones(len(before), dtype=bool)
-    return {"overall": figures(everything), "by_type": by(lambda r: r.kind), "by_steps": by(lambda r: r.steps)}
+        result[name] = figures if name == "overall" else result[name] | {value: figures}
+    return result

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from data.finite_field import BACKWARD, FITTING, FORWARD, Problem, reward
 
 MIXED, NONE = "mixed", "none"
+STRATEGIES = (FORWARD, BACKWARD, MIXED, NONE)  # what a response can be tagged as
 
 # What can be wrong with a line.
 ARITHMETIC = "arithmetic"  # the result is not operation(value, operand)
@@ -27,6 +28,8 @@ SKIPPED = "skipped step"  # a line that is due is left out, and a later one said
 ORDER = "wrong order"  # a line out of turn: said before, or never due
 FORMAT = "format"  # a line of another form
 NO_ANSWER = "no answer"  # the response ends before its answer
+
+GUESS = "wrong guess"  # no fault of a line: the strategy does not fit, and what it had to guess is not so
 
 LINE = re.compile(  # of whole words
     r"(?<![^ ])(?:"
@@ -68,6 +71,7 @@ class Tag:
     strategy: str  # FORWARD, BACKWARD, MIXED (parts differ, or one part goes both ways) or NONE (no step at all)
     parts: tuple[str, ...]  # the same for each part of the problem
     guessed: tuple[bool, ...]  # which parts open with a guess
+    misguessed: bool  # whether a wrong guess comes before the first error
     steps_right: int  # steps done before the first error
     error: Error | None
     answer: str | None
@@ -81,11 +85,12 @@ def tag(problem: Problem, response: str) -> Tag:
     parts = tuple(strategy_of(chunk) for chunk in chunks)
     used = set(parts) - {NONE}
     answers = [line.value for line in lines if line.form == "answer"]
-    steps_right, error = check(problem, lines, chunks, parts)
+    misguessed, steps_right, error = check(problem, lines, chunks, parts)
     return Tag(
         strategy=NONE if not used else used.pop() if len(used) == 1 else MIXED,
         parts=parts,
         guessed=tuple(bool(chunk) and chunk[0].guess for chunk in chunks),
+        misguessed=misguessed,
         steps_right=steps_right,
         error=error,
         answer=answers[-1] if answers else None,
@@ -106,14 +111,14 @@ class Response:
     strategy: str
     fits: bool
     correct: bool
-    error: str | None  # the kind of the first wrong line
+    error: str | None  # what went wrong first: a wrong guess, or the kind of a line
     stopped: bool
 
 
 def judge(problem: Problem, response: str, stopped: bool) -> Response:
     found = tag(problem, response)
     correct = bool(reward(problem, response))
-    error = found.error.kind if found.error else None
+    error = GUESS if found.misguessed else found.error.kind if found.error else None
     return Response(problem.kind, problem.steps, found.strategy, fits(problem, found), correct, error, stopped)
 
 
@@ -171,8 +176,8 @@ def strategy_of(chunk: list[Line]) -> str:
 
 def check(
     problem: Problem, lines: list[Line], chunks: list[list[Line]], parts: tuple[str, ...]
-) -> tuple[int, Error | None]:
-    """Number of steps done right before the first error, and that error."""
+) -> tuple[bool, int, Error | None]:
+    """Whether a wrong guess comes before the first error, the number of steps before it, and the error."""
     directions, guesses = [], []
     for chunk, strategy, part in zip(chunks, parts, problem.parts):
         opening = chunk[0] if chunk and chunk[0].form == "anchor" else None
@@ -182,15 +187,19 @@ def check(
         guesses.append(problem.field.value(opening.value) if opening else None)
 
     due = read(problem.solution(directions, guesses))
-    for i, expected in enumerate(due):
-        line = lines[i] if i < len(lines) else None
-        if line is None or line.text != expected.text:
-            steps_right = sum(previous.form == "step" for previous in due[:i])
-            return steps_right, Error(_kind(line, expected, due[i + 1 :]), i, expected.label or None)
-    steps = sum(line.form == "step" for line in due)
-    if len(lines) > len(due):
-        return steps, Error(_kind(lines[len(due)], None, []), len(due), None)
-    return steps, None
+    texts = [line.text for line in lines]
+    same = next((i for i, line in enumerate(due) if texts[i : i + 1] != [line.text]), len(due))  # lines as they are due
+    steps_right = sum(line.form == "step" for line in due[:same])
+    misguessed = False
+    if any(line.guess for line in due[:same]):
+        right = read(problem.solution(directions))
+        misguessed = any(line.guess and line.text != other.text for line, other in zip(due[:same], right))
+
+    if same == max(len(lines), len(due)):
+        return misguessed, steps_right, None
+    line, expected = (found[same] if same < len(found) else None for found in (lines, due))
+    kind = _kind(line, expected, due[same + 1 :])
+    return misguessed, steps_right, Error(kind, same, (expected and expected.label) or None)
 
 
 def _kind(line: Line | None, expected: Line | None, later: list[Line]) -> str:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import train_sft
 from checkpoint import TINY, choose_precision, load_model, load_policy, load_training, read_config
-from data.finite_field import BACKWARD, COMPOSITION, FORWARD, Problem, Task
+from data.finite_field import Problem, Task
 from eval import (
     Response,
     cell,
@@ -74,6 +74,7 @@ from runtime import (
 )
 from sharding import check_shard, shard
 from split import explain
+from strategies import STRATEGIES
 from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
 
@@ -270,13 +271,17 @@ def add_gradient(
 # The loop
 
 
+BY_TYPE = {"accuracy": "pass@1", "accuracy_given_fit": "accuracy_given_fit", "fit_share": "fit_share"}
+
+
 def behaviour(judged: list[list[Response]]) -> dict[str, float | None]:
-    """Accuracy by type, strategy shares by type, and accuracy given the strategy, from the responses of an update."""
-    figures = {}
+    """What an update's responses did: accuracy, also given the strategy, and strategy shares by problem type."""
+    everything = cell(judged)
+    figures = {f"{strategy}/all": everything[f"{strategy}_share"] for strategy in STRATEGIES}
     for kind, groups in group_by(judged, "kind").items():
         c = cell(groups)
-        figures |= {f"accuracy/{kind}": c["pass@1"], f"accuracy_given_fit/{kind}": c["accuracy_given_fit"]}
-        for strategy in (FORWARD, BACKWARD) if kind != COMPOSITION else ():
+        figures |= {f"{name}/{kind}": c[key] for name, key in BY_TYPE.items()}
+        for strategy in STRATEGIES:
             right = [r.correct for group in groups for r in group if r.strategy == strategy]
             figures[f"{strategy}/{kind}"] = c[f"{strategy}_share"]
             figures[f"accuracy_given_{strategy}/{kind}"] = fmean(right) if right else None

@@ -16,7 +16,21 @@ from data.finite_field import (
     make_field,
     vocabulary,
 )
-from strategies import ARITHMETIC, FORMAT, MIXED, NO_ANSWER, NONE, OPERAND, ORDER, SKIPPED, fits, read, tag
+from strategies import (
+    ARITHMETIC,
+    FORMAT,
+    GUESS,
+    MIXED,
+    NO_ANSWER,
+    NONE,
+    OPERAND,
+    ORDER,
+    SKIPPED,
+    fits,
+    judge,
+    read,
+    tag,
+)
 
 TASKS = {
     "easy": Task((2, 5)),
@@ -141,6 +155,23 @@ def test_an_inversion_solved_forward_does_not_fit(example):
     inversion = Problem(example.field, (Part(INVERSION, part.start, part.steps, part.end),), 7)
     found = tag(inversion, inversion.solution(FORWARD))
     assert found.guessed == (True,) and not fits(inversion, found) and found.error is None
+
+
+def test_a_wrong_guess_comes_before_what_it_leads_to(example):
+    """It is what a response fails by, however well or badly the wrong value is carried on."""
+    guess = "guess end e4\n9: e4 - e3 = e1\n8: e1 / e2 = e6\n7: e6 - e1 = e5\nstart e5\nanswer e4"
+    slip = guess.replace("e4 - e3 = e1", "e4 - e3 = e2")
+    assert judge(example, guess, True).error == judge(example, slip, True).error == GUESS
+    assert tag(example, guess).error is None and tag(example, slip).error.kind == ARITHMETIC
+    right = guess.replace("end e4\n9: e4 - e3 = e1", "end e5\n9: e5 - e3 = e9")
+    assert judge(example, right, True).error == ARITHMETIC, "8: is not right then, the guess is"
+
+    parts = tuple(Part(kind, 0, (("+", 1),), 1) for kind in (EVALUATION, INVERSION))
+    composition = Problem(example.field, parts, 7)
+    for first, error in (("7: e0 + e1 = e1", GUESS), ("7: e0 + e1 = e2", ARITHMETIC)):
+        end = first[-2:]
+        text = f"start e0\n{first}\nend {end}\nguess start e3\n8: e3 + e1 = e4\nend e4\nanswer e3"
+        assert judge(composition, text, True).error == error
 
 
 def test_line_breaks_do_not_matter(example):
