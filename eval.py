@@ -202,13 +202,15 @@ def table(summaries: dict[str, dict], difference: dict | None = None, reasons: d
     """The figures of checkpoints, in percent, as text."""
     top = max(int(key[5:]) for key in next(iter(summaries.values()))["overall"] if key.startswith("pass@"))
     ks = [1] if top == 1 else [1, top]
-    head = [*(f"pass@{k}" for k in ks), "95% interval", "forward", "backward", "right if fit", "problems"]
+    head = [*(f"pass@{k}" for k in ks), "95% interval", "forward", "backward", "fitting", "right if fit", "problems"]
     text = ""
     for name, summary in summaries.items():
         text += f"\n{name}\n{'':14}" + "".join(f"{word:>14}" for word in head) + "\n"
         for row, c in rows_of(summary):
             figures = [percent(c[f"pass@{k}"]) for k in ks] + ["{} - {}".format(*map(percent, c["ci95"]))]
-            figures += [percent(c[key]) for key in ("forward_share", "backward_share", "accuracy_given_fit")]
+            figures += [
+                percent(c[key]) for key in ("forward_share", "backward_share", "fit_share", "accuracy_given_fit")
+            ]
             text += f"{row:14}" + "".join(f"{x:>14}" for x in [*figures, str(c["problems"])]) + "\n"
     if difference:
         text += "\nchange of pass@1, paired by problem\n"

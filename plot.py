@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION
+from data.finite_field import BACKWARD, FORWARD
 from run_folder import read_log
 from runtime import check_outputs, parse_flags, refusals, require
 from split import CAUSES
@@ -84,21 +84,30 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
 
 
 def draw_reasons(axis, reasons: dict) -> None:
-    """Bars of what selection and each kind of improvement brought, those that lost below zero."""
+    """Beside one another what selection and what improvement brought, with 95% intervals; improvement by its causes,
+    those that lost below zero."""
     rows = {"all": reasons["overall"], **reasons["by_type"]}
     rows |= {f"{n} step{'s' * (n != '1')}": figures for n, figures in reasons["by_steps"].items()}
+    x, means = np.arange(len(rows)), {}
+    for name in ("gain", "selection", "improvement", *CAUSES):
+        means[name] = np.array([figures[name]["mean"] for figures in rows.values()])
+    axis.bar(x - 0.2, means["selection"], 0.38, color=REASONS["selection"], label="selection")
     above, below = np.zeros(len(rows)), np.zeros(len(rows))
-    for name, shade in REASONS.items():
-        part = np.array([figures[name]["mean"] for figures in rows.values()])
-        label = name if name == "selection" else f"improvement: {name}"
-        axis.bar(range(len(rows)), part, bottom=np.where(part > 0, above, below), color=shade, label=label)
+    for cause in CAUSES:
+        part = means[cause]
+        if np.abs(part).max() > 0.001:
+            base = np.where(part > 0, above, below)
+            axis.bar(x + 0.2, part, 0.38, bottom=base, color=REASONS[cause], label=f"improvement: {cause}")
         above, below = above + np.maximum(part, 0), below + np.minimum(part, 0)
-    gain = [figures["gain"]["mean"] for figures in rows.values()]
-    axis.plot(range(len(rows)), gain, "k_", markersize=14, label="gain")
+    for side, name in ((-0.2, "selection"), (0.2, "improvement")):
+        low, high = np.array([figures[name]["ci95"] for figures in rows.values()]).T
+        bars = [np.maximum(means[name] - low, 0), np.maximum(high - means[name], 0)]
+        axis.errorbar(x + side, means[name], bars, fmt="none", ecolor="black", elinewidth=0.9, capsize=2)
+    axis.plot(x, means["gain"], "k_", markersize=22, label="gain: their sum")
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xticks=range(len(rows)), ylabel="change of pass@1", title="Why accuracy changed")
+    axis.set(xticks=x, ylabel="change of pass@1", title="Why accuracy changed")
     axis.set_xticklabels([name.replace(" ", "\n") for name in rows], fontsize=8)
-    legend_below(axis, 3)
+    legend_below(axis)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -111,10 +120,10 @@ PANELS = {  # title: the metrics drawn, and the style of each
     "accuracy given the fitting strategy": {
         f"accuracy_given_fit/{kind}": style for kind, style in zip(COLOURS, ("-", "--", ":"))
     },
-    "share of the fitting strategy": {f"{FORWARD}/{EVALUATION}": "-", f"{BACKWARD}/{INVERSION}": "--"},
+    "share of the fitting strategy": {f"fit_share/{kind}": style for kind, style in zip(COLOURS, ("-", "--", ":"))},
     "groups without signal": {"groups_without_signal": "-"},
-    "entropy of a token": {"entropy": "-"},
-    "KL divergence from the start": {"kl": "-"},
+    "entropy of a token, groups with signal": {"entropy": "-"},
+    "KL divergence from the start, groups with signal": {"kl": "-"},
     "tokens a response": {"response_length": "-"},
 }
 
@@ -133,7 +142,9 @@ def draw_smoothly(axis, rows: list[dict], metric: str, faint: float = 0.0, **sty
     updates, values = np.array(seen).T
     if faint:
         axis.plot(updates, values, color=style["color"], linewidth=0.6, alpha=faint)
-    axis.plot(updates, smooth(values, 1 + len(values) // 20), **style)
+    width = 1 + len(values) // 20
+    axis.plot(updates, smooth(values, width), **style)
+    axis.set_xlabel(f"update (running means of {width})" if width > 1 else "update")
 
 
 def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
@@ -150,17 +161,18 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
         axis.set_title(title, fontsize=10)
         logged = {metric for rows in runs.values() for row in rows for metric in row}
         if not axis.lines:
-            axis.text(0.5, 0.5, "no values", ha="center", transform=axis.transAxes, color="grey")
+            why = "not computed: --beta is 0" if title.startswith("KL") else "no values"
+            axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes, color="grey")
         elif len(metrics) > 1:  # which style is which type
             for j, (metric, style) in enumerate(metrics.items()):
                 if metric in logged:
                     colour = "grey" if len(runs) > 1 else f"C{j}"
                     axis.plot([], [], style, color=colour, label=metric.split("/")[1])
             axis.legend(fontsize=8, frameon=False)
-        if "accuracy" in title or "share" in title or "groups" in title or title == "reward":
+        if title == "reward" or title.startswith(("accuracy", "share", "groups")):
             axis.set_ylim(0, 1.02)
-    for axis in axes[4:]:
-        axis.set_xlabel("update")
+    for axis in axes[:4]:
+        axis.set_xlabel("")
     if len(runs) > 1:
         handles = [axes[0].plot([], [], color=f"C{i % 10}", label=name)[0] for i, name in enumerate(runs)]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)

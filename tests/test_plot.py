@@ -30,6 +30,25 @@ def test_every_panel_is_fed_by_what_the_trainer_logs():
         assert set(metrics) & logged, title
 
 
+def test_bars_of_the_split_are_its_figures_one_on_the_other():
+    def part(mean):
+        return {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]}
+
+    parts = {"gain": 0.3, "selection": 0.2, "improvement": 0.1, "arithmetic": -0.1, "procedure": 0.15, "guess": 0.05}
+    overall = {name: part(mean) for name, mean in parts.items()}
+    _, (axis,) = plot.new_figure(4, 4, 1, 1)
+    plot.draw_reasons(axis, {"overall": overall, "by_type": {"evaluation": overall}, "by_steps": {}})
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in axis.patches]
+    for x in (0, 1):
+        here = [(y, height) for at, y, height in bars if at == pytest.approx(x + 0.2)]
+        assert here == [pytest.approx(bar) for bar in ((0, -0.1), (0, 0.15), (0.15, 0.05))]
+        assert (0, 0.2) in [(y, height) for at, y, height in bars if at == pytest.approx(x - 0.2)]
+    (gain,) = (line for line in axis.lines if line.get_label().startswith("gain"))
+    assert gain.get_ydata() == pytest.approx([0.3, 0.3])
+    intervals = [line[:, 1] for lines in axis.collections for line in lines.get_segments()]
+    assert np.array(intervals) == pytest.approx(np.array([[0.1, 0.3]] * 2 + [[0, 0.2]] * 2))
+
+
 def test_running_means_keep_constants_and_ends():
     assert smooth(np.full(50, 0.3), 7) == pytest.approx(np.full(50, 0.3))
     assert smooth(np.array([1.0]), 5) == pytest.approx([1.0])
