@@ -33,7 +33,7 @@ from data.finite_field import FITTING, Task
 from model import PRECISIONS, ModelConfig, Transformer, measure_precision, plain_weights, refresh, working_copy
 from packed import pad
 from rollout import Rollout, Sampler
-from runtime import World, check_outputs, clip_gradient, parse_flags, processes, refusals, require, write_json
+from runtime import World, at_least, check_outputs, clip_gradient, parse_flags, processes, refusals, require, write_json
 from tokenizer import word_tokenizer
 from train_grpo import GrpoConfig, add_gradient
 
@@ -363,7 +363,7 @@ def name_of(world: World) -> str:
 
 
 def main(config: BenchConfig, world: World) -> None:
-    require(config.rounds >= 1, "--rounds must be at least 1")
+    at_least(config, rounds=1)
     require(config.only in ("", *ROWS), f"--only takes one of {', '.join(ROWS)}, not {config.only!r}")
     check_outputs(config.json, config.plot)
     precision = measure_precision(TINY.shape, world.device)

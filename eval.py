@@ -22,7 +22,7 @@ from model import PRECISIONS, ModelConfig, Transformer
 from packed import describe
 from rollout import Sampler
 from run_folder import find_checkpoint
-from runtime import World, check_outputs, parse_flags, processes, refusals, require, stream, write_json
+from runtime import World, at_least, check_outputs, parse_flags, processes, refusals, require, stream, write_json
 from split import CAUSES, explain
 from strategies import STRATEGIES, Response, judge
 from tokenizer import Tokenizer
@@ -162,6 +162,22 @@ def summarise(judged: list[list[Response]]) -> dict:
     }
 
 
+def behaviour(judged: list[list[Response]]) -> dict[str, float | None]:
+    """What an update's responses did: accuracy, also given the strategy, and strategy shares by problem type."""
+    logged = {"accuracy": "pass@1", "accuracy_given_fit": "accuracy_given_fit", "fit_share": "fit_share"}
+    everything = cell(judged)
+    figures = {f"{strategy}/all": everything[f"{strategy}_share"] for strategy in STRATEGIES}
+    for kind, groups in group_by(judged, "kind").items():
+        c = cell(groups)
+        figures |= {f"{name}/{kind}": c[key] for name, key in logged.items()}
+        for strategy in STRATEGIES:
+            right = [r.correct for group in groups for r in group if r.strategy == strategy]
+            figures[f"{strategy}/{kind}"] = c[f"{strategy}_share"]
+            figures[f"accuracy_given_{strategy}/{kind}"] = fmean(right) if right else None
+    steps = group_by(judged, "steps")
+    return figures | {f"accuracy_at_steps/{n}": cell(groups)["pass@1"] for n, groups in steps.items()}
+
+
 def paired_difference(before: list[list[Response]], after: list[list[Response]]) -> dict:
     """Change of pass@1 on the same problems, with its 95% interval."""
     changes = [pass_rate(b) - pass_rate(a) for a, b in zip(before, after, strict=True)]
@@ -225,13 +241,31 @@ def table(summaries: dict[str, dict], difference: dict | None = None, reasons: d
     return text
 
 
+def report(judged: dict[str, list[list[Response]]], json: Path | None, plot: Path | None) -> None:
+    """Print the figures of one checkpoint, or of two and why they differ; write and draw them where that is asked."""
+    summaries = {name: summarise(groups) for name, groups in judged.items()}
+    figures, reasons = next(iter(summaries.values())), None
+    named = {"": figures}
+    if len(judged) == 2:
+        named = dict(zip(("before", "after"), summaries.values()))
+        reasons = explain(*judged.values())
+        figures = named | {"difference": compare(*judged.values()), "reasons": reasons}
+    print(table(summaries, figures.get("difference"), reasons))
+    if json:
+        with refusals():
+            write_json(json, {"checkpoints": list(judged), **figures})
+    if plot:
+        from plot import plot_evaluation  # matplotlib, which takes a second, only where a plot is asked for
+
+        plot_evaluation(named, plot, reasons)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 
 
 def check(config: EvalConfig) -> None:
     require(1 <= len(config.checkpoints) <= 2, "name one checkpoint, or two to compare")
-    require(config.problems >= 1, "--problems must be at least 1")
-    require(config.samples >= 1, "--samples must be at least 1")
+    at_least(config, problems=1, samples=1)
     require(
         0 < config.temperature < math.inf, "--temperature must be above 0; for the likeliest tokens there is --greedy"
     )
@@ -261,25 +295,10 @@ def main(config: EvalConfig, world: World) -> None:
         return evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
 
     judged = {str(path): judge_checkpoint(path) for path in paths}  # one model at a time in memory
-    summaries = {name: summarise(groups) for name, groups in judged.items()}
-    difference = compare(*judged.values()) if len(judged) == 2 else None
-    reasons = explain(*judged.values()) if len(judged) == 2 else None
-
     low, high = task.steps
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
     print(f"{len(problems)} validation problems of {low}-{high} steps in GF({task.p}), {how}; figures in %")
-    print(table(summaries, difference, reasons))
-    if config.json:
-        result = next(iter(summaries.values()))
-        if difference:
-            result = dict(zip(("before", "after"), summaries.values()), difference=difference, reasons=reasons)
-        with refusals():
-            write_json(Path(config.json), {"checkpoints": list(judged), **result})
-    if config.plot:
-        from plot import plot_evaluation  # matplotlib, which takes a second, only where a plot is asked for
-
-        names = ("before", "after") if difference else ("",)
-        plot_evaluation(dict(zip(names, summaries.values())), Path(config.plot), reasons)
+    report(judged, config.json and Path(config.json), config.plot and Path(config.plot))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import Linear, Transformer, part_names
-from runtime import fail, require, stream, write_json
+from runtime import at_least, fail, require, stream, write_json
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -83,8 +83,7 @@ def without_adapters(policy: Transformer) -> Transformer:
 
 def check_lora(config) -> None:
     """Refuse impossible --lora flags."""
-    require(config.lora >= 0, "--lora must not be negative")
-    require(config.lora_alpha >= 1, "--lora-alpha must be at least 1")
+    at_least(config, lora=0, lora_alpha=1)
     require(0 <= config.lora_dropout < 1, "--lora-dropout must lie between 0 and 1")
 
 

@@ -227,19 +227,21 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def measure_precision(config: ModelConfig, device: torch.device) -> str:
     """Which precision the device computes faster in: "bf16" has to win by a quarter.
 
-    It does on GPUs and on CPUs with AMX or AVX512-BF16; others are far slower in bf16 than in fp32.
+    It does on GPUs and on CPUs with AMX; of those with AVX512-BF16 some are faster in it and some slower than in fp32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    best = {}
-    for name, dtype in PRECISIONS.items():
-        w = torch.ones(2 * config.intermediate_size, config.hidden_size, dtype=dtype)
-        x, times = w[:256], []
-        for _ in range(20):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in training; and a busy machine cannot keep one thread waiting for another
+    x, w = torch.ones(256, config.hidden_size), torch.ones(2 * config.intermediate_size, config.hidden_size)
+    given = {name: (x.to(dtype), w.to(dtype)) for name, dtype in PRECISIONS.items()}
+    best = dict.fromkeys(PRECISIONS, math.inf)
+    for _ in range(20):
+        for name in PRECISIONS:  # in turn, so that neither has a busier moment
             clock = time.perf_counter()
-            F.linear(x, w)
-            times.append(time.perf_counter() - clock)
-        best[name] = min(times)
+            F.linear(*given[name])
+            best[name] = min(best[name], time.perf_counter() - clock)
+    torch.set_num_threads(threads)
     return "bf16" if 1.25 * best["bf16"] < best["fp32"] else "fp32"
 
 

@@ -235,27 +235,27 @@ def response_log_probs(
 
 
 def add_gradients(
-    model: Transformer, copy: Transformer, loss: Callable[[Item], tuple[Tensor, Result]], items: Sequence[Item]
+    model: Transformer, copy: Transformer, loss: Callable[[int, Item], tuple[Tensor, Result]], items: Sequence[Item]
 ) -> list[Result]:
-    """Add the gradient of the summed losses of the items to the model's, and return what `loss` has said of each
-    (thread by thread, so not in the order of the items).
+    """Add the gradient of the summed losses of the numbered items to the model's, and return what `loss` has said of
+    each (thread by thread, so not in the order of the items).
 
     The gradients are those of the working copy; they are summed in fp32, in an order that does not depend on timing.
     A sharded model computes itself, in passes that all processes do together, and sums over the processes as well.
     """
     if is_sharded(model):
         results = []
-        for value, result in map(loss, items):
+        for value, result in map(loss, range(len(items)), items):
             (value * dist.get_world_size()).backward()  # FSDP takes the mean over the processes
             results.append(result)
         return results
 
     weights, copied = trained(model), trained(copy)
 
-    def share(items: Sequence[Item]) -> tuple[list[Tensor], list[Result]]:
+    def share(numbers: range) -> tuple[list[Tensor], list[Result]]:
         total, results = [], []
-        for item in items:
-            value, result = loss(item)
+        for i in numbers:
+            value, result = loss(i, items[i])
             gradients = torch.autograd.grad(value, copied)
             results.append(result)
             if total:
@@ -264,8 +264,8 @@ def add_gradients(
                 total = [gradient.float() for gradient in gradients]
         return total, results
 
-    n, results = n_threads(model.device), []
-    for total, said in in_threads(share, [mine for i in range(n) if (mine := items[i::n])], model.device):
+    n, results = min(n_threads(model.device), len(items)), []
+    for total, said in in_threads(share, [range(i, len(items), n) for i in range(n)], model.device):
         results += said
         for weight, gradient in zip(weights, total):
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)

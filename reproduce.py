@@ -20,7 +20,7 @@ from statistics import fmean
 from data.finite_field import EVALUATION, FORWARD, INVERSION
 from lab import MODELS, Claim, Lab, ReproduceConfig, markdown
 from plot import COLOURS, draw_smoothly, new_figure
-from runtime import parse_flags, read_json, require
+from runtime import at_least, parse_flags, read_json, require
 
 MARGIN = 3  # percentage points below which two evaluations count as equal
 
@@ -555,8 +555,7 @@ def main(config: ReproduceConfig) -> None:
     for name in names:
         require(name in EXPERIMENTS, f"there is no experiment {name!r}; there are {', '.join(EXPERIMENTS)} and all")
     require(bool(names), f"name an experiment: {', '.join(EXPERIMENTS)} or all")
-    require(config.seeds >= 1, "--seeds must be at least 1")
-    require(config.jobs >= 0, "--jobs must not be negative")
+    at_least(config, seeds=1, jobs=0)
     for name in names:
         EXPERIMENTS[name](Lab(name, config))
 

@@ -41,6 +41,11 @@ class Rollout:
     log_probs: Tensor  # (B, T) under the distribution each token was sampled from; 0 where padded
     stopped: Tensor  # (B,) False where max_new_tokens cut the response off
 
+    @staticmethod
+    def empty(rows: int, T: int, device: torch.device) -> "Rollout":
+        lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        return Rollout(lengths.new_zeros(rows, T), lengths, torch.zeros(rows, T, device=device), lengths.bool())
+
     def responses(self) -> list[list[int]]:
         """The tokens of each response, its stop token left out."""
         lengths = (self.lengths - self.stopped.long()).tolist()
@@ -51,8 +56,7 @@ class Sampler:
     """Samples with a model's current weights; on a GPU it keeps cache and graphs from call to call.
 
     `group` responses to each prompt, of at most `max_new_tokens` tokens; temperature 0 takes the likeliest token
-    (log-probs then at 1). At most about `max_rows` responses are decoded at a time; by default, as many as there is
-    memory for.
+    (log-probs then at 1).
     """
 
     def __init__(
@@ -62,10 +66,8 @@ class Sampler:
         group: int = 1,
         max_new_tokens: int = 128,
         temperature: float = 1.0,
-        max_rows: int | None = None,
     ):
         self.model, self.group, self.max_new_tokens, self.temperature = model, group, max_new_tokens, temperature
-        self.max_rows = max_rows
         self.use_graphs = model.device.type == "cuda"
         self.stops = torch.tensor(stop_tokens, dtype=torch.long, device=model.device)
         self.batch: Batch | None = None
@@ -83,7 +85,7 @@ class Sampler:
             raise ValueError(f"prompt and response may take {most} tokens, more than the model's {limit} positions")
 
         noise = torch.cat([torch.rand(G, T, generator=torch_stream(*key)) for key in keys]).to(device)
-        out = Drawn.empty(len(noise), T, device)
+        out = Rollout.empty(len(noise), T, device)
         # Prompts of like length share a batch: their responses tend to end together.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         step = min(self.groups_at_once(longest_prompt), math.ceil(len(prompts) / n_threads(device)))
@@ -92,23 +94,17 @@ class Sampler:
         def decode(chosen: list[int]) -> None:
             rows = (torch.tensor(chosen, device=device)[:, None] * G + torch.arange(G, device=device)).flatten()
             drawn = self._batch(len(chosen), longest_prompt).run([prompts[i] for i in chosen], noise[rows])
-            out.tokens[:, rows], out.log_probs[:, rows] = drawn.tokens, drawn.log_probs
-            out.lengths[rows] = drawn.lengths
+            for name in ("tokens", "log_probs", "lengths"):
+                getattr(out, name)[rows] = getattr(drawn, name)[: len(rows)]
 
         in_threads(decode, [by_length[i : i + step] for i in range(0, len(prompts), step)], device)
-        mask = torch.arange(T, device=device)[:, None] < out.lengths  # rows went on after their stop token
-        longest = int(out.lengths.max())
-        return Rollout(
-            tokens=(out.tokens * mask)[:longest].T.contiguous(),
-            lengths=out.lengths,
-            log_probs=(out.log_probs * mask)[:longest].T.contiguous(),
-            stopped=torch.isin(out.tokens.gather(0, out.lengths[None] - 1)[0], self.stops),
-        )
+        T = int(out.lengths.max())
+        mask = torch.arange(T, device=device) < out.lengths[:, None]  # rows went on after their stop token
+        stopped = torch.isin(out.tokens.gather(1, out.lengths[:, None] - 1)[:, 0], self.stops)
+        return Rollout(out.tokens[:, :T] * mask, out.lengths, out.log_probs[:, :T] * mask, stopped)
 
     def groups_at_once(self, longest: int) -> int:
-        """How many groups are decoded together: as `max_rows` says, or by memory, free on a GPU and all on the CPU."""
-        if self.max_rows is not None:
-            return max(1, self.max_rows // self.group)
+        """How many groups are decoded together, by memory: what is free on a GPU, all there is on the CPU."""
         config, device = self.model.config, self.model.device
         tokens = longest + self.group * self.max_new_tokens
         size = 2 * config.num_hidden_layers * config.kv_size * self.model.dtype.itemsize
@@ -153,20 +149,6 @@ def scores(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(bias, q.float(), k.float(), alpha=scale)
 
 
-@dataclass
-class Drawn:
-    """What B rows have drawn, step by step; behind a row's length lie tokens that do not count."""
-
-    tokens: Tensor  # (T, B)
-    log_probs: Tensor  # (T, B)
-    lengths: Tensor  # (B,) the stop token included
-
-    @staticmethod
-    def empty(rows: int, T: int, device: torch.device) -> "Drawn":
-        tokens = torch.zeros(T, rows, dtype=torch.long, device=device)
-        return Drawn(tokens, torch.zeros(T, rows, device=device), torch.zeros_like(tokens[0]))
-
-
 class Batch:
     """P groups that are decoded together: their cache, the state of each row, and the step."""
 
@@ -182,7 +164,7 @@ class Batch:
         self.prompt = [new(2, groups, K, longest, d, **like) for _ in layers]  # keys and values
         self.response = [new(2, rows, K, self.T, d, **like) for _ in layers]
         self.lengths = torch.zeros(groups, dtype=torch.long, device=device)  # of the prompts
-        self.out = Drawn.empty(rows, self.T, device)
+        self.out = Rollout.empty(rows, self.T, device)
         self.rows = torch.arange(rows, device=device)  # where in `out` each row writes: rows move when groups leave
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)  # last drawn
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -197,10 +179,10 @@ class Batch:
         on_gpu = self.model.device.type == "cuda" and self.model.dtype != torch.float32
         return "flash" if on_gpu and flash_attn_with_kvcache is not None else "matmul"
 
-    def run(self, prompts: list[list[int]], noise: Tensor) -> Drawn:
+    def run(self, prompts: list[list[int]], noise: Tensor) -> Rollout:
         """Decode P prompts, for which there has to be room, drawing with noise (P * G, T).
 
-        The result is overwritten by the next run.
+        The first P * G rows of the result are theirs, until the next run; tokens behind a row's length do not count.
         """
         self.P = len(prompts)
         rows = self.P * self.G
@@ -214,7 +196,7 @@ class Batch:
             self.read(t)
             if t % LOOK_EVERY == 0 and not self.shrink():
                 break
-        return Drawn(self.out.tokens[:, :rows], self.out.log_probs[:, :rows], self.out.lengths[:rows])
+        return self.out
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Run the prompts; their last hidden states (P, D)."""
@@ -235,7 +217,7 @@ class Batch:
 
     def read(self, t: int) -> None:
         """Read the responses' tokens number t and draw the next, on a GPU from a graph."""
-        self.now = t  # the CPU kernel's; everything else goes by self.t, on the device
+        self.now = t  # for the host (the CPU kernel and `shrink`); a step on a GPU reads self.t
         quarter = max(16, math.ceil(self.T / 4))
         self.window = min(self.T, (t // quarter + 1) * quarter)  # cached tokens that the step looks at
         if not self.use_graphs:
@@ -270,7 +252,7 @@ class Batch:
         self.t += 1  # the number of the token that is drawn, and read next
         noise = self.noise[:n].index_select(1, self.t)[:, 0]
         tokens, log_probs = draw(self.model.logits(hidden), noise, self.temperature)
-        places = self.t * len(self.out.lengths) + rows
+        places = rows * self.T + self.t
         self.out.tokens.view(-1).index_copy_(0, places, tokens)
         self.out.log_probs.view(-1).index_copy_(0, places, log_probs)
         self.out.lengths.index_add_(0, rows, self.running[:n].long())

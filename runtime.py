@@ -47,6 +47,13 @@ def require(condition: bool, message: str) -> None:
         fail(message)
 
 
+def at_least(config, **least: float) -> None:
+    """Refuse flags below their least value, and NaN; a flag that is None was not given."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        require(value is None or value >= low, f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+
+
 def warn(message: str) -> None:
     """A line on stderr, from one of all processes."""
     if os.environ.get("RANK", "0") == "0":

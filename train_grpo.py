@@ -29,18 +29,7 @@ from tqdm import tqdm
 import train_sft
 from checkpoint import TINY, choose_precision, load_model, load_policy, load_training, read_config
 from data.finite_field import Problem, Task
-from eval import (
-    Response,
-    cell,
-    compare,
-    evaluate,
-    group_by,
-    judge_groups,
-    summarise,
-    table,
-    token_budget,
-    validation_problems,
-)
+from eval import behaviour, evaluate, judge_groups, report, summarise, token_budget, validation_problems
 from lora import check_lora, dropout_key, without_adapters
 from model import PRECISIONS, Transformer, refresh, trained, working_copy
 from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
@@ -60,6 +49,7 @@ from run_folder import (
 from runtime import (
     Signals,
     World,
+    at_least,
     clip_gradient,
     count_skipped,
     is_sharded,
@@ -70,11 +60,8 @@ from runtime import (
     require,
     stream,
     warn,
-    write_json,
 )
 from sharding import check_shard, shard
-from split import explain
-from strategies import STRATEGIES
 from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 
 
@@ -126,22 +113,15 @@ def complete(config: GrpoConfig, tiny: bool) -> GrpoConfig:
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    require(config.keep >= 0, "--keep must not be negative")
-    require(config.examples >= 0, "--examples must not be negative")
+    at_least(config, updates=1, prompts=1, eval_problems=1, save_every=1)
+    at_least(config, keep=0, examples=0, warmup=0, beta=0, max_new_tokens=0, micro_tokens=0, eval_every=0)
     check_lora(config)
-    require(config.updates >= 1, "--updates must be at least 1")
-    require(config.prompts >= 1, "--prompts must be at least 1")
     require(config.group >= 2, "--group must be at least 2: a response is compared with the others of its group")
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
-    require(config.warmup >= 0 and config.beta >= 0, "--warmup and --beta must not be negative")
     require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
     require(config.clip_high > 0, "--clip-high must be above 0")
     require(config.clip_gradient > 0, "--clip-gradient must be above 0")
     require(0 < config.temperature < math.inf, "--temperature must be above 0, and finite")
-    require(config.max_new_tokens >= 0, "--max-new-tokens must not be negative")
-    require(config.micro_tokens >= 0, "--micro-tokens must not be negative")
-    require(config.eval_every >= 0, "--eval-every must not be negative")
-    require(config.eval_problems >= 1 and config.save_every >= 1, "--eval-problems and --save-every start at 1")
     return config
 
 
@@ -223,8 +203,7 @@ def add_gradient(
     # without signal count, though their share of the loss is zero and they are never forwarded.
     n_tokens, n_groups, n_chosen = world.sum(int(rollout.lengths.sum()), P, len(chosen))
 
-    def loss(numbered: tuple[int, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        i, groups = numbered
+    def loss(i: int, groups: Tensor) -> tuple[Tensor, dict[str, float]]:
         batch, rows = pack_groups(*prompts, rollout, groups)
         mask = torch.arange(rollout.tokens.shape[1], device=rows.device) < rollout.lengths[rows, None]  # (b, T)
         old = rollout.log_probs[rows][mask]
@@ -232,21 +211,17 @@ def add_gradient(
         key = dropout_key(config, update, world.rank, i)
         log_probs, entropy = response_log_probs(computing, batch, config.temperature, entropy=True, dropout_key=key)
         losses = policy_loss(log_probs, old, token_advantages, config.clip_low, config.clip_high)
-        sums = {}
+        ratio = (log_probs - old).detach().exp()
+        outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
+        per_token = {"entropy": entropy, "ratio": ratio, "clipped_share": outside}
         if reference is not None:
             with torch.no_grad():
                 reference_log_probs, _ = response_log_probs(reference, batch, config.temperature)
-            kl = kl_divergence(log_probs, reference_log_probs)
-            losses = losses + config.beta * kl
-            sums["kl"] = kl
-        with torch.no_grad():
-            ratio = (log_probs - old).exp()
-            outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
-            sums |= {"loss": losses, "entropy": entropy, "ratio": ratio, "clipped_share": outside}
-            figures = {name: value.sum().item() for name, value in sums.items()}
-        figures["trained_tokens"] = len(losses)
-        figures["logprob_difference"] = (log_probs - old).abs().max().item()
-        return losses.sum() * (i < own) / n_tokens, figures
+            per_token["kl"] = kl_divergence(log_probs, reference_log_probs)
+            losses = losses + config.beta * per_token["kl"]
+        sums = {name: values.sum().item() for name, values in (per_token | {"loss": losses}).items()}
+        difference = (log_probs - old).abs().max().item()
+        return losses.sum() * (i < own) / n_tokens, sums | {"tokens": len(losses), "logprob_difference": difference}
 
     budget = config.micro_tokens or (16384 if world.device.type == "cuda" else 2048)  # caches of a CPU are small
     pieces = list(micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, budget))
@@ -254,39 +229,22 @@ def add_gradient(
     if is_sharded(model):  # all processes have to make as many passes: those from `own` on count nothing
         first = torch.zeros(1, dtype=torch.long, device=rewards.device)
         pieces += [first] * (max(world.gather([own])) - own)
-    parts = add_gradients(model, computing, loss, list(enumerate(pieces)))[:own]
-    names = ("loss", "trained_tokens", "entropy", "ratio", "clipped_share", *(["kl"] if reference is not None else []))
-    loss_sum, n_trained, *sums = world.sum(*(sum(part[name] for part in parts) for name in names))
+    parts = add_gradients(model, computing, loss, pieces)[:own]
+    names = ["loss", "tokens", "entropy", "ratio", "clipped_share"] + ["kl"] * (reference is not None)
+    total = dict(zip(names, world.sum(*(sum(part[name] for part in parts) for name in names))))
+    loss_sum, trained_tokens = total.pop("loss"), total.pop("tokens")
     differences = world.gather([part["logprob_difference"] for part in parts])
     return {
         "loss": loss_sum / n_tokens,
         "groups_without_signal": 1 - n_chosen / n_groups,
-        "trained_tokens": n_trained,
+        "trained_tokens": trained_tokens,
         "logprob_difference": max(differences, default=0.0),
-        **{name: total / n_trained if n_trained else None for name, total in zip(names[2:], sums)},
+        **{name: value / trained_tokens if trained_tokens else None for name, value in total.items()},
     }
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # The loop
-
-
-BY_TYPE = {"accuracy": "pass@1", "accuracy_given_fit": "accuracy_given_fit", "fit_share": "fit_share"}
-
-
-def behaviour(judged: list[list[Response]]) -> dict[str, float | None]:
-    """What an update's responses did: accuracy, also given the strategy, and strategy shares by problem type."""
-    everything = cell(judged)
-    figures = {f"{strategy}/all": everything[f"{strategy}_share"] for strategy in STRATEGIES}
-    for kind, groups in group_by(judged, "kind").items():
-        c = cell(groups)
-        figures |= {f"{name}/{kind}": c[key] for name, key in BY_TYPE.items()}
-        for strategy in STRATEGIES:
-            right = [r.correct for group in groups for r in group if r.strategy == strategy]
-            figures[f"{strategy}/{kind}"] = c[f"{strategy}_share"]
-            figures[f"accuracy_given_{strategy}/{kind}"] = fmean(right) if right else None
-    steps = group_by(judged, "steps")
-    return figures | {f"accuracy_at_steps/{n}": cell(groups)["pass@1"] for n, groups in steps.items()}
 
 
 def learning_rate(config: GrpoConfig, update: int) -> float:
@@ -350,10 +308,12 @@ def main(config: GrpoConfig, world: World) -> None:
     init = Path(load_training(source)["start"]) if source else known or train_sft_first(config, world)
     precision = choose_precision(config.precision, shape, source, world)
     model, tokenizer = load_policy(config, init, source, precision, world.device)
-    initial = without_adapters(model) if config.lora else None
-    if config.beta and not config.lora:
-        initial = load_model(init, world.device, PRECISIONS[precision])[0]
-    reference = initial if config.beta else None
+
+    def start() -> Transformer:
+        """The model before RL: what lies under the adapters, or else loaded anew."""
+        return without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
+
+    reference = start() if config.beta else None
     copy = shard(model, precision, world) if config.shard else working_copy(model, precision)
     computing = model if config.shard else copy
     computing.recompute = config.recompute
@@ -372,8 +332,7 @@ def main(config: GrpoConfig, world: World) -> None:
     for update in signals.during(bar):
         clock = time.perf_counter()
         mine = range(world.rank, config.prompts, world.size)
-        problems_drawn = draw_problems(config, task, update)
-        drawn = [problems_drawn[i] for i in mine]
+        drawn = draw_problems(config, task, update)[world.rank :: world.size]
         prompts = [tokenizer.prompt(problem) for problem in drawn]
         rollout = sampler.sample(prompts, [(config.seed, "sampling", update, i) for i in mine])
         sampled = time.perf_counter()
@@ -410,8 +369,8 @@ def main(config: GrpoConfig, world: World) -> None:
         last = update + 1 == config.updates
         if world.leads:
             if config.eval_every and (update + 1) % config.eval_every == 0:
-                judged = evaluate(copy, tokenizer, problems, max_new_tokens, 1, config.temperature, config.seed)
-                row |= {f"validation/{kind}": c["pass@1"] for kind, c in summarise(judged)["by_type"].items()}
+                validated = evaluate(copy, tokenizer, problems, max_new_tokens, 1, config.temperature, config.seed)
+                row |= {f"validation/{kind}": c["pass@1"] for kind, c in summarise(validated)["by_type"].items()}
             log.write(row)
             bar.set_postfix(progress(row))
             for message in (found := trouble(log.rows)) - warned:
@@ -423,8 +382,8 @@ def main(config: GrpoConfig, world: World) -> None:
         if stopping and not last:
             signals.leave(run)
     if world.leads:
-        initial = initial or load_model(init, world.device, PRECISIONS[precision])[0]
-        report((init, initial), (run, copy), tokenizer, problems, max_new_tokens, config)
+        models = {f"before: {init}": reference or start(), f"after: {run / f'step-{config.updates}'}": copy}
+        closing_report(run, models, tokenizer, problems, max_new_tokens, config)
     world.wait()
 
 
@@ -464,30 +423,25 @@ def progress(row: dict) -> dict[str, str]:
     return shown | {"no signal": f"{row['groups_without_signal']:.2f}", "norm": f"{row['gradient_norm']:.2f}"}
 
 
-def report(
-    start: tuple[Path, Transformer],
-    end: tuple[Path, Transformer],
+def closing_report(
+    run: Path,
+    models: dict[str, Transformer],
     tokenizer: Tokenizer,
     problems: list[Problem],
     budget: int,
     config: GrpoConfig,
 ) -> None:
-    """Evaluate the start and the end of the run on the same problems; print, write and draw it."""
-    from plot import plot_evaluation, plot_training  # matplotlib, which takes a second
+    """Evaluate the start and the end of the run, by name, on the same problems; print, write and draw it."""
+    from plot import plot_training  # matplotlib, which takes a second
 
-    (init, before), (run, after) = start, end
-    final = run / f"step-{config.updates}"
-    judged = [evaluate(m, tokenizer, problems, budget, 4, config.temperature, config.seed) for m in (before, after)]
-    summaries = {f"before: {init}": summarise(judged[0]), f"after: {final}": summarise(judged[1])}
-    difference, reasons = compare(*judged), explain(*judged)
-    figures = dict(zip(("before", "after"), summaries.values()), difference=difference, reasons=reasons)
-    with refusals():
-        write_json(run / "evaluation.json", figures)
-    plot_evaluation(dict(zip(("SFT", "RL"), summaries.values())), run / "evaluation.png", reasons)
-    plot_training({run.name: read_log(run / "metrics.jsonl")}, run / "training.png")
+    judged = {
+        name: evaluate(model, tokenizer, problems, budget, 4, config.temperature, config.seed)
+        for name, model in models.items()
+    }
     print(f"\n{len(problems)} validation problems, 4 samples each at temperature {config.temperature}; figures in %")
-    print(table(summaries, difference, reasons))
-    print(f"checkpoint  {final}\nlog         {run / 'metrics.jsonl'}")
+    report(judged, run / "evaluation.json", run / "evaluation.png")
+    plot_training({run.name: read_log(run / "metrics.jsonl")}, run / "training.png")
+    print(f"checkpoint  {run / f'step-{config.updates}'}\nlog         {run / 'metrics.jsonl'}")
     print(f"plots       {run / 'training.png'}\n            {run / 'evaluation.png'}")
 
 

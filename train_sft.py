@@ -29,6 +29,7 @@ from run_folder import Log, find_checkpoint, fingerprint, load_optimizer, newest
 from runtime import (
     Signals,
     World,
+    at_least,
     clip_gradient,
     count_skipped,
     n_threads,
@@ -96,22 +97,16 @@ def complete(config: SftConfig, tiny: bool) -> SftConfig:
         place = place.with_name(f"{place.name}-{Path(config.model).name}")
     config.out = config.out or str(place)
 
-    require(config.examples >= 0, "--examples must not be negative")
-    require(config.batch_size >= 1, "--batch-size must be at least 1")
+    at_least(config, batch_size=1, epochs=1, updates=1, eval_every=1, save_every=1)
+    at_least(config, examples=0, weight_decay=0, warmup=0, position_gap=0, keep=0)
+    check_lora(config)
     require(config.epochs is None or config.updates is None, "give --epochs or --updates, not both")
-    if config.epochs is not None:
-        require(config.examples > 0, "--epochs needs a number of --examples; with fresh ones give --updates")
-        require(config.epochs >= 1, "--epochs must be at least 1")
-    require(config.updates is None or config.updates >= 1, "--updates must be at least 1")
+    with_data = config.epochs is None or config.examples > 0
+    require(with_data, "--epochs needs a number of --examples; with fresh ones give --updates")
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
-    require(config.weight_decay >= 0 and config.warmup >= 0, "--weight-decay and --warmup must not be negative")
     require(config.clip_gradient > 0, "--clip-gradient must be above 0")
-    require(config.position_gap >= 0, "--position-gap must not be negative")
     require(tiny or config.position_gap == 0, "--position-gap needs the word-level tokenizer of the tiny model")
     require(config.model != "tiny" or config.lora == 0, "--lora needs a trained --model: the tiny one is random")
-    check_lora(config)
-    require(config.keep >= 0, "--keep must not be negative")
-    require(config.eval_every >= 1 and config.save_every >= 1, "--eval-every and --save-every must be at least 1")
     return config
 
 
@@ -139,31 +134,25 @@ def make_batch(
     device: torch.device,
     longest_gap: int = 0,
     keys: list[tuple] | None = None,
-    parts: int = 1,
-) -> list[Packed]:
-    """Pack prompts and solutions, in `parts` parts; with `longest_gap`, over positions that `spread` chooses, by the
-    random numbers of each example's key.
+) -> Packed:
+    """Pack prompts and solutions; with `longest_gap`, at the positions that `spread` draws by each example's key.
 
     Without gaps, what all prompts begin with (a word at least, or a template's and an explanation) is computed once.
     """
     prompts = [tokenizer.prompt(problem) for problem, _ in examples]
     solutions = [tokenizer.solution(solution) for _, solution in examples]
-    pieces = torch.arange(len(examples)).tensor_split(min(parts, len(examples)))
     if longest_gap:
         starts = torch.tensor(tokenizer.line_starts())
         spreads = [spread(p, s, starts, longest_gap, torch_stream(*k)) for p, s, k in zip(prompts, solutions, keys)]
-        positions = [pad(list(rows))[0] for rows in zip(*spreads)]
-        whole = [*pad(prompts), *pad(solutions), *positions]
-        split = [[x[mine].to(device) for x in whole] for mine in pieces]
-        return [pack(*part[:4], torch.arange(len(part[0]), device=device), tuple(part[4:])) for part in split]
+        positions = tuple(pad(list(rows), device)[0] for rows in zip(*spreads))
+        parents = torch.arange(len(examples), device=device)
+        return pack(*pad(prompts, device), *pad(solutions, device), parents, positions)
 
     differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
     shared = next(differ, min(map(len, prompts)))
-    head = pad([prompts[0][:shared]], device)
     rests, lengths = pad([prompt[shared:] + solution for prompt, solution in zip(prompts, solutions)], device)
     scored = torch.tensor([len(solution) for solution in solutions], device=device)
-    split = [[x[mine.to(device)] for x in (rests, lengths, torch.zeros_like(lengths))] for mine in pieces]
-    return [pack(*head, *part, scored=scored[mine.to(device)]) for part, mine in zip(split, pieces)]
+    return pack(*pad([prompts[0][:shared]], device), rests, lengths, torch.zeros_like(lengths), scored=scored)
 
 
 def spread(
@@ -187,6 +176,20 @@ def loss_sum(model: Transformer, batch: Packed, dropout_key: int | None = None) 
     return -response_log_probs(model, batch, dropout_key=dropout_key)[0].sum()
 
 
+def add_gradient(
+    model: Transformer, computing: Transformer, batches: list[Packed], config: SftConfig, world: World, update: int
+) -> tuple[float, float]:
+    """Add this process's share of the gradient of the loss to the model's; its share of the loss, and how many tokens
+    all processes have."""
+    (n_tokens,) = world.sum(sum(len(batch.targets) for batch in batches))
+
+    def loss(i: int, batch: Packed) -> tuple[Tensor, float]:
+        value = loss_sum(computing, batch, dropout_key(config, update, world.rank, i)) / n_tokens
+        return value, value.item()
+
+    return sum(add_gradients(model, computing, loss, batches)), n_tokens
+
+
 def learning_rate(config: SftConfig, update: int, updates: int) -> float:
     warm = min(1.0, (update + 1) / max(1, config.warmup))
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * update / updates))
@@ -202,7 +205,7 @@ def validate(
     """Loss on validation solutions; accuracy of one sampled response each."""
     rng = stream(config.seed, "validation strategies")
     examples = [(p, p.solution(choose_strategies(p, config.strategy, rng))) for p in problems]
-    (batch,) = make_batch(tokenizer, examples, model.device)
+    batch = make_batch(tokenizer, examples, model.device)
     figures = summarise(evaluate(model, tokenizer, problems, budget, 1, 1.0, config.seed))["overall"]
     return {
         "validation_loss": loss_sum(model, batch).item() / len(batch.targets),
@@ -257,31 +260,24 @@ def main(config: SftConfig, world: World) -> Path:
         clock = time.perf_counter()
         mine = range(world.rank, config.batch_size, world.size)
         examples = draw_examples(config, task, update)
-        chosen, keys = [examples[i] for i in mine], [(config.seed, "gaps", update, i) for i in mine]
-        parts = make_batch(tokenizer, chosen, world.device, config.position_gap, keys, n_parts)
-        (n_tokens,) = world.sum(sum(len(part.targets) for part in parts))
-
-        def loss(
-            numbered: tuple[int, Packed], update: int = update, n_tokens: float = n_tokens
-        ) -> tuple[Tensor, float]:
-            i, part = numbered
-            value = loss_sum(computing, part, dropout_key(config, update, world.rank, i)) / n_tokens
-            return value, value.item()
-
-        losses = add_gradients(model, computing, loss, list(enumerate(parts)))
+        batches = []
+        for piece in torch.tensor(mine).tensor_split(min(n_parts, len(mine))):
+            chosen, keys = zip(*((examples[i], (config.seed, "gaps", update, i)) for i in piece.tolist()))
+            batches.append(make_batch(tokenizer, chosen, world.device, config.position_gap, keys))
+        loss, n_tokens = add_gradient(model, computing, batches, config, world, update)
         world.sum_gradients(model)
         norm = clip_gradient(model, config.clip_gradient)
-        total_loss, stopping = world.sum(sum(losses), signals.caught)
-        skipped = count_skipped(skipped, total_loss, norm, run)
+        loss, stopping = world.sum(loss, signals.caught)
+        skipped = count_skipped(skipped, loss, norm, run)
+        lr = learning_rate(config, update, updates)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, update, updates)
+            group["lr"] = lr
         if not skipped:
             optimizer.step()
             refresh(copy, model)
         optimizer.zero_grad()
 
-        row = {"update": update + 1, "loss": total_loss, "gradient_norm": norm, "skipped": bool(skipped)}
-        row |= {"lr": learning_rate(config, update, updates)}
+        row = {"update": update + 1, "loss": loss, "gradient_norm": norm, "skipped": bool(skipped), "lr": lr}
         row["tokens_per_second"] = n_tokens / (time.perf_counter() - clock)
         last = update + 1 == updates
         if world.leads:
@@ -291,7 +287,7 @@ def main(config: SftConfig, world: World) -> Path:
                 shown["right if fit"] = percent(figures["accuracy_given_fit"])
                 row |= figures
             log.write(row)
-            bar.set_postfix({"loss": f"{total_loss:.3f}"} | shown)
+            bar.set_postfix({"loss": f"{loss:.3f}"} | shown)
         if (update + 1) % config.save_every == 0 or last or stopping:
             save_checkpoint(run, update + 1, model, tokenizer, optimizer, made, world.leads)
         world.wait()

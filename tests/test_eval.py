@@ -12,6 +12,7 @@ from conftest import small_model
 from data.finite_field import BACKWARD, EVALUATION, FITTING, FORWARD, Task, is_validation
 from eval import (
     EvalConfig,
+    behaviour,
     cell,
     compare,
     judge,
@@ -97,6 +98,25 @@ def test_figures_are_those_counted_by_hand():
     assert forward["responses"] == 120 and forward["accuracy"] == pytest.approx(n_evaluation / 240)
     low, high = overall["ci95"]
     assert low < 0.5 < high and high - low < 0.26
+
+
+def test_behaviour_is_what_was_counted_by_hand():
+    def group(kind, *responses):
+        return [Response(kind, 6, strategy, fits, right, None, True) for strategy, fits, right in responses]
+
+    judged = [
+        group("evaluation", ("forward", True, True), ("forward", True, False), ("backward", False, True)),
+        group("evaluation", ("none", False, False), ("forward", True, True), ("backward", False, False)),
+        group("inversion", ("forward", False, False), ("forward", False, True), ("mixed", False, False)),
+    ]
+    figures = behaviour(judged)
+    expected = {"accuracy/evaluation": 3 / 6, "accuracy_given_fit/evaluation": 2 / 3, "fit_share/evaluation": 3 / 6}
+    expected |= {"forward/evaluation": 3 / 6, "backward/evaluation": 2 / 6, "none/evaluation": 1 / 6}
+    expected |= {"accuracy_given_forward/evaluation": 2 / 3, "accuracy_given_backward/evaluation": 1 / 2}
+    expected |= {"fit_share/inversion": 0, "forward/inversion": 2 / 3, "mixed/inversion": 1 / 3}
+    expected |= {"forward/all": 5 / 9, "accuracy_at_steps/6": 4 / 9}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert figures["accuracy_given_fit/inversion"] is None and figures["accuracy_given_backward/inversion"] is None
 
 
 def test_no_fitting_response_means_no_accuracy():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import plot
+from eval import behaviour
 from plot import PANELS, PlotConfig, plot_training, smooth
 from runtime import parse_flags
 from strategies import Response
-from train_grpo import behaviour
 
 
 def log(n: int, kl: bool) -> list[dict]:

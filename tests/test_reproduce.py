@@ -9,12 +9,11 @@ import pytest
 import lab
 import reproduce
 from data.finite_field import EVALUATION, FITTING, INVERSION
-from eval import summarise
+from eval import behaviour, summarise
 from lab import Lab, ReproduceConfig, verdicts
 from reproduce import EXPERIMENTS, main
 from runtime import parse_flags, write_json
 from strategies import Response
-from train_grpo import behaviour
 
 OTHER = {"forward": "backward", "backward": "forward"}
 

@@ -119,10 +119,11 @@ def test_the_split_over_processes_does_not_matter(model):
         assert mine.responses() == [whole.responses()[row] for row in rows]
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 8, 100])
-def test_the_split_into_batches_does_not_matter(model, max_rows):
+@pytest.mark.parametrize("groups", [1, 2, 100])
+def test_the_split_into_batches_does_not_matter(model, groups, monkeypatch):
     whole = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
-    parts = Sampler(model, STOP, 3, 12, max_rows=max_rows).sample(PROMPTS, keys(PROMPTS))
+    monkeypatch.setattr(Sampler, "groups_at_once", lambda self, longest: groups)
+    parts = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
     assert torch.equal(whole.tokens, parts.tokens) and torch.equal(whole.lengths, parts.lengths)
     torch.testing.assert_close(whole.log_probs, parts.log_probs, atol=1e-5, rtol=0)
 

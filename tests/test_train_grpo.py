@@ -14,11 +14,9 @@ from eval import judge_groups
 from packed import pad, response_log_probs
 from rollout import Rollout, Sampler
 from runtime import World, start
-from strategies import Response
 from train_grpo import (
     GrpoConfig,
     add_gradient,
-    behaviour,
     complete,
     draw_problems,
     group_advantages,
@@ -309,22 +307,3 @@ def test_trouble_is_put_in_words(changes, says):
     assert not trouble([*rows(19, **changes), *rows(1)]), "it has to last"
     found = trouble([*rows(50), *rows(20, **changes)])
     assert len(found) == (says is not None) and all(says in message for message in found)
-
-
-def test_behaviour_is_what_was_counted_by_hand():
-    def group(kind, *responses):
-        return [Response(kind, 6, strategy, fits, right, None, True) for strategy, fits, right in responses]
-
-    judged = [
-        group("evaluation", ("forward", True, True), ("forward", True, False), ("backward", False, True)),
-        group("evaluation", ("none", False, False), ("forward", True, True), ("backward", False, False)),
-        group("inversion", ("forward", False, False), ("forward", False, True), ("mixed", False, False)),
-    ]
-    figures = behaviour(judged)
-    expected = {"accuracy/evaluation": 3 / 6, "accuracy_given_fit/evaluation": 2 / 3, "fit_share/evaluation": 3 / 6}
-    expected |= {"forward/evaluation": 3 / 6, "backward/evaluation": 2 / 6, "none/evaluation": 1 / 6}
-    expected |= {"accuracy_given_forward/evaluation": 2 / 3, "accuracy_given_backward/evaluation": 1 / 2}
-    expected |= {"fit_share/inversion": 0, "forward/inversion": 2 / 3, "mixed/inversion": 1 / 3}
-    expected |= {"forward/all": 5 / 9, "accuracy_at_steps/6": 4 / 9}
-    assert {name: figures[name] for name in expected} == pytest.approx(expected)
-    assert figures["accuracy_given_fit/inversion"] is None and figures["accuracy_given_backward/inversion"] is None

@@ -27,7 +27,7 @@ def keys(chosen: list) -> list[tuple]:
 def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
     """The stop token is the last target; prompts are no targets."""
     chosen = examples()
-    (batch,) = make_batch(tokenizer, chosen, torch.device("cpu"))
+    batch = make_batch(tokenizer, chosen, torch.device("cpu"))
     expected = [tokenizer.solution(solution) for _, solution in chosen]
     assert batch.targets.tolist() == sum(expected, [])
     read = [len(tokenizer.prompt(p)) + len(r) - 1 for (p, _), r in zip(chosen, expected)]
@@ -35,16 +35,15 @@ def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
     assert loss_sum(small_model(), batch).item() / len(batch.targets) > 1
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-def test_what_prompts_share_is_computed_once_and_changes_nothing(parts, tokenizer):
+def test_what_prompts_share_is_computed_once_and_changes_nothing(tokenizer):
     """Against prompts packed whole; gaps of less than one place are none."""
     model, chosen = small_model(), examples(5)
     longer = [(Problem(p.field, p.parts, 7), p.solution("forward")) for p, _ in chosen[:1]] * 3 + chosen
     results = []
     for longest_gap in (0, 1):
         model.zero_grad()
-        batch = make_batch(tokenizer, longer, torch.device("cpu"), longest_gap, keys(longer), parts)
-        loss = sum(loss_sum(model, part) for part in batch)
+        batch = make_batch(tokenizer, longer, torch.device("cpu"), longest_gap, keys(longer))
+        loss = loss_sum(model, batch)
         loss.backward()
         results.append((loss, [w.grad.clone() for w in model.parameters()]))
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
@@ -52,8 +51,8 @@ def test_what_prompts_share_is_computed_once_and_changes_nothing(parts, tokenize
 
 def test_gaps_keep_lines_together_and_order(tokenizer):
     chosen = examples(20)
-    (plain,) = make_batch(tokenizer, chosen, torch.device("cpu"), 1, keys(chosen))  # gaps below 1 are none
-    (gapped,) = make_batch(tokenizer, chosen, torch.device("cpu"), 130, keys(chosen))
+    plain = make_batch(tokenizer, chosen, torch.device("cpu"), 1, keys(chosen))  # gaps below 1 are none
+    gapped = make_batch(tokenizer, chosen, torch.device("cpu"), 130, keys(chosen))
     assert torch.equal(plain.tokens, gapped.tokens) and torch.equal(plain.targets, gapped.targets)
     moved = gapped.positions - plain.positions
     assert moved.min() == 0 and 100 < moved.max() <= 130
