@@ -66,10 +66,36 @@ class Work:
 
 
 WORDS = word_tokenizer(11)
-TINY = Work(replace(checkpoint.TINY, vocab_size=len(WORDS)), 32, 8, 45, 80)
-SMOLLM2 = Work(ModelConfig(49152, 576, 1536, 30, 9, 3), 8, 8, 45, 64)
-SMALL = Work(ModelConfig(64, 32, 48, 2), 2, 2, 5, 6)
-QWEN = Work(ModelConfig(151936, 1536, 8960, 28, 12, 2), 32, 8, 128, 256)
+TINY = Work(replace(checkpoint.TINY, vocab_size=len(WORDS)), prompts=32, group=8, prompt=45, new=80)
+SMALL = Work(ModelConfig(64, hidden_size=32, intermediate_size=48, num_hidden_layers=2), 2, 2, 5, 6)
+SMOLLM2 = Work(  # 135M
+    ModelConfig(
+        49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    ),
+    prompts=8,
+    group=8,
+    prompt=45,
+    new=64,
+)
+QWEN = Work(  # Qwen2.5-1.5B
+    ModelConfig(
+        151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+    ),
+    prompts=32,
+    group=8,
+    prompt=128,
+    new=256,
+)
 
 
 def best(function: Callable[[], object], rounds: int) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora import add_lora, load_adapters, updates
+from lora import add_lora, load_adapters, weight_deltas
 from model import (
     PRECISIONS,
     ModelConfig,
@@ -155,7 +155,7 @@ def weights_to_save(model: Transformer, training: dict, leads: bool = True) -> d
     if training.get("lora"):
         places = find_weights(Path(training["start"]))
         weights = {name: read_weight(places[name], name).float() for name, _ in plain_weights(model)}
-        for name, added in updates(model):
+        for name, added in weight_deltas(model):
             weights[name] += added
         return weights
     return {name: weight.float().cpu().contiguous() for name, weight in plain_weights(model) if leads}

@@ -273,7 +273,7 @@ def check(config: EvalConfig) -> None:
 
 
 def main(config: EvalConfig, world: World) -> None:
-    if not world.leads:
+    if not world.leads:  # under torchrun one process does it all
         return
     check(config)
     paths = [find_checkpoint(name) for name in config.checkpoints]

@@ -93,7 +93,7 @@ def dropout_key(config, update: int, rank: int, piece: int) -> int | None:
     return stream(config.seed, "dropout", update, rank, piece).getrandbits(60) if dropped else None
 
 
-def updates(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+def weight_deltas(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Each adapted matrix by its name in a checkpoint, and what is added to it, alpha / rank * B A; in fp32."""
     for name, linear in adapted(model).items():
         for part, (a, b) in zip(part_names(name), linear.adapter.pairs()):

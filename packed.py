@@ -120,24 +120,26 @@ def segment_keys(batch: Packed) -> tuple[Tensor, Tensor]:
     return keys.where(j < n_keys[:, None], 0), n_keys
 
 
+def attention_kernel(model: Transformer) -> str:
+    """What packed batches attend by: without padding our kernels on the CPU and varlen kernels, which need 16 bits, on
+    a GPU; else PyTorch's attention on a padded layout."""
+    if kernels.apply_to(model.lm_head.weight):
+        return "kernels.c"
+    if model.device.type != "cuda" or model.dtype == torch.float32:
+        return "PyTorch on a padded layout"
+    return "PyTorch's varlen kernel" if flash_attn_varlen_func is None else "flash-attn"
+
+
 def packed_attention(batch: Packed, model: Transformer) -> Attend:
-    """The attention of a packed batch: without padding by our kernel on the CPU and by a varlen kernel, which needs 16
-    bits, on a GPU; else PyTorch's on a padded layout."""
-    if kernels.apply_to(batch.tokens):
-        return kernel_attention(batch, model.config)
-    choose = varlen_attention if model.device.type == "cuda" and model.dtype != torch.float32 else padded_attention
-    return choose(batch, model.config)
+    """The attention of a packed batch."""
+    ways = {"kernels.c": kernel_attention, "PyTorch on a padded layout": padded_attention}
+    return ways.get(attention_kernel(model), varlen_attention)(batch, model.config)
 
 
 def describe(model: Transformer) -> str:
     """How a working copy computes, in one line."""
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == model.dtype)
-    how = "PyTorch on a padded layout"
-    if kernels.apply_to(model.lm_head.weight):
-        how = "kernels.c"
-    elif model.device.type == "cuda" and precision == "bf16":
-        how = "PyTorch's varlen kernel" if flash_attn_varlen_func is None else "flash-attn"
-    return f"Computing on {model.device.type} in {precision}, attention by {how}."
+    return f"Computing on {model.device.type} in {precision}, attention by {attention_kernel(model)}."
 
 
 def kernel_attention(batch: Packed, config: ModelConfig) -> Attend:

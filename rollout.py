@@ -161,14 +161,14 @@ class Batch:
         layers = range(config.num_hidden_layers)
         self.way = self.choose_attention()
         new = torch.empty if self.way == "kernel" else torch.zeros  # others read what is masked
-        self.prompt = [new(2, groups, K, longest, d, **like) for _ in layers]  # keys and values
-        self.response = [new(2, rows, K, self.T, d, **like) for _ in layers]
-        self.lengths = torch.zeros(groups, dtype=torch.long, device=device)  # of the prompts
+        self.prompt = [new(2, groups, K, longest, d, **like) for _ in layers]  # keys and values, (2, P, K, Tp, d)
+        self.response = [new(2, rows, K, self.T, d, **like) for _ in layers]  # (2, P * G, K, T, d)
+        self.lengths = torch.zeros(groups, dtype=torch.long, device=device)  # of the prompts, (P,)
         self.out = Rollout.empty(rows, self.T, device)
         self.rows = torch.arange(rows, device=device)  # where in `out` each row writes: rows move when groups leave
-        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)  # last drawn
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)  # last drawn, (P * G,)
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.noise = torch.zeros(rows, self.T, device=device)
+        self.noise = torch.zeros(rows, self.T, device=device)  # a number in [0, 1) for each token
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # number of the response token that is read next
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self.pool = None  # of the memory of the graphs

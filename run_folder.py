@@ -201,7 +201,7 @@ def newest_checkpoint(run: Path) -> Path | None:
                 warn(f"{broken} is broken and passed over: {why}")
             return folder
         faults[folder] = found
-    for broken, why in faults.items():
+    for broken, why in faults.items():  # the newest
         fail(f"{broken} is broken, and no other is there: {why}")
     return None
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import train_grpo
 import train_sft
 from checkpoint import load_model
-from lora import adapted, add_lora, load_adapters, updates, without_adapters
+from lora import adapted, add_lora, load_adapters, weight_deltas, without_adapters
 from model import PRECISIONS, plain_weights, refresh, trained, working_copy
 from packed import pack, pad, response_log_probs
 from rollout import Sampler
@@ -46,7 +46,7 @@ def test_adapters_add_what_they_say(family):
     assert torch.equal(log_probs(fresh).detach(), before)
     policy = adapters_on(base)
     merged = copy.deepcopy(base)
-    changes = dict(updates(policy))
+    changes = dict(weight_deltas(policy))
     assert len(changes) == 7 * 2, "all matrices of the blocks"
     for name, change in changes.items():
         dict(plain_weights(merged))[name].add_(change)
