@@ -302,7 +302,7 @@ def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
         peers = {own} if on_gpu else {own, torch.float32}
         timed = [in_turn(ours.rollout, generate(ours, dtype, static), machine.rounds) for dtype in peers]
         seconds, peer = min(a for a, _ in timed), min(b for _, b in timed)
-        kind = f"{'static' if static else 'dynamic'} cache, its better of {len(timed)}"
+        kind = f"{'static' if static else 'dynamic'} cache{', its better of 2' if len(timed) > 1 else ''}"
         what = f"rollout in {machine.precision}, {work}; transformers generate, {kind}"
         yield row(name + "-static" * static, what, seconds, peer, limit)
 

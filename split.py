@@ -89,8 +89,8 @@ def explain(before: Judged, after: Judged, resamples: int = 1000) -> dict:
     cells = [np.unique(names, return_inverse=True)[1] for names in ([*map(" ".join, zip(kinds, steps))], kinds)]
 
     groups = {("overall", ""): np.ones(len(before))}  # 1 for the problems of a group, (X,)
-    for name, values in (("by_type", kinds), ("by_steps", steps)):
-        groups |= {(name, value): np.array(values) == value for value in sorted(set(values), key=lambda v: (len(v), v))}
+    for name, values, order in (("by_type", kinds, str), ("by_steps", steps, int)):
+        groups |= {(name, value): np.array(values) == value for value in sorted(set(values), key=order)}
     members = np.array(list(groups.values()), dtype=float)  # (groups, X)
 
     def means(chosen: np.ndarray) -> np.ndarray:
