@@ -57,14 +57,14 @@ def test_intervals_hold_the_truth_in_95_of_100_cases(p):
 @pytest.mark.parametrize("n, gained, lost", [(20, 0.02, 0.02), (60, 0.3, 0.05), (200, 0.0, 0.01)])
 def test_paired_intervals_hold_the_truth(n, gained, lost):
     rng, held = random.Random(0), 0
-    for _ in range(1000):
+    for _ in range(400):
         changes = rng.choices(((False, True), (True, False), (True, True)), (gained, lost, 1 - gained - lost), k=n)
         before, after = (
             [[Response(EVALUATION, 6, FORWARD, True, r, None, True)] for r in side] for side in zip(*changes)
         )
         low, high = paired_difference(before, after)["ci95"]
         held += low <= gained - lost <= high
-    assert held / 1000 > 0.92
+    assert held / 400 > 0.92
 
 
 def responses(seed: int = 0, n: int = 60, samples: int = 4):

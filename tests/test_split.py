@@ -82,7 +82,7 @@ def test_means_and_intervals_over_many_draws(before, after, samples):
     }
     draws = [
         explain(sample(*before, n=80, samples=samples, seed=i), sample(*after, n=80, samples=samples, seed=-i), 100)
-        for i in range(1, 61)
+        for i in range(1, 41)
     ]
     for name, true in truth.items():
         found = [draw["overall"][name] for draw in draws]
