@@ -243,14 +243,15 @@ def table(summaries: dict[str, dict], difference: dict | None = None, reasons: d
 
 def report(judged: dict[str, list[list[Response]]], json: Path | None, plot: Path | None) -> None:
     """Print the figures of one checkpoint, or of two and why they differ; write and draw them where that is asked."""
-    summaries = {name: summarise(groups) for name, groups in judged.items()}
-    figures, reasons = next(iter(summaries.values())), None
-    named = {"": figures}
+    summaries = [summarise(groups) for groups in judged.values()]
+    figures, reasons = summaries[0], None
+    named, heads = {"": figures}, list(judged)
     if len(judged) == 2:
-        named = dict(zip(("before", "after"), summaries.values()))
+        named = dict(zip(("before", "after"), summaries))
+        heads = [f"{when}: {name}" for when, name in zip(named, judged)]
         reasons = explain(*judged.values())
         figures = named | {"difference": compare(*judged.values()), "reasons": reasons}
-    print(table(summaries, figures.get("difference"), reasons))
+    print(table(dict(zip(heads, summaries)), figures.get("difference"), reasons))
     if json:
         with refusals():
             write_json(json, {"checkpoints": list(judged), **figures})

@@ -14,7 +14,7 @@ import torch
 
 from checkpoint import load_training
 from plot import save
-from run_folder import newest_checkpoint, read_log
+from run_folder import check_start, newest_checkpoint, read_log
 from runtime import read_json, refusals, require, write_json
 
 HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ class Run:
         return shlex.join(["python", *self.command()])
 
     def finished(self) -> bool:
-        """Whether its result is there, whole. Refuses one that was made with other flags."""
+        """Whether its result is there, whole. Refuses a run that was made with other flags or from another start."""
         if self.place.suffix == ".json":
             return self.place.exists() and self.place.read_text().endswith("\n}\n")  # not cut off while it was written
         found = newest_checkpoint(self.place)
@@ -57,11 +57,12 @@ class Run:
         for name, value in self.flags.items():
             then = str(training.get(name, value))
             require(then == value, f"{self.place} was made with --{name} {then}, not {value}: move it away")
+        check_start(self.place, training)
         return bool(found) and training["update"] == training["total"]
 
     @property
     def minutes(self) -> Path:
-        """Where the time it took is kept."""
+        """Where the time that it has taken so far is kept."""
         return self.place.with_name(f"{self.place.name}.minutes")
 
     def result(self) -> dict:
@@ -108,9 +109,9 @@ class Lab:
 
     def compare(self, before: Run, after: Run, **flags) -> Run:
         """Both on the same validation problems, at the temperature of RL."""
+        flags |= {"temperature": 0.7} if self.config.model else {}
         place = after.place / f"{name_of('compared', flags)}.json"
-        given = {"temperature": 0.7} if self.config.model else {}
-        return self.add("eval.py", place, str(before.place), str(after.place), **flags, **given, json=place)
+        return self.add("eval.py", place, str(before.place), str(after.place), **flags, json=place)
 
     def cell(self, model: str, sft: dict, rl: dict, *compared: dict) -> list[tuple[Run, ...]]:
         """Of each seed: SFT, RL from it, and both on the same problems, once for each set of eval.py's flags."""
@@ -132,9 +133,11 @@ class Lab:
             command = [sys.executable, HERE / script, *rest, *(["--resume"] if begun else [])]
             clock = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            require(done.returncode == 0, f"{run} failed: {done.stderr.strip()[-400:]}")
             minutes = (time.perf_counter() - clock) / 60
-            run.minutes.write_text(f"{minutes:.2f}\n")
+            if run.minutes.parent.exists():
+                before = float(run.minutes.read_text()) if begun and run.minutes.exists() else 0.0
+                run.minutes.write_text(f"{before + minutes:.2f}\n")
+            require(done.returncode == 0, f"{run} failed: {done.stderr.strip()[-400:]}")
             print(f"{minutes:5.1f} min  {run}", flush=True)
 
         for script in ("train_sft.py", "train_grpo.py", "eval.py"):
@@ -151,9 +154,9 @@ class Lab:
     def report(self, rows: list[dict], table: str, claims: list[Claim], figure) -> None:
         """Print the table and the verdicts, and write results/NAME."""
         took = [float(run.minutes.read_text()) for run in self.runs.values() if run.minutes.exists()]
-        minutes = round(sum(took) / self.jobs, 1)
+        minutes = round(sum(took), 1)
         commands = "\n".join(map(str, self.runs.values()))
-        head = f"<details><summary>The commands; {minutes:.0f} minutes, {self.jobs} side by side</summary>"
+        head = f"<details><summary>The commands, which took {minutes:.0f} minutes in all</summary>"
         text = "\n\n".join([table, verdicts(claims), head, f"```\n{commands}\n```", "</details>\n"])
         with refusals():
             self.folder.mkdir(parents=True, exist_ok=True)

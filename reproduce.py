@@ -1,6 +1,6 @@
 """The paper's experiments by name, from nothing to a table beside the paper's figures and a plot.
 
-    python reproduce.py --list                     # what there is, and what it took when it was last run
+    python reproduce.py --list                     # what there is, and what its commands took when they were last run
     python reproduce.py table1                     # one seed
     python reproduce.py table1 --seeds 3
     python reproduce.py table1 --model models/smollm2
@@ -340,7 +340,7 @@ def composition(lab: Lab) -> None:
     rows, logs = [], {name: [run.log() for _, run, *_ in runs] for name, runs in cells.items()}
     for name, runs in cells.items():
         for seed, (sft, _, *compared) in enumerate(runs):
-            own = {"sft_accuracy_given_fit": 100 * sft.log()[-1]["accuracy_given_fit"]}
+            own = {"sft_accuracy_given_fit": 100 * (sft.log()[-1]["accuracy_given_fit"] or 0.0)}
             for parts, result in zip(("3-5", "4-5"), (run.result() for run in compared)):
                 for stage, side in (("SFT", "before"), ("RL", "after")):
                     row = {"sft": name, "parts": parts, "stage": stage, "seed": seed}
@@ -548,7 +548,7 @@ def main(config: ReproduceConfig) -> None:
         for name, function in EXPERIMENTS.items():
             known = Lab(name, config).folder / f"{name}.json"
             last = read_json(known) if known.exists() else {}
-            cost = f"{last['minutes']:.0f} min for {last['seeds']} seed(s)" if last else "not run yet"
+            cost = f"{last['minutes']:.0f} min of commands for {last['seeds']} seed(s)" if last else "not run yet"
             print(f"{name:14} {function.__doc__} [{cost}]")
         return
     names = list(EXPERIMENTS) if config.experiment == ["all"] else config.experiment

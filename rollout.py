@@ -182,7 +182,8 @@ class Batch:
     def run(self, prompts: list[list[int]], noise: Tensor) -> Rollout:
         """Decode P prompts, for which there has to be room, drawing with noise (P * G, T).
 
-        The first P * G rows of the result are theirs, until the next run; tokens behind a row's length do not count.
+        The first P * G rows of the result are theirs, until the next run; tokens behind a row's length do not count,
+        and `stopped` is not filled in.
         """
         self.P = len(prompts)
         rows = self.P * self.G

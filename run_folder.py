@@ -62,11 +62,16 @@ def check_resumed(run: Path, source: Path, config, stage: str) -> int:
     require(training.get("stage") == stage, f"{source} is no checkpoint of this script")
     for flag, then, now in other_flags(training, config):
         fail(f"{run} was started with {flag} {then}, not {now or 'without'}")
+    check_start(run, training)
+    return training["update"]
+
+
+def check_start(run: Path, training: dict) -> None:
+    """Refuse a run whose start is no longer what it was."""
     if start := training.get("start"):
         require(Path(start).is_dir(), f"{start}, where {run} started, is gone")
         same = fingerprint(Path(start)) == training.get("start_sha256")
         require(same, f"the weights in {start}, where {run} started, are no longer the same")
-    return training["update"]
 
 
 def other_flags(training: dict, config) -> list[tuple[str, object, object]]:

@@ -18,15 +18,17 @@ What it cannot say. It is arithmetic on outcomes and not a cause: RL did not wor
 the other, and a strategy that became better may be taken more often for that reason. "Strategy" is what the tagger can
 tell apart: what happens within one counts as improvement.
 
-What it assumes. From a few responses to a problem only the shares are known there. A strategy that none of them took
-is given the accuracy it has on the problems of the same type and number of steps, else on those of the same type, and
-where one policy never takes it at all, the accuracy it has under the other, so that all it brings counts as selection.
+What it assumes. How well a strategy does on a problem is not known where no response took it there. It is given the
+accuracy it has on the problems of the same type and number of steps, else on those of the same type, and where a policy
+never takes it on these either, the accuracy it has under the other policy, so that all it brings counts as selection.
 The sum of the parts is the gain whatever is put there; but where a policy takes a strategy rather on problems that
 suit it, the strategy looks better than it would be on the others, and what selection brings comes out too small or too
 large by that. More responses to a problem (eval.py --samples) need less of it.
 
 Intervals are bootstrapped over problems, and accuracies are put in anew in every resample: a strategy that was rarely
-taken makes them wide. Of what was never seen to happen, a bootstrap cannot say how often it might.
+taken makes them wide. Of one that was taken a few times in all, they hold the truth 85 to 90 times in 100 instead of 95
+(tests/test_split.py); of what was never seen to happen, a bootstrap cannot say how often it might. That of the gain is
+in eval.py's paired difference.
 """
 
 import numpy as np
@@ -109,9 +111,8 @@ def explain(before: Judged, after: Judged, resamples: int = 1000) -> dict:
 
     result: dict = {"overall": {}, "by_type": {}, "by_steps": {}}
     for i, (name, value) in enumerate(groups):
-        figures = {
-            part: {"mean": float(found[i, j]), "ci95": intervals[:, i, j].tolist()}
-            for j, part in enumerate(("gain", "selection", "improvement", *CAUSES))
-        }
+        figures: dict = {"gain": {"mean": float(found[i, 0])}}
+        for j, part in enumerate(("selection", "improvement", *CAUSES), 1):
+            figures[part] = {"mean": float(found[i, j]), "ci95": intervals[:, i, j].tolist()}
         result[name] = figures if name == "overall" else result[name] | {value: figures}
     return result

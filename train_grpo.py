@@ -382,7 +382,7 @@ def main(config: GrpoConfig, world: World) -> None:
         if stopping and not last:
             signals.leave(run)
     if world.leads:
-        models = {f"before: {init}": reference or start(), f"after: {run / f'step-{config.updates}'}": copy}
+        models = {str(init): reference or start(), str(run / f"step-{config.updates}"): copy}
         closing_report(run, models, tokenizer, problems, max_new_tokens, config)
     world.wait()
 

@@ -28,10 +28,11 @@ def check(problem: Problem, text: str) -> None:
     assert len(found.parts) == len(found.guessed) == len(problem.parts)
     assert 0 <= found.steps_right <= problem.steps
     right = reward(problem, text) == 1.0
+    assert any(found.guessed) or not found.misguessed
     assert judge(problem, text, True).correct == right and (not right or found.answer == problem.answer)
     if found.error is None:
         assert found.steps_right == problem.steps and NONE not in found.parts and MIXED not in found.parts
-        assert right or any(found.guessed), "without a guess, what is faultless is right"
+        assert right != found.misguessed, "what is faultless is right, but for a wrong guess"
         assert fits(problem, found) != any(found.guessed)
 
 

@@ -59,6 +59,9 @@ class FakeLab(Lab):
                 write_json(run.place, {"before": summarise(before), "after": summarise(after)})
 
 
+NOT_IN_THIS_WORLD = ("on balanced validation data", "at least on the way", "70-80%", "alike")
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -68,9 +71,11 @@ def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeyp
     text = (tmp_path / "results" / name / f"{name}.md").read_text()
     commands = [line for line in text.splitlines() if line.startswith("python ")]
     assert result["seeds"] == 2 and {row["seed"] for row in result["rows"]} == {0, 1}
-    assert result["minutes"] == 3.0 * len(commands) / 2, "of all its commands, two side by side"
+    assert result["minutes"] == 3.0 * len(commands)
     assert any("train_grpo.py" in line for line in commands) and text in capsys.readouterr().out
-    assert all(len(held) == 2 for _, _, held in result["claims"])
+    for text, _, held in result["claims"]:
+        if not any(part in text for part in NOT_IN_THIS_WORLD):
+            assert held == [True, True], text
     assert (tmp_path / "results" / name / f"{name}.png").stat().st_size > 5_000
 
 

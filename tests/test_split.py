@@ -59,22 +59,23 @@ def test_both():
 
 def test_neither():
     reasons = explain(sample(0.5, 0.6), sample(0.5, 0.6, seed=1))["overall"]
-    for name in ("gain", "selection", "improvement", *CAUSES):
+    for name in ("selection", "improvement", *CAUSES):
         low, high = reasons[name]["ci95"]
         assert low - 0.01 <= 0 <= high + 0.01
 
 
 @pytest.mark.parametrize(
-    "before, after, samples",
+    "before, after, samples, coverage",
     [
-        ((0.5, 0.6), (1.0, 1.0), 1),  # problems on which by chance a strategy was never taken
-        ((0.5, 0.6), (1.0, 1.0), 4),
-        ((0.02, 0.5), (1.0, 1.0), 4),  # a strategy that is taken by ten responses in all
-        ((0.02, 0.2), (0.3, 0.9), 4),
+        ((0.5, 0.6), (1.0, 1.0), 1, 0.85),  # problems on which by chance a strategy was never taken
+        ((0.5, 0.6), (1.0, 1.0), 4, 0.85),
+        ((0.02, 0.5), (1.0, 1.0), 4, 0.75),  # a strategy that is taken by six responses in all
+        ((0.02, 0.2), (0.3, 0.9), 4, 0.75),
     ],
 )
-def test_means_and_intervals_over_many_draws(before, after, samples):
-    """The split is right on average, and its intervals hold the truth about as often as they say."""
+def test_means_and_intervals_over_many_draws(before, after, samples, coverage):
+    """The split is right on average; its intervals hold the truth as often as they say, or, where a strategy was taken
+    a few times in all, nearly so. (Of 40 draws, 95 in 100 may look like 85.)"""
     (share, skill), (share_after, skill_after), other = before, after, 1 / 11
     truth = {
         "selection": (share_after - share) * ((skill + skill_after) / 2 - other),
@@ -88,7 +89,7 @@ def test_means_and_intervals_over_many_draws(before, after, samples):
         found = [draw["overall"][name] for draw in draws]
         error = np.std([f["mean"] for f in found]) / len(found) ** 0.5
         assert abs(np.mean([f["mean"] for f in found]) - true) < 3 * error + 0.02
-        assert np.mean([f["ci95"][0] <= true <= f["ci95"][1] for f in found]) > 0.75
+        assert np.mean([f["ci95"][0] <= true <= f["ci95"][1] for f in found]) >= coverage
 
 
 def test_problems_on_which_strategies_fare_differently():
@@ -136,7 +137,7 @@ def test_the_parts_add_up_exactly(seed):
         assert mean["gain"] == pytest.approx(difference["pass@1"])
         assert mean["selection"] + mean["improvement"] == pytest.approx(mean["gain"])
         assert sum(mean[cause] for cause in CAUSES) == pytest.approx(mean["improvement"])
-        assert all(low - 1e-9 <= high for low, high in (part["ci95"] for part in parts.values()))
+        assert all(parts[name]["ci95"][0] <= parts[name]["ci95"][1] for name in parts if name != "gain")
 
 
 def test_a_strategy_that_one_side_never_takes_counts_as_selection():
