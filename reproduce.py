@@ -151,7 +151,7 @@ def table1_claims(rows: list[dict]) -> list[Claim]:
             [35 < a < 65 and b > 95 for a, b in zip(fit, fit_after)],
         ),
         ("improvement: accuracy given the fitting strategy rises by RL on 6-9", course(given, given_hard),
-         grew(given, given_hard)),
+         grew(given, given_hard, 5)),
         ("and needs harder data: it does not by RL on 2-5", course(given, given_easy), did_not_grow(given, given_easy)),
         ("FB gains by RL on 2-5", course(start, easy), grew(start, easy)),
     ]  # fmt: skip
@@ -196,9 +196,7 @@ def dynamics(lab: Lab) -> None:
     rows = []
     for model in MODELS:
         for seed, log in enumerate(logs[model]):
-            ends = {
-                name: log[: len(log) // 10] if name == "first" else log[-len(log) // 10 :] for name in ("first", "last")
-            }
+            ends = {"first": log[: len(log) // 10], "last": log[-len(log) // 10 :]}
             for when, some in ends.items():
                 row = {
                     kind: 100 * fmean(x[f"accuracy/{kind}"] for x in some if f"accuracy/{kind}" in x) for kind in TYPES
@@ -309,7 +307,7 @@ def amplification_claims(rows: list[dict]) -> list[Claim]:
         return all(abs(found - 100 * share) < 6 for found, share in zip(values, SHARES))
 
     def rises(low: float, middle: float, high: float) -> bool:
-        return low < middle < high and high - low >= MARGIN
+        return low + 2 < middle < high - 2
 
     return [
         claim("the share of forward responses in the RL stream follows the data: 50, 75, 90%", "stream", follows),
@@ -372,7 +370,7 @@ def composition_claims(rows: list[dict]) -> list[Claim]:
     single, two, three = change("single parts", "3-5"), change("1-2 parts", "3-5"), change("1-3 parts", "4-5")
     return [
         ("RL learns 3-5 parts if SFT held compositions of two", course(*two), grew(*two, 10)),
-        ("and not if it held none", course(*single), did_not_grow(*single, 10)),
+        ("and not if it held none", course(*single), did_not_grow(*single, 5)),
         ("(ours) a weaker form: it learns 4-5 parts if SFT held up to three", course(*three), grew(*three, 10)),
     ]
 
