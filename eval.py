@@ -1,74 +1,68 @@
-"""Evaluate one checkpoint, or two on the same problems.
+"""Evaluate a checkpoint, or two on the same problems, and say why accuracy changed.
 
-    python eval.py runs/grpo-hard-gf11                          # the run's newest checkpoint
-    python eval.py runs/sft-mixed-gf11 runs/grpo-hard-gf11      # side by side, and why accuracy changed: split.py
+    python eval.py                                       # the newest run in ckpt/ beside its start
+    python eval.py ckpt/grpo-hard-gf11                   # a run's newest checkpoint alone
+    python eval.py ckpt/sft-mixed-gf11 ckpt/forward      # two, on the same problems
 
-pass@1 is the share of sampled responses that are right, averaged over problems; pass@k is the unbiased estimate of
-Chen et al. (arXiv 2107.03374, equation 1). Intervals are 95% over problems: Wilson's for a pass rate, which is
-conservative when there are several samples a problem, and for a paired difference the adjusted normal one of Bonett and
-Price (2012), which has a width also where all problems change alike.
+pass@1 is the share of sampled responses that are right, averaged over problems; pass@k is the
+unbiased estimate of Chen et al. (arXiv 2107.03374, equation 1). Intervals are 95%, over problems:
+Wilson's for a pass rate, which is conservative for several samples a problem; for a paired
+difference Bonett and Price's (2012) adjusted interval, non-zero even if every problem changes by
+the same amount; for the parts of the gain a bootstrap. paper/README.md explains the split.
 """
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Literal
 
-from checkpoint import choose_precision, load_model, load_training, read_config
-from data.finite_field import BACKWARD, FORWARD, Problem, Task
-from model import PRECISIONS, ModelConfig, Transformer
-from packed import describe
+import numpy as np
+
+from data.finite_field import Problem, Task, validation_problems, vocabulary
+from lib.checkpoint import choose_dtype, load_meta, load_model, read_config
+from lib.distributed import World, distributed
+from lib.flags import (
+    parse_flags,
+    require,
+    require_min,
+    require_writable,
+    user_errors,
+    warn,
+    write_json,
+)
+from lib.policy import DTYPES
+from lib.rng import rng
+from lib.run_dir import find_checkpoint, newest_run
+from lib.stats import contributions, paired_interval, pass_at_k, wilson
+from lib.tokenizer import Tokenizer
+from lib.transformer import Transformer
 from rollout import Sampler
-from run_folder import find_checkpoint
-from runtime import World, at_least, check_outputs, parse_flags, processes, refusals, require, stream, write_json
-from split import CAUSES, explain
-from strategies import STRATEGIES, Response, judge
-from tokenizer import Tokenizer
+from strategies import ARITHMETIC, GUESS, STRATEGIES, Response, score_rollout
+
+Scored = list[list[Response]]  # for each problem its responses
 
 
 @dataclass
 class EvalConfig:
-    checkpoints: list = field(default_factory=list)  # one or two checkpoints, run folders or names on the hub
-    difficulty: Literal["easy", "hard", "extreme"] = "hard"  # easy (2-5 steps), hard (6-9) or extreme (6-15)
+    checkpoints: list = field(default_factory=list)  # checkpoints, runs or a folder of runs [ckpt/]
+    # Problems
+    difficulty: Literal["easy", "hard", "extreme"] = "hard"  # 2-5, 6-9 or 6-15 steps
     steps: str = ""  # such as 3-7, instead of --difficulty
     parts: str = "1"  # parts of a problem, such as 2-3: two or more make a composition
     problems: int = 256  # validation problems
+    no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
+    # Sampling
     samples: int = 4  # responses to each
     temperature: float = 1.0  # of the sampling
-    greedy: bool = False  # the likeliest token always, one response a problem
+    greedy: bool = False  # always the likeliest token, one response to a problem
     seed: int = 0  # of the problems and of the sampling
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: as in training, or measured
-    no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
-    json: str = ""  # write the figures to this file
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as in training, or measured
+    # Output
+    json: str = ""  # write the metrics to this file
     plot: str = ""  # draw accuracy and strategies to this PNG
-
-
-def token_budget(shape: ModelConfig, tokenizer: Tokenizer, task: Task, wanted: int = 0) -> int:
-    """Tokens of a response: as many as `wanted`, or where that is 0 the longest solution of the task and a line more.
-
-    Refuses a model with too few positions for them.
-    """
-    rng, longest = stream("token budget"), task.longest()
-    problems = [longest.sample(rng, "train") for _ in range(64)]
-    solutions = [problem.solution(strategy) for problem in problems for strategy in (FORWARD, BACKWARD)]
-    lines = [line for solution in solutions[:2] for line in solution.split("\n")]
-    sizes = [max(len(tokenizer.solution(text)) - 1 for text in texts) for texts in (solutions, lines)]
-    prompt = max(len(tokenizer.prompt(problem)) for problem in problems)
-    limit = shape.max_position_embeddings
-    budget = wanted or sum(sizes)
-    require(
-        prompt + budget <= limit, f"prompts and responses take {prompt + budget} tokens, the model {limit} positions"
-    )
-    return budget
-
-
-def judge_groups(problems: list[Problem], texts: list[str], stopped: list[bool]) -> list[list[Response]]:
-    """Judge a rollout's responses: those to each problem follow one another."""
-    group = len(texts) // len(problems)
-    judged = [judge(problems[i // group], text, stopped[i]) for i, text in enumerate(texts)]
-    return [judged[i : i + group] for i in range(0, len(judged), group)]
 
 
 def evaluate(
@@ -79,116 +73,104 @@ def evaluate(
     samples: int,
     temperature: float,
     seed: int,
-) -> list[list[Response]]:
-    """Sample and judge `samples` responses of at most `max_new_tokens` tokens to each problem."""
+) -> Scored:
+    """Sample and score `samples` responses of at most `max_new_tokens` tokens to each problem."""
     sampler = Sampler(model, tokenizer.stops, samples, max_new_tokens, temperature)
     prompts = [tokenizer.prompt(problem) for problem in problems]
-    rollout = sampler.sample(prompts, [(seed, "evaluation sampling", i) for i in range(len(prompts))])
-    return judge_groups(problems, tokenizer.decode(rollout.responses()), rollout.stopped.tolist())
+    keys = [(seed, "evaluation sampling", i) for i in range(len(prompts))]
+    rollout = sampler.sample(prompts, keys)
+    score_rollout(rollout, problems, tokenizer)
+    return rollout.scored
 
 
-def validation_problems(task: Task, n: int, seed: int) -> list[Problem]:
-    """n distinct validation problems; of a task that has fewer, all or nearly all."""
-    rng, chosen, repeated = stream(seed, "validation problems"), {}, 0
-    while len(chosen) < n and repeated < 300:  # in a row
-        problem = task.sample(rng, "validation")
-        known = chosen.setdefault((problem.field, problem.parts), problem)
-        repeated = 0 if known is problem else repeated + 1
-    return list(chosen.values())
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Figures
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n responses, c of them right, hold a right one."""
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
-    """Wilson's score interval of a rate over n problems."""
-    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+# ------------------------------------------------------------------------------------------------
+# Metrics
 
 
 def pass_rate(responses: list[Response]) -> float:
     return fmean(r.correct for r in responses)
 
 
-def cell(judged: list[list[Response]]) -> dict:
-    """The figures of some problems' responses."""
-    responses = [r for group in judged for r in group]
-    samples = len(judged[0])
-    strategies = Counter(r.strategy for r in responses)
-    fitting = [r.correct for r in responses if r.fits]
-    mean = fmean(map(pass_rate, judged))
-    figures = {"pass@1": mean, "ci95": wilson(mean, len(judged)), "problems": len(judged), "samples": samples}
+def mean_or_none(values: list) -> float | None:
+    return fmean(values) if values else None
+
+
+def metrics_of(scored: Scored) -> dict:
+    """Return all metrics of some problems' responses."""
+    responses = [r for group in scored for r in group]
+    samples, mean = len(scored[0]), fmean(map(pass_rate, scored))
+    metrics = {"pass@1": mean, "ci95": wilson(mean, len(scored)), "problems": len(scored)}
+    metrics["samples"] = samples
+    right = [sum(r.correct for r in group) for group in scored]
     for k in (2**i for i in range(1, samples.bit_length())):
-        figures[f"pass@{k}"] = fmean(pass_at_k(samples, sum(r.correct for r in group), k) for group in judged)
+        metrics[f"pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in right)
+    strategies = Counter(r.strategy for r in responses)
     for strategy in STRATEGIES:
-        figures[f"{strategy}_share"] = strategies[strategy] / len(responses)
-    figures["fit_share"] = len(fitting) / len(responses)
-    figures["accuracy_given_fit"] = fmean(fitting) if fitting else None
-    figures["stopped_share"] = fmean(r.stopped for r in responses)
-    figures["errors"] = dict(Counter(r.error for r in responses if r.error))
-    return figures
+        metrics[f"{strategy}_share"] = strategies[strategy] / len(responses)
+    matching = [r.correct for r in responses if r.matches]
+    metrics["match_rate"] = len(matching) / len(responses)
+    metrics["accuracy_given_match"] = mean_or_none(matching)
+    metrics["frac_stopped"] = fmean(r.stopped for r in responses)
+    metrics["errors"] = dict(Counter(r.error for r in responses if r.error))
+    return metrics
 
 
-def group_by(judged: list[list[Response]], key: str) -> dict[str, list[list[Response]]]:
-    """Problems by an attribute that all responses to one share, sorted."""
-    values = sorted({getattr(group[0], key) for group in judged})
-    return {str(value): [group for group in judged if getattr(group[0], key) == value] for value in values}
+def group_by(scored: Scored, key: str) -> dict[str, Scored]:
+    """Group problems by an attribute that all responses to one share, sorted."""
+    values = sorted({getattr(group[0], key) for group in scored})
+    return {str(v): [group for group in scored if getattr(group[0], key) == v] for v in values}
 
 
-def summarise(judged: list[list[Response]]) -> dict:
-    """All figures: overall, by type, by number of steps, by both, and by strategy (of responses, not problems)."""
-    by_strategy = {}
+def summarise(scored: Scored) -> dict:
+    """Return metrics overall, by type, by steps, by both, and accuracy by strategy."""
+    by_type, by_strategy = group_by(scored, "kind"), {}
     for strategy in STRATEGIES:
-        correct = [r.correct for group in judged for r in group if r.strategy == strategy]
+        correct = [r.correct for group in scored for r in group if r.strategy == strategy]
         if correct:
             by_strategy[strategy] = {"responses": len(correct), "accuracy": fmean(correct)}
-    by_type = group_by(judged, "kind")
+
+    def by_steps(some: Scored) -> dict:
+        return {steps: metrics_of(groups) for steps, groups in group_by(some, "steps").items()}
+
     return {
-        "overall": cell(judged),
-        "by_type": {kind: cell(groups) for kind, groups in by_type.items()},
-        "by_steps": {steps: cell(groups) for steps, groups in group_by(judged, "steps").items()},
-        "by_type_and_steps": {
-            kind: {steps: cell(some) for steps, some in group_by(groups, "steps").items()}
-            for kind, groups in by_type.items()
-        },
+        "overall": metrics_of(scored),
+        "by_type": {kind: metrics_of(groups) for kind, groups in by_type.items()},
+        "by_steps": by_steps(scored),
+        "by_type_and_steps": {kind: by_steps(groups) for kind, groups in by_type.items()},
         "by_strategy": by_strategy,
     }
 
 
-def behaviour(judged: list[list[Response]]) -> dict[str, float | None]:
-    """What an update's responses did: accuracy, also given the strategy, and strategy shares by problem type."""
-    logged = {"accuracy": "pass@1", "accuracy_given_fit": "accuracy_given_fit", "fit_share": "fit_share"}
-    everything = cell(judged)
-    figures = {f"{strategy}/all": everything[f"{strategy}_share"] for strategy in STRATEGIES}
-    for kind, groups in group_by(judged, "kind").items():
-        c = cell(groups)
-        figures |= {f"{name}/{kind}": c[key] for name, key in logged.items()}
+def rollout_metrics(scored: Scored) -> dict[str, float | None]:
+    """Return what an update's log says of its responses: reward, accuracy, strategies by type."""
+    responses = [r for group in scored for r in group]
+    overall = metrics_of(scored)
+    metrics = {"reward": fmean(r.reward for r in responses)}
+    metrics["frac_truncated"] = fmean(not r.stopped for r in responses)
+    metrics |= {f"{strategy}/all": overall[f"{strategy}_share"] for strategy in STRATEGIES}
+    for kind, groups in group_by(scored, "kind").items():
+        of_kind = metrics_of(groups)
+        metrics[f"accuracy/{kind}"] = of_kind["pass@1"]
+        metrics[f"accuracy_given_match/{kind}"] = of_kind["accuracy_given_match"]
+        metrics[f"match_rate/{kind}"] = of_kind["match_rate"]
         for strategy in STRATEGIES:
             right = [r.correct for group in groups for r in group if r.strategy == strategy]
-            figures[f"{strategy}/{kind}"] = c[f"{strategy}_share"]
-            figures[f"accuracy_given_{strategy}/{kind}"] = fmean(right) if right else None
-    steps = group_by(judged, "steps")
-    return figures | {f"accuracy_at_steps/{n}": cell(groups)["pass@1"] for n, groups in steps.items()}
+            metrics[f"{strategy}/{kind}"] = of_kind[f"{strategy}_share"]
+            metrics[f"accuracy_given_{strategy}/{kind}"] = mean_or_none(right)
+    for steps, groups in group_by(scored, "steps").items():
+        metrics[f"accuracy_at_steps/{steps}"] = metrics_of(groups)["pass@1"]
+    return metrics
 
 
-def paired_difference(before: list[list[Response]], after: list[list[Response]]) -> dict:
-    """Change of pass@1 on the same problems, with its 95% interval."""
+def paired_difference(before: Scored, after: Scored) -> dict:
+    """Return the change of pass@1 on the same problems, with its interval."""
     changes = [pass_rate(b) - pass_rate(a) for a, b in zip(before, after, strict=True)]
-    adjusted = [*changes, 1.0, -1.0]  # as if on one problem more all was gained and on one all lost
-    centre, half = fmean(adjusted), 1.96 * pstdev(adjusted) / math.sqrt(len(adjusted))
-    interval = [max(-1.0, centre - half), min(1.0, centre + half)]
-    return {"pass@1": fmean(changes), "ci95": interval, "problems": len(changes)}
+    metrics = {"pass@1": fmean(changes), "ci95": paired_interval(changes)}
+    return metrics | {"problems": len(changes)}
 
 
-def compare(before: list[list[Response]], after: list[list[Response]]) -> dict:
-    """Paired differences overall, by type and by number of steps."""
+def compare(before: Scored, after: Scored) -> dict:
+    """Return paired differences overall, by type and by number of steps."""
     differences: dict = {"overall": paired_difference(before, after)}
     for name, key in (("by_type", "kind"), ("by_steps", "steps")):
         a, b = group_by(before, key), group_by(after, key)
@@ -196,113 +178,217 @@ def compare(before: list[list[Response]], after: list[list[Response]]) -> dict:
     return differences
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Tables
+# ------------------------------------------------------------------------------------------------
+# Why accuracy changed: selection among strategies, or improvement at executing them
+
+CAUSES = ("arithmetic", "procedure", "guess")
+OUTCOMES = ("right", *CAUSES)
 
 
-def rows_of(summary: dict) -> list[tuple[str, dict]]:
-    steps = [(f"{n} step{'s' * (n != '1')}", c) for n, c in summary["by_steps"].items()]
-    return [("all", summary["overall"]), *summary["by_type"].items(), *steps]
+def outcome(response: Response) -> str:
+    if response.correct:
+        return "right"
+    return {ARITHMETIC: "arithmetic", GUESS: "guess"}.get(response.error, "procedure")
+
+
+def count_outcomes(scored: Scored, strategies: list[tuple[str, bool]]) -> np.ndarray:
+    """Count how often each strategy came to each outcome on each problem: (X, S, 4)."""
+    counts = np.zeros((len(scored), len(strategies), len(OUTCOMES)))
+    for x, responses in enumerate(scored):
+        for r in responses:
+            s = strategies.index((r.strategy, r.matches))
+            counts[x, s, OUTCOMES.index(outcome(r))] += 1
+    return counts
+
+
+def decompose_gain(before: Scored, after: Scored, resamples: int = 1000) -> dict:
+    """Split the gain in pass@1 into selection and improvement, overall, by type and by steps.
+
+    lib/stats.py has the formula. Improvement is split by what a wrong response fails by first.
+    Intervals are bootstrapped over problems; accuracies are re-imputed in every resample.
+    """
+    both = (before, after)
+    strategies = sorted({(r.strategy, r.matches) for s in both for group in s for r in group})
+    counts = [count_outcomes(scored, strategies) for scored in both]
+    kinds = [group[0].kind for group in before]
+    steps = [str(group[0].steps) for group in before]
+    names = ([*map(" ".join, zip(kinds, steps))], kinds)  # impute by type and steps, then by type
+    cells = [np.unique(of_problem, return_inverse=True)[1] for of_problem in names]
+
+    groups = {("overall", ""): np.ones(len(before))}  # 1 for the problems of a group, (X,)
+    for name, values, order in (("by_type", kinds, str), ("by_steps", steps, int)):
+        for value in sorted(set(values), key=order):
+            groups[name, value] = np.array(values) == value
+    members = np.array(list(groups.values()), dtype=float)  # (groups, X)
+
+    def parts_of(chosen: np.ndarray) -> np.ndarray:
+        """Return gain, selection, improvement and its causes of each group: (groups, 6)."""
+        parts = contributions(*(c[chosen] for c in counts), [cell[chosen] for cell in cells])
+        with np.errstate(invalid="ignore"):  # NaN for a group without a chosen problem
+            parts = members[:, chosen] @ parts.T / members[:, chosen].sum(1, keepdims=True)
+        sums = parts.sum(-1), parts[:, 0], parts[:, 1:].sum(-1)
+        return np.concatenate((np.stack(sums, -1), parts[:, 1:]), -1)
+
+    means = parts_of(np.arange(len(before)))
+    draws = np.random.default_rng(0).integers(0, len(before), (resamples, len(before)))
+    resampled = np.array([parts_of(chosen) for chosen in draws])
+    intervals = np.nanpercentile(resampled, [2.5, 97.5], axis=0)  # (2, groups, 6)
+
+    result: dict = {"overall": {}, "by_type": {}, "by_steps": {}}
+    for i, (name, value) in enumerate(groups):
+        parts: dict = {"gain": {"mean": float(means[i, 0])}}
+        for j, part in enumerate(("selection", "improvement", *CAUSES), 1):
+            parts[part] = {"mean": float(means[i, j]), "ci95": intervals[:, i, j].tolist()}
+        result[name] = result[name] | ({value: parts} if value else parts)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables, in percent
+
+
+def rows_of(summary: dict) -> dict[str, dict]:
+    rows = {"all": summary["overall"], **summary["by_type"]}
+    for n, metrics in summary["by_steps"].items():
+        rows[f"{n} step{'s' * (n != '1')}"] = metrics
+    return rows
 
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def signed(figure: dict, key: str = "mean") -> str:
-    """A change and its interval, in percent."""
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (figure[key], *figure["ci95"])))
+def signed(part: dict, key: str = "mean") -> str:
+    """Format a change and its interval."""
+    values = (part[key], *part["ci95"])
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in values))
 
 
-def table(summaries: dict[str, dict], difference: dict | None = None, reasons: dict | None = None) -> str:
-    """The figures of checkpoints, in percent, as text."""
-    top = max(int(key[5:]) for key in next(iter(summaries.values()))["overall"] if key.startswith("pass@"))
-    ks = [1] if top == 1 else [1, top]
-    head = [*(f"pass@{k}" for k in ks), "95% interval", "forward", "backward", "fitting", "right if fit", "problems"]
-    text = ""
-    for name, summary in summaries.items():
-        text += f"\n{name}\n{'':14}" + "".join(f"{word:>14}" for word in head) + "\n"
-        for row, c in rows_of(summary):
-            figures = [percent(c[f"pass@{k}"]) for k in ks] + ["{} - {}".format(*map(percent, c["ci95"]))]
-            figures += [
-                percent(c[key]) for key in ("forward_share", "backward_share", "fit_share", "accuracy_given_fit")
-            ]
-            text += f"{row:14}" + "".join(f"{x:>14}" for x in [*figures, str(c["problems"])]) + "\n"
-    if difference:
-        text += "\nchange of pass@1, paired by problem\n"
-        for row, c in rows_of(difference):
-            text += f"{row:14}{signed(c, 'pass@1'):>26}\n"
-    if reasons:
-        text += "\nwhy: the gain is selection + improvement; improvement is of arithmetic, procedure and guesses\n"
-        text += f"{'':14}{'selection':>26}{'improvement':>26}" + "".join(f"{cause:>12}" for cause in CAUSES) + "\n"
-        for row, c in rows_of(reasons):
-            text += f"{row:14}{signed(c['selection']):>26}{signed(c['improvement']):>26}"
-            text += "".join(f"{100 * c[cause]['mean']:>+12.1f}" for cause in CAUSES) + "\n"
-    return text
+def largest_k(metrics: dict) -> int:
+    return max(int(key[5:]) for key in metrics if key.startswith("pass@"))
 
 
-def report(judged: dict[str, list[list[Response]]], json: Path | None, plot: Path | None) -> None:
-    """Print the figures of one checkpoint, or of two and why they differ; write and draw them where that is asked."""
-    summaries = [summarise(groups) for groups in judged.values()]
-    figures, reasons = summaries[0], None
-    named, heads = {"": figures}, list(judged)
-    if len(judged) == 2:
+def format_table(rows: list[list[str]]) -> str:
+    """Align columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def table(summary: dict) -> str:
+    """Format the metrics of one checkpoint."""
+    k = largest_k(summary["overall"])
+    shares = {"forward": "forward_share", "backward": "backward_share", "matching": "match_rate"}
+    columns = {"pass@1": "pass@1", f"pass@{k}": f"pass@{k}"} | shares
+    columns["right if matching"] = "accuracy_given_match"
+    rows = [["", *columns, "95% interval", "problems"]]
+    for name, metrics in rows_of(summary).items():
+        interval = "{} - {}".format(*map(percent, metrics["ci95"]))
+        cells = [percent(metrics[key]) for key in columns.values()]
+        rows.append([name, *cells, interval, str(metrics["problems"])])
+    return format_table(rows)
+
+
+def comparison_table(before: dict, after: dict, difference: dict, reasons: dict) -> str:
+    """Format two checkpoints, what changed, and why."""
+    columns = {"pass@1": "pass@1", "matching": "match_rate"}
+    columns["right if matching"] = "accuracy_given_match"
+    rows = [["", *columns, "change", "= selection", "+ improvement"]]
+    tables = [rows_of(x) for x in (before, after, difference, reasons)]
+    for name, a, b, change, why in zip(tables[0], *(table.values() for table in tables)):
+        cells = [f"{percent(a[key])} -> {percent(b[key])}" for key in columns.values()]
+        parts = [signed(change, "pass@1"), signed(why["selection"]), signed(why["improvement"])]
+        rows.append([name, *cells, *parts])
+    a, b, why = before["overall"], after["overall"], reasons["overall"]
+    causes = ", ".join(f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in CAUSES)
+    key = f"pass@{largest_k(a)}"
+    note = f"all problems: {key} {percent(a[key])} -> {percent(b[key])}; improvement by {causes}"
+    return f"{format_table(rows)}\n{note}"
+
+
+def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> None:
+    """Print the metrics of one checkpoint, or of two and why they differ; write and draw them."""
+    summaries, reasons = [summarise(of_one) for of_one in scored.values()], None
+    named, metrics = {"": summaries[0]}, summaries[0]
+    if len(scored) == 2:
+        reasons, difference = decompose_gain(*scored.values()), compare(*scored.values())
         named = dict(zip(("before", "after"), summaries))
-        heads = [f"{when}: {name}" for when, name in zip(named, judged)]
-        reasons = explain(*judged.values())
-        figures = named | {"difference": compare(*judged.values()), "reasons": reasons}
-    print(table(dict(zip(heads, summaries)), figures.get("difference"), reasons))
+        metrics = named | {"difference": difference, "reasons": reasons}
+        print(comparison_table(*summaries, difference, reasons))
+    else:
+        print(table(summaries[0]))
     if json:
-        with refusals():
-            write_json(json, {"checkpoints": list(judged), **figures})
+        with user_errors():
+            write_json(json, {"checkpoints": list(scored), **metrics})
     if plot:
-        from plot import plot_evaluation  # matplotlib, which takes a second, only where a plot is asked for
+        from lib.plots import plot_evaluation  # matplotlib takes a second to import
 
         plot_evaluation(named, plot, reasons)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
-def check(config: EvalConfig) -> None:
-    require(1 <= len(config.checkpoints) <= 2, "name one checkpoint, or two to compare")
-    at_least(config, problems=1, samples=1)
-    require(
-        0 < config.temperature < math.inf, "--temperature must be above 0; for the likeliest tokens there is --greedy"
-    )
-    check_outputs(config.json, config.plot)
+def choose_checkpoints(names: list[str]) -> list[Path]:
+    """Return one or two checkpoints; of a folder of runs the newest run's, beside its start."""
+    require(len(names) <= 2, "name one checkpoint, or two to compare")
+    folder = Path(names[0] if names else "ckpt")
+    if len(names) < 2 and folder.is_dir() and (run := newest_run(folder)):
+        paths = [find_checkpoint(str(run))]
+        start = Path(load_meta(paths[0]).get("init_from", ""))
+        if start.name and start.is_dir():
+            paths.insert(0, find_checkpoint(os.path.relpath(start)))
+        elif start.name:
+            warn(f"{start}, where {run} started, is gone: evaluating {run} alone")
+        return paths
+    require(bool(names), "there is no run in ckpt/: name a checkpoint, or train one first")
+    paths = [find_checkpoint(name) for name in names]
+    same = len({path.resolve() for path in paths}) < len(paths)
+    require(not same, f"both names mean the checkpoint {paths[0]}")
+    return paths
 
 
 def main(config: EvalConfig, world: World) -> None:
-    if not world.leads:  # under torchrun one process does it all
+    if not world.is_master:  # under torchrun one process does it all
         return
-    check(config)
-    paths = [find_checkpoint(name) for name in config.checkpoints]
-    require(len({path.resolve() for path in paths}) == len(paths), f"both names mean the checkpoint {paths[0]}")
-    made_here = [training for training in map(load_training, paths) if "field" in training]
-    fields = [(training["field"], training.get("relabel", "fixed")) for training in made_here] or [(11, "fixed")]
-    require(fields[0] == fields[-1], "the two checkpoints were trained on different fields or namings")
-    with refusals():
+    require_min(config, problems=1, samples=1)
+    sane = 0 < config.temperature < math.inf
+    require(sane, "--temperature must be above 0; for the likeliest tokens there is --greedy")
+    require_writable(config.json, config.plot)
+    paths = choose_checkpoints(config.checkpoints)
+    metas = [meta for meta in map(load_meta, paths) if "field" in meta]  # of those made here
+    fields = [(meta["field"], meta.get("relabel", "fixed")) for meta in metas] or [(11, "fixed")]
+    message = "the two checkpoints were trained on different fields or namings"
+    require(fields[0] == fields[-1], message)
+    with user_errors():
         task = Task.from_flags(config.difficulty, config.steps, *fields[0], config.parts)
-        problems = validation_problems(task, config.problems, config.seed)
+        stream = rng(config.seed, "validation problems")
+        problems = validation_problems(task, config.problems, stream)
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
-    def judge_checkpoint(path: Path) -> list[list[Response]]:
-        precision = choose_precision(config.precision, read_config(path), path, World(0, 1, world.device))
-        model, tokenizer = load_model(path, world.device, PRECISIONS[precision], not config.no_chat_template)
-        tokenizer.check(task.p)
-        print(describe(model))
-        budget = token_budget(model.config, tokenizer, task)
+    def score_checkpoint(path: Path) -> Scored:
+        one = World(0, 1, world.device)
+        precision = choose_dtype(config.precision, read_config(path), path, one)
+        template = not config.no_chat_template
+        model, tokenizer = load_model(path, world.device, DTYPES[precision], template)
+        tokenizer.require_vocabulary(vocabulary(task.p))
+        longest = task.longest_examples(rng("token budget"))
+        limit = model.config.max_position_embeddings
+        budget = tokenizer.max_response_tokens(*longest, limit)
         return evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
 
-    judged = {str(path): judge_checkpoint(path) for path in paths}  # one model at a time in memory
+    scored = {str(path): score_checkpoint(path) for path in paths}  # one model in memory at a time
     low, high = task.steps
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
-    print(f"{len(problems)} validation problems of {low}-{high} steps in GF({task.p}), {how}; figures in %")
-    report(judged, config.json and Path(config.json), config.plot and Path(config.plot))
+    which = f"{len(problems)} validation problems of {low}-{high} steps in GF({task.p})"
+    print(f"{' -> '.join(scored)}: {which}, {how}; in %\n")
+    report(scored, config.json and Path(config.json), config.plot and Path(config.plot))
 
 
 if __name__ == "__main__":
     config = parse_flags(EvalConfig, __doc__, positional="checkpoints")
-    with processes() as world:
+    with distributed() as world:
         main(config, world)

@@ -1,22 +1,22 @@
-"""The tagger: which strategy a response follows, and where it first goes wrong.
+"""The tagger: which strategy a response follows, and where it first goes wrong; and its reward.
 
-It reads text alone, so it works on any model's responses. A response is a row of *lines*, recognised by their form
-and not by line breaks:
+It reads text alone, so it works on any model's responses. A response is a sequence of *lines*,
+recognised by their form and not by line breaks:
 
     start e3, end e1, guess end e1     an opening or a closing
     8: e3 + e4 = e0                    a step
     answer e1
     anything between                   a line of another form
 
-Every line votes for a direction (an opening by its side, a step by its operation, a closing by its side); the
-lines are then held against what the problem demands in that direction.
+Every line votes for a direction: an opening or closing by its side, a step by its operation. The
+lines are then compared with a faultless solution in that direction.
 """
 
 import re
 from collections import Counter
 from dataclasses import dataclass
 
-from data.finite_field import BACKWARD, FITTING, FORWARD, Problem, reward
+from data.finite_field import BACKWARD, FORWARD, MATCHING_STRATEGY, Problem, is_correct, reward
 
 MIXED, NONE = "mixed", "none"
 STRATEGIES = (FORWARD, BACKWARD, MIXED, NONE)  # what a response can be tagged as
@@ -24,17 +24,19 @@ STRATEGIES = (FORWARD, BACKWARD, MIXED, NONE)  # what a response can be tagged a
 # What can be wrong with a line.
 ARITHMETIC = "arithmetic"  # the result is not operation(value, operand)
 OPERAND = "wrong operand"  # a value, operation or operand that is not the one at this point
-SKIPPED = "skipped step"  # a line that is due is left out, and a later one said
-ORDER = "wrong order"  # a line out of turn: said before, or never due
+SKIPPED = "skipped step"  # an expected line is missing; a later one appears instead
+ORDER = "wrong order"  # a line out of turn: it came before, or is never due
 FORMAT = "format"  # a line of another form
 NO_ANSWER = "no answer"  # the response ends before its answer
 
-GUESS = "wrong guess"  # no fault of a line: the strategy does not fit, and what it had to guess is not so
+# No fault of a line: the strategy did not match the problem type, and its guess was wrong.
+GUESS = "wrong guess"
 
 LINE = re.compile(  # of whole words
     r"(?<![^ ])(?:"
     r"(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})"
-    r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4}) = (?P<result>e\d{1,4})"
+    r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4})"
+    r" = (?P<result>e\d{1,4})"
     r"|answer (?P<answer>e\d{1,4})"
     r")(?![^ ])",
     re.ASCII,
@@ -55,7 +57,7 @@ class Line:
 
     @property
     def direction(self) -> str | None:
-        """The direction in which a step goes."""
+        """Return the direction in which a step goes."""
         return {"+": FORWARD, "*": FORWARD, "-": BACKWARD, "/": BACKWARD}.get(self.op)
 
 
@@ -68,26 +70,76 @@ class Error:
 
 @dataclass(frozen=True)
 class Tag:
-    strategy: str  # FORWARD, BACKWARD, MIXED (parts differ, or one part goes both ways) or NONE (no step at all)
+    strategy: str  # FORWARD, BACKWARD, MIXED (parts differ, or one is both) or NONE (no step)
     parts: tuple[str, ...]  # the same for each part of the problem
     guessed: tuple[bool, ...]  # which parts open with a guess
     misguessed: bool  # whether a wrong guess comes before the first error
-    steps_right: int  # steps done before the first error
+    steps_right: int  # steps before the first error
     error: Error | None
     answer: str | None
 
 
+@dataclass(frozen=True)
+class Response:
+    """What is kept of a scored response."""
+
+    kind: str  # the problem's type
+    steps: int
+    strategy: str
+    matches: bool  # whether every part is solved with the strategy that needs no guess
+    correct: bool  # exact match of the answer: what tables count
+    reward: float  # what GRPO trains on
+    error: str | None  # what went wrong first: a wrong guess, or the kind of a line's error
+    stopped: bool  # whether it ended before the token limit
+
+
+def score_rollout(rollout, problems: list[Problem], tokenizer) -> None:
+    """Score a rollout's responses: set rollout.scored, P lists of G, and rollout.rewards (P, G)."""
+    texts = tokenizer.decode(rollout.response_tokens())
+    stopped = rollout.stopped.tolist()
+    G = len(texts) // len(problems)
+    rollout.scored = []
+    for i, problem in enumerate(problems):
+        group = range(i * G, (i + 1) * G)
+        rollout.scored.append([score_response(problem, texts[j], stopped[j]) for j in group])
+    rewards = [[response.reward for response in group] for group in rollout.scored]
+    rollout.rewards = rollout.logps.new_tensor(rewards)
+
+
+def score_response(problem: Problem, text: str, stopped: bool) -> Response:
+    """Tag a response and compute its reward."""
+    tagged = tag(problem, text)
+    error = tagged.error.kind if tagged.error else None
+    return Response(
+        kind=problem.kind,
+        steps=problem.steps,
+        strategy=tagged.strategy,
+        matches=matches(problem, tagged),
+        correct=is_correct(problem, text),
+        reward=reward(problem, text),
+        error=GUESS if tagged.misguessed else error,
+        stopped=stopped,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# The tagger
+
+
 def tag(problem: Problem, response: str) -> Tag:
-    """Tag any text. A wrong guess, carried through rightly, is no error: it is a guess."""
-    lines = read(response)
-    chunks = split(lines)[: len(problem.parts)]
+    """Tag any text. A wrong guess that is carried through correctly is a guess, not an error."""
+    lines = parse_lines(response)
+    chunks = split_parts(lines)[: len(problem.parts)]
     chunks += [[]] * (len(problem.parts) - len(chunks))
     parts = tuple(strategy_of(chunk) for chunk in chunks)
     used = set(parts) - {NONE}
+    strategy = MIXED
+    if len(used) < 2:
+        strategy = used.pop() if used else NONE
     answers = [line.value for line in lines if line.form == "answer"]
-    misguessed, steps_right, error = check(problem, lines, chunks, parts)
+    misguessed, steps_right, error = first_error(problem, lines, chunks, parts)
     return Tag(
-        strategy=NONE if not used else used.pop() if len(used) == 1 else MIXED,
+        strategy=strategy,
         parts=parts,
         guessed=tuple(bool(chunk) and chunk[0].guess for chunk in chunks),
         misguessed=misguessed,
@@ -97,52 +149,38 @@ def tag(problem: Problem, response: str) -> Tag:
     )
 
 
-def fits(problem: Problem, tag: Tag) -> bool:
+def matches(problem: Problem, tag: Tag) -> bool:
     """Whether every part is solved with the strategy that needs no guess."""
-    return all(strategy == FITTING[part.kind] for strategy, part in zip(tag.parts, problem.parts))
+    pairs = zip(tag.parts, problem.parts)
+    return all(strategy == MATCHING_STRATEGY[part.kind] for strategy, part in pairs)
 
 
-@dataclass(frozen=True)
-class Response:
-    """What is kept of a response."""
-
-    kind: str  # the problem's type
-    steps: int
-    strategy: str
-    fits: bool
-    correct: bool
-    error: str | None  # what went wrong first: a wrong guess, or the kind of a line
-    stopped: bool
-
-
-def judge(problem: Problem, response: str, stopped: bool) -> Response:
-    found = tag(problem, response)
-    correct = bool(reward(problem, response))
-    error = GUESS if found.misguessed else found.error.kind if found.error else None
-    return Response(problem.kind, problem.steps, found.strategy, fits(problem, found), correct, error, stopped)
-
-
-def read(response: str) -> list[Line]:
-    """The lines of a response, in order; what lies between two recognised ones is one line of form "other"."""
+def parse_lines(response: str) -> list[Line]:
+    """Return the lines in order; text between two recognised ones is one line of form "other"."""
     text, lines, end = " ".join(response.split()), [], 0
-    for found in LINE.finditer(text):
-        if between := text[end : found.start()].strip():
+    for match in LINE.finditer(text):
+        if between := text[end : match.start()].strip():
             lines.append(Line("other", between))
-        end = found.end()
-        if found["side"]:
-            lines.append(Line("anchor", found[0], bool(found["guess"]), found["side"], found["value"]))
-        elif found["answer"]:
-            lines.append(Line("answer", found[0], value=found["answer"]))
+        end = match.end()
+        if match["side"]:
+            guess = bool(match["guess"])
+            lines.append(Line("anchor", match[0], guess, match["side"], match["value"]))
+        elif match["answer"]:
+            lines.append(Line("answer", match[0], value=match["answer"]))
         else:
-            step = {"label": int(found["label"]), "left": found["left"], "op": found["op"], "right": found["right"]}
-            lines.append(Line("step", found[0], value=found["result"], **step))
+            step = {key: match[key] for key in ("left", "op", "right")}
+            step |= {"label": int(match["label"]), "value": match["result"]}
+            lines.append(Line("step", match[0], **step))
     if rest := text[end:].strip():
         lines.append(Line("other", rest))
     return lines
 
 
-def split(lines: list[Line]) -> list[list[Line]]:
-    """The lines of each part: an opening that follows a closing starts a new one. The answer belongs to none."""
+def split_parts(lines: list[Line]) -> list[list[Line]]:
+    """Return the lines of each part: an opening after a closing starts a new one.
+
+    The answer belongs to none.
+    """
     chunks: list[list[Line]] = []
     before = None
     for line in lines:
@@ -156,7 +194,7 @@ def split(lines: list[Line]) -> list[list[Line]]:
 
 
 def strategy_of(chunk: list[Line]) -> str:
-    """Two thirds of a part's votes decide; NONE without a step."""
+    """Return the direction that two thirds of a part's votes agree on; NONE without a step."""
     votes = Counter(line.direction for line in chunk if line.form == "step")
     if not votes:
         return NONE
@@ -170,40 +208,46 @@ def strategy_of(chunk: list[Line]) -> str:
     return direction if 3 * most >= 2 * votes.total() else MIXED
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Checking: the lines against those of a faultless solution in the same strategies, with the same guesses
+# ------------------------------------------------------------------------------------------------
+# Compare with a faultless solution in the same strategies, with the same guesses
 
 
-def check(
+def first_error(
     problem: Problem, lines: list[Line], chunks: list[list[Line]], parts: tuple[str, ...]
 ) -> tuple[bool, int, Error | None]:
-    """Whether a wrong guess comes before the first error, the number of steps before it, and the error."""
+    """Return whether a wrong guess comes before the first error, the right steps, and the error."""
     directions, guesses = [], []
     for chunk, strategy, part in zip(chunks, parts, problem.parts):
         opening = chunk[0] if chunk and chunk[0].form == "anchor" else None
         if strategy in (MIXED, NONE):
-            strategy = {"start": FORWARD, "end": BACKWARD}[opening.side] if opening else FITTING[part.kind]
+            strategy = MATCHING_STRATEGY[part.kind]
+            if opening:
+                strategy = {"start": FORWARD, "end": BACKWARD}[opening.side]
         directions.append(strategy)
         guesses.append(problem.field.value(opening.value) if opening else None)
 
-    due = read(problem.solution(directions, guesses))
-    texts = [line.text for line in lines]
-    same = next((i for i, line in enumerate(due) if texts[i : i + 1] != [line.text]), len(due))  # lines as they are due
+    due = parse_lines(problem.solution(directions, guesses))
+    same = 0  # lines that are as they are due
+    while same < min(len(lines), len(due)) and lines[same].text == due[same].text:
+        same += 1
     steps_right = sum(line.form == "step" for line in due[:same])
     misguessed = False
     if any(line.guess for line in due[:same]):
-        right = read(problem.solution(directions))
-        misguessed = any(line.guess and line.text != other.text for line, other in zip(due[:same], right))
+        right = parse_lines(problem.solution(directions))
+        pairs = zip(due[:same], right)
+        misguessed = any(line.guess and line.text != other.text for line, other in pairs)
 
     if same == max(len(lines), len(due)):
         return misguessed, steps_right, None
-    line, expected = (found[same] if same < len(found) else None for found in (lines, due))
-    kind = _kind(line, expected, due[same + 1 :])
-    return misguessed, steps_right, Error(kind, same, (expected and expected.label) or None)
+    line = lines[same] if same < len(lines) else None
+    expected = due[same] if same < len(due) else None
+    kind = error_kind(line, expected, due[same + 1 :])
+    label = expected.label if expected else 0
+    return misguessed, steps_right, Error(kind, same, label or None)
 
 
-def _kind(line: Line | None, expected: Line | None, later: list[Line]) -> str:
-    """What is wrong with a line where another, followed by the lines `later`, is expected."""
+def error_kind(line: Line | None, expected: Line | None, later: list[Line]) -> str:
+    """Return what is wrong with a line where `expected`, followed by the lines `later`, is due."""
     if line is None:
         return NO_ANSWER
     if line.form == "other":
@@ -214,5 +258,6 @@ def _kind(line: Line | None, expected: Line | None, later: list[Line]) -> str:
 
     if expected is None or not is_turn_of(expected):
         return SKIPPED if any(is_turn_of(due) for due in later) else ORDER
-    same_operands = (line.left, line.op, line.right) == (expected.left, expected.op, expected.right)
+    operands = (line.left, line.op, line.right)
+    same_operands = operands == (expected.left, expected.op, expected.right)
     return ARITHMETIC if line.form == "step" and same_operands else OPERAND

@@ -1,138 +1,127 @@
-"""Stage 2: reinforce an SFT model on problems it does not solve yet, by GRPO with an outcome reward alone.
+"""Stage 2: GRPO on hard problems, from an SFT checkpoint. Reward: 1 if the answer is right, else 0.
 
     torchrun train_grpo.py --difficulty hard                        # the main job
-    torchrun --nproc-per-node 8 train_grpo.py --difficulty hard     # one process a GPU
-    python train_grpo.py --init runs/sft-forward-gf11 --out runs/forward
+    torchrun --nproc-per-node 8 train_grpo.py --difficulty hard     # one process per GPU
+    python train_grpo.py --init ckpt/sft-forward-gf11 --out ckpt/forward
 
-Without an SFT checkpoint at its default place, one is trained first. Each update: draw prompts, sample a group of
-responses to each, reward those that end in the right answer, compare each with its group, take one step.
+Without an SFT checkpoint at its default place, one is trained first. Read `main` for the loop and
+`grpo_loss` for the objective. Differences from DeepSeekMath (arXiv 2402.03300):
 
-What is and what is not in it, against DeepSeekMath (arXiv 2402.03300): group advantages, clipped ratios and the k3
-estimate of the KL divergence are there; bounds may differ below and above (DAPO, arXiv 2503.14476); the loss is the
-mean over the *tokens* of the whole batch and not of each response (DAPO; no bias to short answers); a group whose
-rewards are all equal has no advantage and is not trained on at all, not even towards the reference. There is one step
-a rollout, so ratios differ from 1 by rounding alone, or by LoRA's dropout, and clipping is a guard.
+1. The loss is the mean over the tokens of the whole batch, not of each response (DAPO, arXiv
+   2503.14476): no bias towards short answers.
+2. Clipping bounds may differ below and above (DAPO).
+3. A group whose rewards are all equal has no advantage and is not trained on, not even by the KL.
+4. There is one step per rollout, so ratios differ from 1 only by rounding, or by LoRA's dropout.
 """
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import eval
 import train_sft
-from checkpoint import TINY, choose_precision, load_model, load_policy, load_training, read_config
-from data.finite_field import Problem, Task
-from eval import behaviour, evaluate, judge_groups, report, summarise, token_budget, validation_problems
-from lora import check_lora, dropout_key, without_adapters
-from model import PRECISIONS, Transformer, refresh, trained, working_copy
-from packed import Packed, add_gradients, describe, pack, pad, response_log_probs
+from data.finite_field import Problem, Task, validation_problems, vocabulary
+from lib import checkpoint
+from lib.checkpoint import load_meta, load_model, read_config
+from lib.diagnose import diagnose
+from lib.distributed import Signals, World, distributed, is_fsdp, peak_memory_gb
+from lib.flags import parse_flags, require, require_min, user_errors, warn
+from lib.lora import dropout_key, validate_lora, without_adapters
+from lib.packing import micro_batches, response_logps
+from lib.policy import DTYPES, accumulate_gradients
+from lib.rng import epoch_indices, rng
+from lib.run_dir import newest_checkpoint, open_run
+from lib.tokenizer import load_tokenizer, word_tokenizer
+from lib.training import Run, end_update, load_run, optimizer_step, validate_processes
+from lib.transformer import Transformer
 from rollout import Rollout, Sampler
-from run_folder import (
-    Log,
-    checkpoints,
-    find_checkpoint,
-    fingerprint,
-    load_optimizer,
-    newest_checkpoint,
-    open_run,
-    other_flags,
-    read_log,
-    save_checkpoint,
-)
-from runtime import (
-    Signals,
-    World,
-    at_least,
-    clip_gradient,
-    count_skipped,
-    is_sharded,
-    parse_flags,
-    places,
-    processes,
-    refusals,
-    require,
-    stream,
-    warn,
-)
-from sharding import check_shard, shard
-from tokenizer import Tokenizer, load_tokenizer, word_tokenizer
+from strategies import Response, score_rollout
 
 
 @dataclass
 class GrpoConfig:
-    init: str = ""  # SFT checkpoint or run [runs/sft-mixed-gfFIELD, trained first where it is missing]
-    out: str = ""  # run folder [runs/grpo-DIFFICULTY-gfFIELD]
-    difficulty: Literal["easy", "hard", "extreme"] = "hard"  # easy (2-5 steps), hard (6-9) or extreme (6-15)
+    # Run
+    init: str = ""  # SFT checkpoint or run [ckpt/sft-mixed-gfFIELD, trained first if it is missing]
+    out: str = ""  # run folder [ckpt/grpo-DIFFICULTY-gfFIELD]
+    seed: int = 0  # of problems, sampling and everything else
+    resume: bool = False  # continue the newest checkpoint of the run folder
+    save_every: int = 25  # updates between checkpoints
+    keep: int | None = None  # newest checkpoints that are kept, 0 for all [tiny 0, pretrained 2]
+    eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
+    eval_problems: int = 256  # validation problems of an evaluation
+    # Problems
+    difficulty: Literal["easy", "hard", "extreme"] = "hard"  # 2-5, 6-9 or 6-15 steps
     steps: str = ""  # such as 3-7, instead of --difficulty
     parts: str = "1"  # parts of a problem, such as 3-5: two or more make a composition
     field: int = 11  # number of elements of the field, a prime
-    relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or one shown in each prompt
+    relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or shown ones
     evaluation_share: float = 0.5  # share of evaluation among the problems; the rest is inversion
-    examples: int | None = None  # distinct problems, 0 for fresh ones always [tiny 0, pretrained 1024]
-    updates: int | None = None  # optimizer steps [tiny 300, pretrained 500]
-    prompts: int = 32  # problems an update, over all processes
-    group: int = 8  # responses to each
-    lr: float | None = None  # peak learning rate of AdamW [tiny 3e-4, pretrained 1e-5]
-    warmup: int = 10  # updates to reach the peak; a straight line leads down to zero
-    beta: float | None = None  # weight of the KL divergence from the SFT model [tiny 0, pretrained 0.05]
-    clip_low: float = 0.2  # bad responses get no gradient where their ratio is below 1 - this
-    clip_high: float = 0.2  # good responses get no gradient where their ratio is above 1 + this
-    clip_gradient: float = 1.0  # a gradient of a larger norm is scaled down to this
-    advantage: Literal["z-score", "mean"] = "z-score"  # rewards minus the group's mean, divided by its deviation or not
+    examples: int | None = None  # distinct problems, 0: always fresh ones [tiny 0, pretrained 1024]
+    no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
+    # Sampling
+    prompts_per_update: int = 32  # problems per update, over all processes
+    group_size: int = 8  # responses to each
     temperature: float | None = None  # of the sampling [tiny 1.0, pretrained 0.7]
     max_new_tokens: int = 0  # longest response [0: the longest solution and a little more]
-    micro_tokens: int = 0  # tokens of a forward pass [0: 16384 on a GPU, 2048 on the CPU]
-    recompute: bool = False  # keep fewer activations for the backward pass and compute them again: less memory
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto measures. Weights stay fp32
-    lora: int | None = None  # rank of LoRA adapters, 0 to train all the weights [tiny 0, pretrained 64]
+    # Objective
+    advantage: Literal["z-score", "mean"] = "z-score"  # rewards minus the mean, over the std or not
+    beta: float | None = None  # weight of the KL from the start [tiny 0, pretrained 0.05]
+    clip_low: float = 0.2  # bad responses get no gradient where their ratio is below 1 - this
+    clip_high: float = 0.2  # good responses get no gradient where their ratio is above 1 + this
+    # Optimizer
+    updates: int | None = None  # optimizer steps [tiny 300, pretrained 500]
+    lr: float | None = None  # peak learning rate of AdamW [tiny 3e-4, pretrained 1e-5]
+    warmup: int = 10  # updates of linear warm-up, then linear decay to zero
+    max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
+    # Memory and precision
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; weights stay fp32
+    micro_batch_tokens: int = 0  # tokens of a forward pass [0: 16384 on a GPU, 2048 on the CPU]
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    lora: int | None = None  # rank of LoRA adapters, 0: train all weights [tiny 0, pretrained 64]
     lora_alpha: int = 128  # adapters are scaled by this over their rank
     lora_dropout: float = 0.05  # share of the adapters' inputs that is dropped in training
-    shard: bool = False  # split weights, gradients and optimizer over all processes (FSDP), to save memory
-    no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
-    seed: int = 0  # of problems, sampling and everything else
-    eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
-    eval_problems: int = 256  # validation problems of an evaluation
-    save_every: int = 25  # updates between checkpoints
-    keep: int | None = None  # newest checkpoints that are kept, 0 for all [tiny 0, pretrained 2]
-    resume: bool = False  # continue the newest checkpoint of the run folder
+    fsdp: bool = False  # shard weights, gradients and optimizer over all processes
 
 
-def complete(config: GrpoConfig, tiny: bool) -> GrpoConfig:
-    """The config with the defaults that depend on the model, and checked."""
+def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:
+    """Fill in the defaults that depend on the model, and refuse impossible flags."""
     defaults = {"examples": 0, "updates": 300, "lr": 3e-4, "beta": 0.0, "temperature": 1.0}
-    if not tiny:
+    defaults |= {"lora": 0, "keep": 0}
+    if not tiny:  # the paper's
         defaults = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "temperature": 0.7}
-    defaults |= {"lora": 0, "keep": 0} if tiny else {"lora": 64, "keep": 2}
+        defaults |= {"lora": 64, "keep": 2}
     for name, value in defaults.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    at_least(config, updates=1, prompts=1, eval_problems=1, save_every=1)
-    at_least(config, keep=0, examples=0, warmup=0, beta=0, max_new_tokens=0, micro_tokens=0, eval_every=0)
-    check_lora(config)
-    require(config.group >= 2, "--group must be at least 2: a response is compared with the others of its group")
+    require_min(config, updates=1, prompts_per_update=1, eval_problems=1, save_every=1)
+    require_min(config, keep=0, examples=0, warmup=0, beta=0, eval_every=0)
+    require_min(config, max_new_tokens=0, micro_batch_tokens=0)
+    validate_lora(config)
+    message = "--group-size must be at least 2: a response is compared with the others of its group"
+    require(config.group_size >= 2, message)
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
     require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
     require(config.clip_high > 0, "--clip-high must be above 0")
-    require(config.clip_gradient > 0, "--clip-gradient must be above 0")
+    require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
     require(0 < config.temperature < math.inf, "--temperature must be above 0, and finite")
     return config
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The algorithm
 
 
 def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
-    """Rewards (P, G) relative to their group: minus its mean and, for "z-score", over its standard deviation.
+    """Return rewards (P, G) minus their group's mean and, for "z-score", over its std.
 
-    A group of equal rewards gets zeros. Source: DeepSeekMath, section 4.1.2; "mean": Dr. GRPO, arXiv 2503.20783.
+    A group of equal rewards gets zeros. Source: DeepSeekMath, section 4.1.2; "mean": Dr. GRPO,
+    arXiv 2503.20783.
     """
     advantages = rewards - rewards.mean(1, keepdim=True)
     if kind == "z-score":
@@ -140,321 +129,258 @@ def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
     return advantages
 
 
-def policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) of each token; all (M,). Source: PPO, arXiv 1707.06347, eq. 7."""
-    ratio = (log_probs - old_log_probs).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    n_tokens: float,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    beta: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The whole objective: return the loss of M tokens, and what it is made of, (M,) each.
 
-
-def kl_divergence(log_probs: Tensor, reference: Tensor) -> Tensor:
-    """Schulman's estimate k3 of KL(policy || reference), of each token (M,): unbiased and never negative."""
-    difference = reference - log_probs
-    return difference.exp() - difference - 1
-
-
-def micro_batches(prompt_lengths: Tensor, response_lengths: Tensor, chosen: Tensor, budget: int) -> Iterator[Tensor]:
-    """Split the groups `chosen` into runs of at most `budget` tokens; a larger group stands alone.
-
-    prompt_lengths (P,), response_lengths (P, G), chosen indices into P; yields indices.
+    All tensors are (M,): log-probs under the policy, under the sampler, and under the reference
+    (None without a KL term), and each token's advantage. `n_tokens` are the response tokens of the
+    whole batch, on all ranks and in all micro-batches, so that the losses of these add up to it.
+    Sources: PPO, arXiv 1707.06347, equation 7; the KL estimate k3: joschu.net/blog/kl-approx.html.
     """
-    costs = (prompt_lengths + response_lengths.sum(1))[chosen].tolist()
-    first, total = 0, 0
-    for i, cost in enumerate(costs):
-        if total + cost > budget and i > first:
-            yield chosen[first:i]
-            first, total = i, 0
-        total += cost
-    if first < len(costs):
-        yield chosen[first:]
+    ratio = (logps - old_logps).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    per_token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    per_token = {"ratio": ratio, "clip_ratio": ratio != clipped}
+    if ref_logps is not None:
+        log_ratio = ref_logps - logps
+        kl = log_ratio.exp() - log_ratio - 1  # unbiased, and never negative
+        per_token_loss = per_token_loss + beta * kl
+        per_token["kl"] = kl
+    return per_token_loss.sum() / n_tokens, {"loss": per_token_loss, **per_token}
 
 
-def pack_groups(prompts: Tensor, prompt_lengths: Tensor, rollout: Rollout, groups: Tensor) -> tuple[Packed, Tensor]:
-    """Pack the groups `groups` of prompts (P, Tp) and their rollout; also which rows (b,) of the rollout they are."""
-    rows = torch.arange(len(rollout.tokens), device=groups.device).view(len(prompts), -1)[groups]  # (p, G)
-    parents = torch.arange(len(groups), device=groups.device).repeat_interleave(rows.shape[1])
-    rows = rows.flatten()
-    Tp, T = prompt_lengths[groups].max(), rollout.lengths[rows].max()
-    batch = pack(prompts[groups, :Tp], prompt_lengths[groups], rollout.tokens[rows, :T], rollout.lengths[rows], parents)
-    return batch, rows
-
-
-def add_gradient(
-    model: Transformer,
-    computing: Transformer,
+def grpo_backward(
+    master: Transformer,
+    policy: Transformer,
     reference: Transformer | None,
-    prompts: tuple[Tensor, Tensor],
     rollout: Rollout,
-    rewards: Tensor,
     config: GrpoConfig,
     world: World,
     update: int = 0,
-) -> dict[str, float]:
-    """Add this process's share of the gradient of the GRPO loss to the model's; the figures of the whole batch.
+) -> dict[str, float | None]:
+    """Accumulate this rank's GRPO gradient into `master`. Return metrics over the global batch.
 
-    `computing` is the model's working copy, or the model where it is sharded; prompts (P, Tp) with their lengths (P,),
-    the rollout of P * G responses, rewards (P, G).
+    `policy` are the weights that compute; `rollout` has its rewards and advantages (P, G).
     """
-    P, G = rewards.shape
-    advantages = group_advantages(rewards, config.advantage).flatten()
-    chosen = (rewards != rewards[:, :1]).any(1).nonzero()[:, 0]  # groups with a signal
-    # The mean is over all response tokens of the batch, on every process and in every micro-batch. Those of groups
-    # without signal count, though their share of the loss is zero and they are never forwarded.
-    n_tokens, n_groups, n_chosen = world.sum(int(rollout.lengths.sum()), P, len(chosen))
+    P, G = rollout.rewards.shape
+    has_signal = (rollout.rewards != rollout.rewards[:, :1]).any(1)  # (P,)
+    active = has_signal.nonzero()[:, 0]
+    # Groups without signal count in the mean over tokens, though their part of the loss is zero and
+    # they are never forwarded. A policy of NaN earns no reward, so it shows in the log-probs alone.
+    counts = (int(rollout.lengths.sum()), P, len(active), not rollout.logps.isfinite().all())
+    n_tokens, n_groups, n_active, n_broken = world.all_reduce(*counts)
+    model = master if is_fsdp(master) else policy
 
-    def loss(i: int, groups: Tensor) -> tuple[Tensor, dict[str, float]]:
-        batch, rows = pack_groups(*prompts, rollout, groups)
-        mask = torch.arange(rollout.tokens.shape[1], device=rows.device) < rollout.lengths[rows, None]  # (b, T)
-        old = rollout.log_probs[rows][mask]
-        token_advantages = advantages[rows].repeat_interleave(rollout.lengths[rows])
+    def loss_fn(i: int, groups: Tensor) -> tuple[Tensor, dict[str, float]]:
+        batch, old_logps, advantages = rollout.pack(groups)  # (M,) each
         key = dropout_key(config, update, world.rank, i)
-        log_probs, entropy = response_log_probs(computing, batch, config.temperature, entropy=True, dropout_key=key)
-        losses = policy_loss(log_probs, old, token_advantages, config.clip_low, config.clip_high)
-        ratio = (log_probs - old).detach().exp()
-        outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
-        per_token = {"entropy": entropy, "ratio": ratio, "clipped_share": outside}
+        logps, entropy = response_logps(model, batch, config.temperature, True, key)
+        ref_logps = None
         if reference is not None:
             with torch.no_grad():
-                reference_log_probs, _ = response_log_probs(reference, batch, config.temperature)
-            per_token["kl"] = kl_divergence(log_probs, reference_log_probs)
-            losses = losses + config.beta * per_token["kl"]
-        sums = {name: values.sum().item() for name, values in (per_token | {"loss": losses}).items()}
-        difference = (log_probs - old).abs().max().item()
-        return losses.sum() * (i < own) / n_tokens, sums | {"tokens": len(losses), "logprob_difference": difference}
+                ref_logps, _ = response_logps(reference, batch, config.temperature)
+        bounds = (config.clip_low, config.clip_high, config.beta)
+        loss, per_token = grpo_loss(logps, old_logps, ref_logps, advantages, n_tokens, *bounds)
+        per_token["entropy"] = entropy
+        metrics = {name: values.sum().item() for name, values in per_token.items()}
+        metrics["tokens"] = len(logps)
+        metrics["logp_diff_max"] = (logps - old_logps).abs().max().item()
+        return loss * (i < n_micro), metrics
 
-    budget = config.micro_tokens or (16384 if world.device.type == "cuda" else 2048)  # caches of a CPU are small
-    pieces = list(micro_batches(prompts[1], rollout.lengths.view(P, G), chosen, budget))
-    own = len(pieces)
-    if is_sharded(model):  # all processes have to make as many passes: those from `own` on count nothing
-        first = torch.zeros(1, dtype=torch.long, device=rewards.device)
-        pieces += [first] * (max(world.gather([own])) - own)
-    parts = add_gradients(model, computing, loss, pieces)[:own]
-    names = ["loss", "tokens", "entropy", "ratio", "clipped_share"] + ["kl"] * (reference is not None)
-    total = dict(zip(names, world.sum(*(sum(part[name] for part in parts) for name in names))))
-    loss_sum, trained_tokens = total.pop("loss"), total.pop("tokens")
-    differences = world.gather([part["logprob_difference"] for part in parts])
+    budget = config.micro_batch_tokens or (16384 if world.device.type == "cuda" else 2048)
+    lengths = rollout.lengths.view(P, G)
+    batches = list(micro_batches(rollout.prompt_lengths, lengths, active, budget))
+    n_micro = len(batches)
+    if is_fsdp(master):  # every rank needs as many passes: pad with dummy batches of weight 0
+        dummy = torch.zeros(1, dtype=torch.long, device=active.device)
+        batches += [dummy] * (max(world.all_gather([n_micro])) - n_micro)
+    metrics = accumulate_gradients(master, policy, loss_fn, batches)[:n_micro]
+
+    names = ["loss", "tokens", "entropy", "ratio", "clip_ratio"] + ["kl"] * (reference is not None)
+    sums = world.all_reduce(*(sum(of_batch[name] for of_batch in metrics) for name in names))
+    total = dict(zip(names, sums))
+    loss, trained_tokens = total.pop("loss") / n_tokens, total.pop("tokens")
+    differences = world.all_gather([of_batch["logp_diff_max"] for of_batch in metrics])
     return {
-        "loss": loss_sum / n_tokens,
-        "groups_without_signal": 1 - n_chosen / n_groups,
+        "loss": math.nan if n_broken else loss,
+        "frac_reward_zero_std": 1 - n_active / n_groups,
         "trained_tokens": trained_tokens,
-        "logprob_difference": max(differences, default=0.0),
-        **{name: value / trained_tokens if trained_tokens else None for name, value in total.items()},
+        "logp_diff_max": max(differences, default=0.0),
+        **{name: x / trained_tokens if trained_tokens else None for name, x in total.items()},
     }
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The loop
 
 
 def learning_rate(config: GrpoConfig, update: int) -> float:
-    """Up to the peak over the warm-up, then straight down to zero."""
-    left = (config.updates - update) / max(1, config.updates - config.warmup)
-    return config.lr * min(1.0, (update + 1) / (config.warmup + 1), left)
-
-
-def find_sft(config: GrpoConfig) -> Path | None:
-    """The checkpoint to start from; None where the default place has none that is finished."""
-    if config.init:
-        return find_checkpoint(config.init)
-    found = newest_checkpoint(place := train_sft.default_place("mixed", config.field, config.relabel))
-    training = load_training(found) if found else {}
-    usual = train_sft.complete(train_sft.SftConfig(field=config.field, relabel=config.relabel), True)
-    for flag, then, _ in other_flags(training, usual):
-        require(flag == "--precision", f"{place} was trained with {flag} {then}: name it by --init if meant")
-    return found if found and training.get("update") == training.get("total") else None
-
-
-def train_sft_first(config: GrpoConfig, world: World) -> Path:
-    """Train a checkpoint to start from in the default place, or go on training it."""
-    place = train_sft.default_place("mixed", config.field, config.relabel)
-    if world.leads:
-        print(f"There is no finished SFT checkpoint in {place}: training one first (train_sft.py, mixed strategies).")
-    resume = bool(checkpoints(place))
-    return train_sft.main(train_sft.SftConfig(field=config.field, relabel=config.relabel, resume=resume), world)
+    """Return linear warm-up to the peak, then linear decay to zero."""
+    remaining = (config.updates - update) / max(1, config.updates - config.warmup)
+    return config.lr * min(1.0, (update + 1) / (config.warmup + 1), remaining)
 
 
 def draw_problems(config: GrpoConfig, task: Task, update: int) -> list[Problem]:
-    """The problems of an update, for all processes together."""
+    """Return the problems of an update, for all processes together."""
+    n = config.prompts_per_update
     if config.examples == 0:
-        rng = stream(config.seed, "problems", update)
-        return [task.sample(rng, "train") for _ in range(config.prompts)]
-    chosen = places(config.seed, config.examples, update * config.prompts, config.prompts)
-    return [task.sample(stream(config.seed, "RL data set", i), "train") for i in chosen]
+        stream = rng(config.seed, "problems", update)
+        return [task.sample(stream, "train") for _ in range(n)]
+    indices = epoch_indices(config.seed, config.examples, update * n, n)
+    return [task.sample(rng(config.seed, "RL data set", i), "train") for i in indices]
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
 
 
 def main(config: GrpoConfig, world: World) -> None:
-    where = config.steps or config.difficulty
-    config.out = config.out or f"runs/grpo-{where}-gf{config.field}{'-shown' if config.relabel == 'shown' else ''}"
-    run = Path(config.out)
-    source = newest_checkpoint(run) if config.resume else None
-    known = source or find_sft(config)
-    tokenizer = load_tokenizer(known, not config.no_chat_template) if known else word_tokenizer(config.field)
-    config = complete(config, tokenizer.word_level)
-    taught = load_training(known) if known else {}
-    for name in ("field", "relabel"):
-        given = getattr(config, name)
-        require(taught.get(name, given) == given, f"{known} was trained with --{name} {taught.get(name)}, not {given}")
-    tokenizer.check(config.field)
-    require(config.prompts >= world.size, f"--prompts must be at least the number of processes, {world.size}")
-    check_shard(config, world)
-    with refusals():
-        flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts, config.evaluation_share)
-        task = Task.from_flags(*flags)
-        problems = validation_problems(task, config.eval_problems, config.seed)
-    shape = read_config(known) if known else TINY
-    max_new_tokens = token_budget(shape, tokenizer, task, config.max_new_tokens)
-    begin = open_run(run, source, config, "grpo", world)
-    init = Path(load_training(source)["start"]) if source else known or train_sft_first(config, world)
-    precision = choose_precision(config.precision, shape, source, world)
-    model, tokenizer = load_policy(config, init, source, precision, world.device)
+    run, task, problems, max_new_tokens = set_up(config, world)
+    tokenizer, master, policy = run.tokenizer, run.master, run.policy
+    reference = initial_policy(run, config) if config.beta else None
+    sampling = (config.group_size, max_new_tokens, config.temperature)
+    sampler = Sampler(policy, tokenizer.stops, *sampling)
 
-    def start() -> Transformer:
-        """The model before RL: what lies under the adapters, or else loaded anew."""
-        return without_adapters(model) if config.lora else load_model(init, world.device, PRECISIONS[precision])[0]
+    def evaluate(model: Transformer, samples: int) -> list[list[Response]]:
+        how = (max_new_tokens, samples, config.temperature, config.seed)
+        return eval.evaluate(model, tokenizer, problems, *how)
 
-    reference = start() if config.beta else None
-    copy = shard(model, precision, world) if config.shard else working_copy(model, precision)
-    computing = model if config.shard else copy
-    computing.recompute = config.recompute
-    optimizer = torch.optim.AdamW(trained(model), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    if begin:
-        load_optimizer(source, optimizer)
-
-    made = asdict(config) | {"stage": "grpo", "total": config.updates, "computed_in": precision}
-    made |= {"start": str(init.resolve()), "start_sha256": fingerprint(init)}
-    sampler = Sampler(copy, tokenizer.stops, config.group, max_new_tokens, config.temperature)
-    if world.leads:
-        print(f"Starting from {init}.\n{describe(copy)}")
-    log = Log(run, begin) if world.leads else None
-    bar = tqdm(range(begin, config.updates), initial=begin, total=config.updates, desc="GRPO", disable=not world.leads)
-    signals, skipped, warned = Signals(), 0, set()
+    updates = range(run.first_update, config.updates)
+    bar = {"initial": run.first_update, "total": config.updates, "disable": not world.is_master}
+    bar = tqdm(updates, desc="GRPO", **bar)
+    signals, warned = Signals(), set()
     for update in signals.during(bar):
-        clock = time.perf_counter()
-        mine = range(world.rank, config.prompts, world.size)
-        drawn = draw_problems(config, task, update)[world.rank :: world.size]
-        prompts = [tokenizer.prompt(problem) for problem in drawn]
-        rollout = sampler.sample(prompts, [(config.seed, "sampling", update, i) for i in mine])
+        start = time.perf_counter()
+
+        # 1. Draw problems: this rank takes every world_size-th of the update's
+        drawn = draw_problems(config, task, update)[world.rank :: world.world_size]
+        numbers = range(config.prompts_per_update)[world.rank :: world.world_size]
+
+        # 2. Sample a group of responses to each
+        keys = [(config.seed, "sampling", update, i) for i in numbers]
+        rollout = sampler.sample([tokenizer.prompt(problem) for problem in drawn], keys)
         sampled = time.perf_counter()
-        judged = judge_groups(drawn, tokenizer.decode(rollout.responses()), rollout.stopped.tolist())
-        rewards = torch.tensor([[float(r.correct) for r in group] for group in judged], device=world.device)
 
-        padded = pad(prompts, world.device)
-        n_sampled, n_broken, stopping = world.sum(
-            int(rollout.lengths.sum()), not rollout.log_probs.isfinite().all(), signals.caught
-        )
-        figures = add_gradient(model, computing, reference, padded, rollout, rewards, config, world, update)
-        world.sum_gradients(model)
-        figures["gradient_norm"] = clip_gradient(model, config.clip_gradient)
-        loss = math.nan if n_broken else figures["loss"]  # a policy of NaN gets no reward, hence no gradient
-        skipped = count_skipped(skipped, loss, figures["gradient_norm"], run)
-        figures["skipped"] = bool(skipped)
-        if figures["groups_without_signal"] < 1 and not skipped:
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = learning_rate(config, update)
-            optimizer.step()
-            refresh(copy, model)
-        optimizer.zero_grad()
-        done = time.perf_counter()
+        # 3. Score them: reward, strategy, first error
+        score_rollout(rollout, drawn, tokenizer)
 
-        judged = world.gather(judged)
-        responses = [r for group in judged for r in group]
-        row = {"update": update + 1, "reward": fmean(r.correct for r in responses)}
-        row |= behaviour(judged) | figures
-        row["response_length"] = n_sampled / len(responses)
-        row["truncated_share"] = fmean(not r.stopped for r in responses)
-        row["rollout_tokens_per_second"] = n_sampled / (sampled - clock)
-        row["training_tokens_per_second"] = row.pop("trained_tokens") / (done - sampled)
-        row["peak_memory_gb"] = peak_memory(world)
-        last = update + 1 == config.updates
-        if world.leads:
+        # 4. Compare each reward with its group's
+        rollout.advantages = group_advantages(rollout.rewards, config.advantage)
+
+        # 5. Compute the loss and its gradient
+        metrics = grpo_backward(master, policy, reference, rollout, config, world, update)
+
+        # 6. Step, sync the sampler's weights, log
+        loss, has_signal = metrics["loss"], metrics["frac_reward_zero_std"] < 1
+        lr = learning_rate(config, update)
+        metrics |= optimizer_step(run, loss, lr, config.max_grad_norm, world, has_signal)
+        seconds = (sampled - start, time.perf_counter() - sampled)
+        row = log_row(update, rollout, metrics, seconds, world)
+        if world.is_master:
             if config.eval_every and (update + 1) % config.eval_every == 0:
-                validated = evaluate(copy, tokenizer, problems, max_new_tokens, 1, config.temperature, config.seed)
-                row |= {f"validation/{kind}": c["pass@1"] for kind, c in summarise(validated)["by_type"].items()}
-            log.write(row)
+                by_type = eval.summarise(evaluate(policy, 1))["by_type"]
+                row |= {f"validation/{kind}": m["pass@1"] for kind, m in by_type.items()}
+            run.log.write(row)
             bar.set_postfix(progress(row))
-            for message in (found := trouble(log.rows)) - warned:
+            messages = diagnose(run.log.rows)
+            for message in messages - warned:
                 warn(message)
-            warned = found
-        if (update + 1) % config.save_every == 0 or last or stopping:
-            save_checkpoint(run, update + 1, model, tokenizer, optimizer, made, world.leads)
-        world.wait()
-        if stopping and not last:
-            signals.leave(run)
-    if world.leads:
-        models = {str(init): reference or start(), str(run / f"step-{config.updates}"): copy}
-        closing_report(run, models, tokenizer, problems, max_new_tokens, config)
-    world.wait()
+            warned = messages
+        end_update(run, update, config.save_every, signals, world)
+
+    if world.is_master:
+        final = run.folder / f"step-{config.updates}"
+        models = {str(run.init): reference or initial_policy(run, config), str(final): policy}
+        closing_report(run, {name: evaluate(model, 4) for name, model in models.items()})
+    world.barrier()
 
 
-WINDOW = 20  # updates over which trouble has to last
+def set_up(config: GrpoConfig, world: World) -> tuple[Run, Task, list[Problem], int]:
+    """Check everything before any work, then load the run; fill in the config's defaults.
+
+    Return the run, the task, its validation problems, and the longest response in tokens.
+    """
+    steps, shown = config.steps or config.difficulty, config.relabel == "shown"
+    config.out = config.out or f"ckpt/grpo-{steps}-gf{config.field}{'-shown' * shown}"
+    folder, words = Path(config.out), vocabulary(config.field)
+    resume_from = newest_checkpoint(folder) if config.resume else None
+    init = resume_from or train_sft.find_start(config)
+    tokenizer, meta = word_tokenizer(words), {}
+    if init:
+        tokenizer, meta = load_tokenizer(init, not config.no_chat_template), load_meta(init)
+    fill_defaults(config, tokenizer.word_level)
+    for name in ("field", "relabel"):
+        now, then = getattr(config, name), meta.get(name, getattr(config, name))
+        require(then == now, f"{init} was trained with --{name} {then}, not {now}")
+    tokenizer.require_vocabulary(words)
+    validate_processes(config, "prompts_per_update", world)
+    with user_errors():
+        flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts)
+        task = Task.from_flags(*flags, config.evaluation_share)
+        stream = rng(config.seed, "validation problems")
+        problems = validation_problems(task, config.eval_problems, stream)
+    shape = read_config(init) if init else checkpoint.TINY
+    limits = (shape.max_position_embeddings, config.max_new_tokens)
+    longest = task.longest_examples(rng("token budget"))
+    max_new_tokens = tokenizer.max_response_tokens(*longest, *limits)
+    first_update = open_run(folder, resume_from, config, "grpo", world)
+
+    if resume_from:
+        init = Path(meta["init_from"])
+    init = init or train_sft.train_start(config, world)
+    run = load_run(config, "grpo", config.updates, first_update, init, resume_from, words, world)
+    model = run.master if config.fsdp else run.policy
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return run, task, problems, max_new_tokens
 
 
-def trouble(rows: list[dict]) -> set[str]:
-    """What has gone wrong for some time, by the last rows of a log, in words that say what to try."""
-    recent = rows[-WINDOW:]
-    if len(recent) < WINDOW:
-        return set()
-    found, reward = set(), fmean(row["reward"] for row in recent)
-    if all(row["truncated_share"] == 1 for row in recent):
-        found.add(
-            "every response is cut off before its end: give more --max-new-tokens, or train the start longer by SFT"
-        )
-    if all(row["groups_without_signal"] == 1 for row in recent):
-        wrong = "all responses to a problem are alike right or wrong, so nothing is learned: try easier problems "
-        wrong += "(--steps), a larger --group, a higher --temperature or more SFT"
-        right = "every response is right, so nothing is learned any more: stop here, or go on with harder problems "
-        right += "(--steps, --difficulty extreme)"
-        found.add(right if reward > 0.99 else wrong)
-    taken = [row for row in recent if row["groups_without_signal"] < 1 and not row.get("skipped")]
-    entropies = [row["entropy"] for row in taken]
-    if entropies and max(entropies) < 1e-3 and reward < 0.9:
-        found.add(
-            "the policy has collapsed: its entropy is near zero though many responses are wrong. Start again with a "
-            "lower --lr, a KL term (--beta 0.05) or a larger --clip-high"
-        )
-    return found
+def initial_policy(run: Run, config: GrpoConfig) -> Transformer:
+    """Return the policy before RL: the frozen base under the adapters, or the start reloaded."""
+    if config.lora:
+        return without_adapters(run.master)
+    return load_model(run.init, run.master.device, DTYPES[run.meta["compute_dtype"]])[0]
+
+
+def log_row(
+    update: int, rollout: Rollout, metrics: dict, seconds: tuple[float, float], world: World
+) -> dict:
+    """Return the log's row; `seconds` are those of the rollout and of the rest."""
+    scored = world.all_gather(rollout.scored)
+    (n_tokens,) = world.all_reduce(int(rollout.lengths.sum()))
+    row = {"update": update + 1} | eval.rollout_metrics(scored) | metrics
+    row["response_length"] = n_tokens / sum(map(len, scored))
+    row["rollout_tokens_per_second"] = n_tokens / seconds[0]
+    row["training_tokens_per_second"] = row.pop("trained_tokens") / seconds[1]
+    row["peak_memory_gb"] = peak_memory_gb(world.device)
+    return row
 
 
 def progress(row: dict) -> dict[str, str]:
-    """What the progress bar shows."""
-    shown = {"reward": f"{row['reward']:.2f}"}
-    shown |= {kind.split("/")[1]: f"{row[kind]:.2f}" for kind in row if kind.startswith("accuracy/")}
-    return shown | {"no signal": f"{row['groups_without_signal']:.2f}", "norm": f"{row['gradient_norm']:.2f}"}
+    """Return what the progress bar shows."""
+    shown = {"reward": row["reward"]}
+    shown |= {key[9:]: row[key] for key in row if key.startswith("accuracy/")}
+    shown |= {"no signal": row["frac_reward_zero_std"], "grad norm": row["grad_norm"]}
+    return {name: f"{value:.2f}" for name, value in shown.items()}
 
 
-def closing_report(
-    run: Path,
-    models: dict[str, Transformer],
-    tokenizer: Tokenizer,
-    problems: list[Problem],
-    budget: int,
-    config: GrpoConfig,
-) -> None:
-    """Evaluate the start and the end of the run, by name, on the same problems; print, write and draw it."""
-    from plot import plot_training  # matplotlib, which takes a second
+def closing_report(run: Run, scored: dict[str, list[list[Response]]]) -> None:
+    """Print, write and draw the evaluation of the start and of the end of the run."""
+    from lib.plots import plot_training  # matplotlib takes a second to import
 
-    judged = {
-        name: evaluate(model, tokenizer, problems, budget, 4, config.temperature, config.seed)
-        for name, model in models.items()
-    }
-    print(f"\n{len(problems)} validation problems, 4 samples each at temperature {config.temperature}; figures in %")
-    report(judged, run / "evaluation.json", run / "evaluation.png")
-    plot_training({run.name: read_log(run / "metrics.jsonl")}, run / "training.png")
-    print(f"checkpoint  {run / f'step-{config.updates}'}\nlog         {run / 'metrics.jsonl'}")
-    print(f"plots       {run / 'training.png'}\n            {run / 'evaluation.png'}")
-
-
-def peak_memory(world: World) -> float:
-    """Largest memory this process has held so far, in GB: the GPU's, or else the machine's."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
+    folder, temperature = run.folder, run.meta["temperature"]
+    print(f"\n4 samples each at temperature {temperature}; metrics in %")
+    eval.report(scored, folder / "evaluation.json", folder / "evaluation.png")
+    plot_training({folder.name: run.log.rows}, folder / "training.png")
+    print(f"checkpoint  {folder / f'step-{run.updates}'}\nlog         {run.log.path}")
+    print(f"plots       {folder / 'training.png'}\n            {folder / 'evaluation.png'}")
 
 
 if __name__ == "__main__":
     config = parse_flags(GrpoConfig, __doc__)
-    with processes() as world:
+    with distributed() as world:
         main(config, world)

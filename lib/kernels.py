@@ -1,9 +1,9 @@
 """Fused CPU kernels, from kernels.c: built once a process, in seconds, where there is a C compiler.
 
-Between its matrix products a decoding step of a small model is a hundred operations of a few microseconds each, and
-its attention multiplies thousands of vectors by small matrices, which BLAS is slow at. Training spends a quarter of
-its time on the same operations. Without a compiler and on a GPU the same formulas run as PyTorch's operations; tests
-hold one against the other.
+Between its matrix products a decoding step of a small model is a hundred operations of a few
+microseconds each, and its attention multiplies thousands of vectors by small matrices, which BLAS
+is slow at. Training spends a quarter of its time on the same operations. Without a compiler and on
+a GPU the same formulas run as PyTorch's operations; tests compare the two.
 """
 
 import ctypes
@@ -15,9 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Sums may be reordered, so that they are vectorised, and nothing is infinite. -ffast-math would also make every
-# thread that loads the library flush small numbers to zero.
-FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only"
+# Sums may be reordered, so that they vectorise, and nothing is infinite. -ffast-math would also
+# make every thread that loads the library flush denormals to zero.
+FLAGS = (
+    "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
+    "-ffinite-math-only"
+)
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 ELEMENTWISE = {
     "add_rms_norm": (Int, Int, Float, *[Pointer] * 5),
@@ -33,7 +36,7 @@ ATTENTION = {
 
 
 def apply_to(x: Tensor) -> bool:
-    """Whether the kernels stand in for PyTorch's operations on x."""
+    """Whether the kernels replace PyTorch's operations on x."""
     return x.device.type == "cpu" and available()
 
 
@@ -48,11 +51,19 @@ def available() -> bool:
 
 @functools.cache
 def library(dtype: torch.dtype, head_dim: int = 0) -> ctypes.CDLL:
-    """The kernels for weights in fp32 or bf16: those of attention, for heads of this size, or else the others."""
+    """Build the kernels for weights in fp32 or bf16.
+
+    With `head_dim` these are the attention kernels for heads of that size, else the others.
+    """
+    flags = FLAGS.split()
+    if dtype == torch.bfloat16:
+        flags.append("-DBF16")
+    if head_dim:
+        flags.append(f"-DHEAD_DIM={head_dim}")
+    source = Path(__file__).with_name("kernels.c")
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "kernels.so"
-        flags = FLAGS.split() + ["-DBF16"] * (dtype == torch.bfloat16) + [f"-DHEAD_DIM={head_dim}"] * bool(head_dim)
-        command = ["cc", *flags, "-shared", "-fPIC", str(Path(__file__).with_name("kernels.c")), "-o", str(built)]
+        command = ["cc", *flags, "-shared", "-fPIC", str(source), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True)
         kernels = ctypes.CDLL(str(built))
     for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
@@ -79,7 +90,8 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         total, weight = ctx.saved_tensors
-        d_x, d_added, d_weight = torch.empty_like(total), torch.empty_like(d_out), torch.zeros_like(weight)
+        d_x, d_added = torch.empty_like(total), torch.empty_like(d_out)
+        d_weight = torch.zeros_like(weight)
         given = total, weight, d_total.contiguous(), d_out.contiguous()
         function = library(d_out.dtype).add_rms_norm_backward
         function(*total.shape, ctx.eps, *pointers(*given, d_x, d_added, d_weight))
@@ -87,7 +99,10 @@ class AddRMSNorm(torch.autograd.Function):
 
 
 def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + added (N, D), in fp32, and that normalised, in the type of `added`. Without gradients x is overwritten."""
+    """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`.
+
+    Without gradients x is overwritten.
+    """
     if torch.is_grad_enabled():
         return AddRMSNorm.apply(x, added, weight, eps)
     out = torch.empty_like(added)
@@ -112,36 +127,43 @@ class SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """(N, 2 I) -> (N, I): silu of the first half times the second."""
+    """Return silu of the first half of gate_up (N, 2 I) times the second, (N, I)."""
     return SwiGLU.apply(gate_up)
 
 
 def attend(
-    qkv: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor, prompt: Tensor, response: Tensor, t: int
+    qkv: Tensor,
+    rope: tuple[Tensor, Tensor],
+    prompt_lengths: Tensor,
+    prompt_kv: Tensor,
+    response_kv: Tensor,
+    t: int,
 ) -> Tensor:
-    """A step of attention with a cache: see kernels.c.
+    """Attend to a KV cache in a decoding step that stores response token t: see kernels.c.
 
-    qkv (P * G, H + 2 K, d), rope (P * G, d / 2) each, prompts' lengths (P,), prompt (2, P, K, Tp, d), response
-    (2, P * G, K, T, d) -> (P * G, H * d)
+    qkv (P * G, H + 2 K, d), rope (P * G, d / 2) each, prompt_lengths (P,), prompt_kv
+    (2, P, K, Tp, d), response_kv (2, P * G, K, T, d) -> (P * G, H * d)
     """
-    (_, P, K, Tp, d), (_, rows, _, T, _) = prompt.shape, response.shape
+    (_, P, K, Tp, d), (_, rows, _, T, _) = prompt_kv.shape, response_kv.shape
     H = qkv.shape[1] - 2 * K
     out = qkv.new_empty(rows, H * d)
-    tensors = (qkv, *rope, lengths, *prompt, *response, out)
+    tensors = (qkv, *rope, prompt_lengths, *prompt_kv, *response_kv, out)
     library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *pointers(*tensors))
     return out
 
 
 class PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, segments: Tensor, K: int, longest: int) -> Tensor:
+    def forward(
+        ctx, qkv: Tensor, cos: Tensor, sin: Tensor, segments: Tensor, K: int, max_keys: int
+    ) -> Tensor:
         N, heads, d = qkv.shape
         H = heads - 2 * K
         out, top, total = qkv.new_empty(N, H * d), cos.new_empty(N, H), cos.new_empty(N, H)
         tensors = segments, qkv, cos, sin, out, top, total
-        library(qkv.dtype, d).packed(len(segments), H, K, longest, *pointers(*tensors))
+        library(qkv.dtype, d).packed(len(segments), H, K, max_keys, *pointers(*tensors))
         ctx.save_for_backward(segments, qkv, cos, sin, top, total)
-        ctx.sizes = N, len(segments), H, K, longest
+        ctx.sizes = N, len(segments), H, K, max_keys
         return out
 
     @staticmethod
@@ -149,10 +171,16 @@ class PackedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         qkv = saved[1]
         d_qkv, d_out = torch.empty_like(qkv), d_out.contiguous()
-        library(qkv.dtype, qkv.shape[2]).packed_backward(*ctx.sizes, *pointers(*saved, d_out, d_qkv))
+        function = library(qkv.dtype, qkv.shape[2]).packed_backward
+        function(*ctx.sizes, *pointers(*saved, d_out, d_qkv))
         return d_qkv, None, None, None, None, None
 
 
-def packed_attention(qkv: Tensor, rope: tuple[Tensor, Tensor], segments: Tensor, K: int, longest: int) -> Tensor:
-    """Attention in a packed batch: see kernels.c. qkv (N, H + 2 K, d), `longest` a segment's keys -> (N, H * d)"""
-    return PackedAttention.apply(qkv, *rope, segments, K, longest)
+def packed_attention(
+    qkv: Tensor, rope: tuple[Tensor, Tensor], segments: Tensor, K: int, max_keys: int
+) -> Tensor:
+    """Attend in a packed batch: see kernels.c.
+
+    qkv (N, H + 2 K, d), segments (S, 4) of at most `max_keys` keys -> (N, H * d)
+    """
+    return PackedAttention.apply(qkv, *rope, segments, K, max_keys)

@@ -171,25 +171,25 @@ static void *zeros(long n) { return calloc(n, sizeof(float)); }
 typedef struct {
     long size;
     float *memory, *keys, *values, *keys_t, *values_t, *weights;
-} Room;
+} Scratch;
 
-static Room room_for(long longest) {
-    const long size = (longest + BLOCK - 1) / BLOCK * BLOCK, n = size * HEAD_DIM;
+static Scratch scratch_for(long max_keys) {
+    const long size = (max_keys + BLOCK - 1) / BLOCK * BLOCK, n = size * HEAD_DIM;
     float *memory = zeros(4 * n + size);
-    return (Room){size, memory, memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
+    return (Scratch){size, memory, memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
 }
 
 static void collect(long H, long K, long k, const long *segment, const real *qkv, const float *cosines,
-                    const float *sines, Room room) {
+                    const float *sines, Scratch scratch) {
     enum { d = HEAD_DIM };
     for (long j = 0; j < segment[3] + segment[1]; j++) {
         long token = j < segment[3] ? segment[2] + j : segment[0] + j - segment[3];
         const real *heads = qkv + token * (H + 2 * K) * d;
-        rotate(heads + (H + k) * d, cosines + token * (d / 2), sines + token * (d / 2), 1, room.keys + j * d);
+        rotate(heads + (H + k) * d, cosines + token * (d / 2), sines + token * (d / 2), 1, scratch.keys + j * d);
         for (int i = 0; i < d; i++) {
-            room.values[j * d + i] = load(heads[(H + K + k) * d + i]);
-            room.keys_t[i * room.size + j] = room.keys[j * d + i];
-            room.values_t[i * room.size + j] = room.values[j * d + i];
+            scratch.values[j * d + i] = load(heads[(H + K + k) * d + i]);
+            scratch.keys_t[i * scratch.size + j] = scratch.keys[j * d + i];
+            scratch.values_t[i * scratch.size + j] = scratch.values[j * d + i];
         }
     }
 }
@@ -206,32 +206,32 @@ static void multiply(long m, long size, const float *x, const float *columns, fl
 }
 
 /* out (N, H d); top and total (N, H), which the backward pass needs: the largest score and the sum of the exponentials */
-void packed(long S, long H, long K, long longest, const long *segments, const real *qkv, const float *cosines,
+void packed(long S, long H, long K, long max_keys, const long *segments, const real *qkv, const float *cosines,
             const float *sines, real *out, float *top, float *total) {
     enum { d = HEAD_DIM };
     const float scale = 1 / __builtin_sqrtf(d);
-    const Room room = room_for(longest);
-    float *weights = room.weights;
+    const Scratch scratch = scratch_for(max_keys);
+    float *weights = scratch.weights;
     for (long s = 0; s < S; s++, segments += 4)
         for (long k = 0; k < K; k++) {
-            collect(H, K, k, segments, qkv, cosines, sines, room);
+            collect(H, K, k, segments, qkv, cosines, sines, scratch);
             for (long i = 0; i < segments[1]; i++)
                 for (long h = k * (H / K); h < (k + 1) * (H / K); h++) {
                     const long token = segments[0] + i, m = segments[3] + i + 1, place = token * H + h;
                     float q[d], mixed[d], largest = -1e30f, sum = 0;
                     rotate(qkv + (token * (H + 2 * K) + h) * d, cosines + token * (d / 2), sines + token * (d / 2), scale, q);
-                    multiply(m, room.size, q, room.keys_t, weights);
+                    multiply(m, scratch.size, q, scratch.keys_t, weights);
                     for (long j = 0; j < m; j++) largest = __builtin_fmaxf(largest, weights[j]);
                     for (long j = 0; j < m; j++) sum += weights[j] = exponential(weights[j] - largest);
                     for (int c = 0; c < d; c++) mixed[c] = 0;
                     for (long j = 0; j < m; j++)
-                        for (int c = 0; c < d; c++) mixed[c] += weights[j] * room.values[j * d + c];
+                        for (int c = 0; c < d; c++) mixed[c] += weights[j] * scratch.values[j * d + c];
                     for (int c = 0; c < d; c++) out[place * d + c] = store(mixed[c] / sum);
                     top[place] = largest;
                     total[place] = sum;
                 }
         }
-    free(room.memory);
+    free(scratch.memory);
 }
 
 static void rotate_back(const float *x, const float *cosines, const float *sines, real *out) {
@@ -243,16 +243,16 @@ static void rotate_back(const float *x, const float *cosines, const float *sines
 }
 
 /* d_qkv (N, (H + 2 K) d) from d_out (N, H d) */
-void packed_backward(long N, long S, long H, long K, long longest, const long *segments, const real *qkv,
+void packed_backward(long N, long S, long H, long K, long max_keys, const long *segments, const real *qkv,
                      const float *cosines, const float *sines, const float *top, const float *total, const real *d_out,
                      real *d_qkv) {
     enum { d = HEAD_DIM };
     const float scale = 1 / __builtin_sqrtf(d);
-    const Room room = room_for(longest);
-    float *weights = room.weights, *slopes = zeros(room.size), *d_keys = zeros(N * K * d), *d_values = zeros(N * K * d);
+    const Scratch scratch = scratch_for(max_keys);
+    float *weights = scratch.weights, *slopes = zeros(scratch.size), *d_keys = zeros(N * K * d), *d_values = zeros(N * K * d);
     for (long s = 0; s < S; s++, segments += 4)
         for (long k = 0; k < K; k++) {
-            collect(H, K, k, segments, qkv, cosines, sines, room);
+            collect(H, K, k, segments, qkv, cosines, sines, scratch);
             for (long i = 0; i < segments[1]; i++)
                 for (long h = k * (H / K); h < (k + 1) * (H / K); h++) {
                     const long token = segments[0] + i, m = segments[3] + i + 1, place = token * H + h;
@@ -260,8 +260,8 @@ void packed_backward(long N, long S, long H, long K, long longest, const long *s
                     float q[d], d_mixed[d], d_q[d], along = 0, share = 1 / total[place];
                     rotate(qkv + (token * (H + 2 * K) + h) * d, c, sn, scale, q);
                     for (int e = 0; e < d; e++) d_mixed[e] = load(d_out[place * d + e]), d_q[e] = 0;
-                    multiply(m, room.size, q, room.keys_t, weights);
-                    multiply(m, room.size, d_mixed, room.values_t, slopes);
+                    multiply(m, scratch.size, q, scratch.keys_t, weights);
+                    multiply(m, scratch.size, d_mixed, scratch.values_t, slopes);
                     for (long j = 0; j < m; j++) {
                         weights[j] = exponential(weights[j] - top[place]) * share;
                         along += weights[j] * slopes[j];
@@ -271,7 +271,7 @@ void packed_backward(long N, long S, long H, long K, long longest, const long *s
                         long from = j < segments[3] ? segments[2] + j : segments[0] + j - segments[3];
                         float *d_key = d_keys + (from * K + k) * d, *d_value = d_values + (from * K + k) * d;
                         for (int e = 0; e < d; e++) {
-                            d_q[e] += slopes[j] * room.keys[j * d + e];
+                            d_q[e] += slopes[j] * scratch.keys[j * d + e];
                             d_key[e] += slopes[j] * q[e];
                             d_value[e] += weights[j] * d_mixed[e];
                         }
@@ -286,7 +286,7 @@ void packed_backward(long N, long S, long H, long K, long longest, const long *s
             rotate_back(d_keys + (token * K + k) * d, cosines + token * (d / 2), sines + token * (d / 2), to);
             for (int e = 0; e < d; e++) to[K * d + e] = store(d_values[(token * K + k) * d + e]);
         }
-    free(room.memory), free(slopes), free(d_keys), free(d_values);
+    free(scratch.memory), free(slopes), free(d_keys), free(d_values);
 }
 
 #endif

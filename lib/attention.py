@@ -1,0 +1,312 @@
+"""Attention: all back ends, for packed batches (training, prefill) and decoding with a KV cache.
+
+    backend        packed batches                       a decoding step
+    kernels.c      one C function, also backward        one C function
+    flash-attn     flash_attn_varlen_func               flash_attn_with_kvcache
+    torch varlen   PyTorch's varlen kernel              matrix products
+    torch padded   scaled_dot_product_attention         matrix products
+
+kernels.c serves the CPU. The varlen kernels need a GPU and 16 bits; flash-attn is used where it is
+installed. torch padded is the fallback for everything else. Masking happens in this file only.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib import kernels
+from lib.policy import DTYPES
+from lib.transformer import Attend, ModelConfig, Rope, Transformer, split_heads
+
+if TYPE_CHECKING:
+    from lib.packing import Packed
+
+try:
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+except ImportError:
+    flash_attn_varlen_func = flash_attn_with_kvcache = None
+
+
+def attn_backend(model: Transformer) -> str:
+    """Choose the back end by device, dtype and what is installed: a name of the table above."""
+    if kernels.apply_to(model.lm_head.weight):
+        return "kernels.c"
+    if model.device.type != "cuda" or model.dtype == torch.float32:
+        return "torch padded"
+    return "torch varlen" if flash_attn_varlen_func is None else "flash-attn"
+
+
+def decode_backend(model: Transformer) -> str:
+    """Return the decoding side of the back end: "kernel", "flash" or "matmul"."""
+    return {"kernels.c": "kernel", "flash-attn": "flash"}.get(attn_backend(model), "matmul")
+
+
+def packed_attention(batch: "Packed", model: Transformer) -> Attend:
+    """Return the attention function of a packed batch."""
+    functions = {"kernels.c": kernel_attention, "torch padded": padded_attention}
+    return functions.get(attn_backend(model), varlen_attention)(batch, model.config)
+
+
+def describe(model: Transformer) -> str:
+    """Say in one line how a model computes."""
+    precision = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+    return f"Computing on {model.device.type} in {precision}, attention by {attn_backend(model)}."
+
+
+# ------------------------------------------------------------------------------------------------
+# Packed batches
+
+
+def prompts_of_segments(batch: "Packed") -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each segment (S,): its first token, its prompt's first token, its prompt's length.
+
+    A prompt attends to itself alone: its prompt's length is 0.
+    """
+    starts = F.pad(batch.lengths.cumsum(0), (1, 0))[:-1]
+    P = len(batch.lengths) - len(batch.prompt_index)
+    none = torch.zeros_like(starts[:P])
+    prompt_starts = torch.cat((none, starts[batch.prompt_index]))
+    return starts, prompt_starts, torch.cat((none, batch.lengths[batch.prompt_index]))
+
+
+def kv_indices(batch: "Packed") -> tuple[Tensor, Tensor]:
+    """Return each segment's keys as indices (S, Tk) into the N tokens, and how many count (S,).
+
+    A response's keys are its prompt and then itself, so the queries are always the last keys.
+    """
+    starts, prompt_starts, prompt_lengths = prompts_of_segments(batch)
+    n_keys = prompt_lengths + batch.lengths
+    j = torch.arange(int(n_keys.max()), device=starts.device)
+    in_prompt = j < prompt_lengths[:, None]
+    own = (starts - prompt_lengths)[:, None] + j
+    keys = torch.where(in_prompt, prompt_starts[:, None] + j, own)
+    return keys.where(j < n_keys[:, None], 0), n_keys
+
+
+def kernel_attention(batch: "Packed", config: ModelConfig) -> Attend:
+    """Attend by kernels.c, without padding."""
+    starts, prompt_starts, prompt_lengths = prompts_of_segments(batch)
+    segments = torch.stack((starts, batch.lengths, prompt_starts, prompt_lengths), 1)  # (S, 4)
+    max_keys = int((prompt_lengths + batch.lengths).max())
+
+    def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        return kernels.packed_attention(qkv, rope, segments, config.num_key_value_heads, max_keys)
+
+    return attend
+
+
+def padded_attention(batch: "Packed", config: ModelConfig) -> Attend:
+    """Attend by PyTorch's kernel on segments that are padded to the longest."""
+    (keys, n_keys), S, Tq = kv_indices(batch), len(batch.lengths), int(batch.lengths.max())
+    Tk = keys.shape[1]
+    i, j = torch.arange(Tq, device=keys.device), torch.arange(Tk, device=keys.device)
+    queries = (i < batch.lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) into S * Tq
+    allowed = j <= i[:, None] + (n_keys - batch.lengths)[:, None, None]  # (S, Tq, Tk)
+    bias = torch.zeros(allowed.shape, device=keys.device).masked_fill(~allowed, -torch.inf)[:, None]
+
+    def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        # In fp32: CPUs are slow at small products in 16 bits.
+        q, k, v = split_heads(qkv, rope, config, torch.float32)
+        H, d = q.shape[1:]
+        q = q.new_zeros(S * Tq, H, d).index_copy(0, queries, q).view(S, Tq, H, d).transpose(1, 2)
+        k, v = (x.index_select(0, keys.flatten()).view(S, Tk, -1, d) for x in (k, v))
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (S, K, Tk, d)
+        out = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=k.shape[1] != H)
+        out = out.transpose(1, 2).reshape(S * Tq, H * d)
+        return out.index_select(0, queries).to(qkv.dtype)  # (N, H * d)
+
+    return attend
+
+
+@functools.cache
+def torch_varlen() -> tuple[Callable, dict]:
+    """Return PyTorch's varlen kernel, and its options for causal masks and shared key heads.
+
+    The options differ between releases of torch. The import takes two seconds.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    return varlen_attn, causal | ({"enable_gqa": True} if "enable_gqa" in parameters else {})
+
+
+def varlen_attention(batch: "Packed", config: ModelConfig) -> Attend:
+    """Attend by flash-attn's or PyTorch's varlen kernel, without padding.
+
+    Both align the causal mask to the ends of queries and keys.
+    """
+    keys, n_keys = kv_indices(batch)
+    keys = keys[torch.arange(keys.shape[1], device=keys.device) < n_keys[:, None]]
+    cu_seqlens_q = F.pad(batch.lengths.cumsum(0), (1, 0)).int()
+    cu_seqlens_k = F.pad(n_keys.cumsum(0), (1, 0)).int()
+    max_seqlens = int(batch.lengths.max()), int(n_keys.max())
+
+    def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        q, k, v = split_heads(qkv, rope, config)
+        k, v = k.index_select(0, keys), v.index_select(0, keys)
+        if flash_attn_varlen_func is not None:
+            kernel, options = flash_attn_varlen_func, {"causal": True}
+        else:
+            kernel, options = torch_varlen()
+        return kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, *max_seqlens, **options).flatten(1)
+
+    return attend
+
+
+# ------------------------------------------------------------------------------------------------
+# Decoding
+
+
+class KVCache:
+    """Keys and values of up to P groups of G responses.
+
+    A prompt's are computed and stored once for its group. Responses lie in buffers in which all
+    rows stand at the same step, so prompts of any length need no left padding. One softmax runs
+    over both.
+    """
+
+    def __init__(self, model: Transformer, groups: int, G: int, max_prompt_len: int, T: int):
+        self.config, self.groups, self.G, self.T = model.config, groups, G, T
+        self.max_prompt_len, self.backend = max_prompt_len, decode_backend(model)
+        K, d, device = self.config.num_key_value_heads, self.config.head_dim, model.device
+        # The kernel reads valid entries only; the other back ends also read what they mask.
+        new = torch.empty if self.backend == "kernel" else torch.zeros
+
+        def buffers(rows: int, length: int) -> list[Tensor]:  # keys and values for each layer
+            shape = (2, rows, K, length, d)
+            layers = range(self.config.num_hidden_layers)
+            return [new(shape, dtype=model.dtype, device=device) for _ in layers]
+
+        self.prompt_kv = buffers(groups, max_prompt_len)  # (2, P, K, Tp, d) each
+        self.response_kv = buffers(groups * G, T)  # (2, P * G, K, T, d) each
+        self.prompt_lengths = torch.zeros(groups, dtype=torch.long, device=device)  # (P,)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)  # response token read next
+
+    def start(self, prompt_lengths: Tensor) -> None:
+        """Begin with the prompts of these lengths (P,)."""
+        self.P = len(prompt_lengths)
+        self.prompt_lengths[: self.P] = prompt_lengths
+        self.t.fill_(-1)
+
+    def store_prompts(self, attend: Attend) -> Attend:
+        """Wrap the attention of the packed prompts so that it stores their keys and values."""
+        lengths = self.prompt_lengths[: self.P]
+        real = torch.arange(self.max_prompt_len, device=lengths.device) < lengths[:, None]
+        real = real.nonzero(as_tuple=True)
+
+        def attend_and_store(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+            _, *keys_and_values = split_heads(qkv, rope, self.config)
+            for stored, x in zip(self.prompt_kv[layer], keys_and_values):
+                stored[: self.P].transpose(1, 2)[real] = x
+            return attend(layer, qkv, rope)
+
+        return attend_and_store
+
+    def keep(self, groups: Tensor, rows: Tensor, t: int) -> None:
+        """Keep the groups (P',) and their rows (P' * G,), of which `t` tokens are stored."""
+        self.P = len(groups)
+        for kv in self.prompt_kv:
+            kv[:, : self.P] = kv[:, groups]
+        for kv in self.response_kv:
+            kv[:, : len(rows), :, :t] = kv[:, rows, :, :t]
+        self.prompt_lengths[: self.P] = self.prompt_lengths[groups]
+
+    def start_step(self, t: int, window: int) -> Attend:
+        """Return the attention of a step that reads response token `t`, on `window` cached ones.
+
+        `t` and `window` are the host's numbers: a captured step may depend on `window` alone and
+        reads the token's number from the device, self.t.
+        """
+        self.host_t, self.window = t, window
+        if self.backend == "matmul":
+            self.make_biases()
+        return getattr(self, f"attend_by_{self.backend}")
+
+    def make_biases(self) -> None:
+        """Mask, for all layers of a step, what lies behind a prompt's end and behind self.t."""
+        device, K = self.t.device, self.config.num_key_value_heads
+        lengths = self.prompt_lengths[: self.P, None]
+        real = torch.arange(self.max_prompt_len, device=device) < lengths  # (P, Tp)
+        bias = torch.zeros(real.shape, device=device).masked_fill(~real, -torch.inf)
+        self.prompt_bias = bias.repeat_interleave(K, 0)[:, None]  # (P * K, 1, Tp)
+        later = torch.arange(self.window, device=device) > self.t
+        zeros = torch.zeros(1, 1, self.window, device=device)
+        self.response_bias = zeros.masked_fill(later, -torch.inf)  # (1, 1, W)
+
+    # Three back ends, equal to rounding. qkv (B, H + 2 K, d) of B = P * G rows -> (B, H * d)
+
+    def attend_by_kernel(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        """Rotate, store and attend in one C function."""
+        prompt_kv = self.prompt_kv[layer][:, : self.P]
+        response_kv = self.response_kv[layer][:, : len(qkv)]
+        lengths = self.prompt_lengths[: self.P]
+        return kernels.attend(qkv, rope, lengths, prompt_kv, response_kv, self.host_t)
+
+    def attend_by_matmul(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        """Attend by PyTorch's matrix products, on any device."""
+        q, *keys_and_values = split_heads(qkv, rope, self.config)
+        (B, H, d), P, G, K = q.shape, self.P, self.G, self.config.num_key_value_heads
+        R, Tp, scale = H // K, self.max_prompt_len, d**-0.5
+        response_kv = self.response_kv[layer][:, :B]
+        for stored, x in zip(response_kv, keys_and_values):
+            stored.index_copy_(2, self.t, x[:, :, None])
+        prompt_k, prompt_v = self.prompt_kv[layer][:, :P].flatten(1, 2)  # (P * K, Tp, d)
+        response_k, response_v = response_kv[:, :, :, : self.window].flatten(1, 2)  # (B * K, W, d)
+
+        # The R heads that share a key head are rows of one matrix; for the prompt so are the G
+        # rows of its group.
+        by_group = q.view(P, G, K, R, d).transpose(1, 2).reshape(P * K, G * R, d)
+        by_row = q.reshape(B * K, R, d)
+        to_prompt = attention_scores(by_group, prompt_k, self.prompt_bias, scale)
+        to_response = attention_scores(by_row, response_k, self.response_bias, scale)
+        to_prompt = to_prompt.view(P, K, G, R, Tp).transpose(1, 2).reshape(B * K, R, Tp)
+        weights = torch.cat((to_prompt, to_response), -1).softmax(-1).to(q.dtype)
+        on_prompt = weights[..., :Tp].view(P, G, K, R, Tp).transpose(1, 2)
+        mixed = torch.bmm(on_prompt.reshape(P * K, G * R, Tp), prompt_v)
+        mixed = mixed.view(P, K, G, R, d).transpose(1, 2).reshape(B * K, R, d)
+        return torch.baddbmm(mixed, weights[..., Tp:], response_v).view(B, H * d)
+
+    def attend_by_flash(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        """Attend by flash-attn to prompt and response, and join the softmaxes by their sums."""
+        q, k, v = split_heads(qkv, rope, self.config)
+        (B, H, d), P, G = q.shape, self.P, self.G
+        prompt_k, prompt_v = self.prompt_kv[layer][:, :P].transpose(2, 3)  # (P, Tp, K, d)
+        response_k, response_v = self.response_kv[layer][:, :B].transpose(2, 3)  # (B, T, K, d)
+        prompt_lengths, t = self.prompt_lengths[:P].int(), self.t.int().expand(B).contiguous()
+        on_prompt, prompt_sums = flash_attn_with_kvcache(
+            q.view(P, G, H, d),
+            prompt_k,
+            prompt_v,
+            cache_seqlens=prompt_lengths,
+            return_softmax_lse=True,
+        )  # (P, G, H, d), (P, H, G)
+        on_response, response_sums = flash_attn_with_kvcache(
+            q[:, None],
+            response_k,
+            response_v,
+            k[:, None],
+            v[:, None],
+            cache_seqlens=t,
+            return_softmax_lse=True,
+        )  # (B, 1, H, d), (B, H, 1); stores k and v at t first
+        prompt_sums = prompt_sums.transpose(1, 2).reshape(B, H)
+        share = torch.sigmoid(prompt_sums - response_sums[..., 0])[..., None]
+        mixed = share * on_prompt.reshape(B, H, d) + (1 - share) * on_response[:, 0]
+        return mixed.to(qkv.dtype).reshape(B, H * d)
+
+
+def attention_scores(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Return scores (b, Tq, Tk) in fp32 of queries (b, Tq, d) and keys (b, Tk, d).
+
+    Qwen2's biases push scores to ~100, where bf16 is off by up to 0.5.
+    """
+    k = k.transpose(1, 2)
+    if q.device.type == "cuda" and q.dtype != torch.float32:  # the CPU has no out_dtype
+        return torch.add(bias, torch.bmm(q, k, out_dtype=torch.float32), alpha=scale)
+    return torch.baddbmm(bias, q.float(), k.float(), alpha=scale)

@@ -1,0 +1,218 @@
+"""Models on disk: a Hugging Face folder and back. Nothing loaded here can run code."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lib.distributed import World
+from lib.flags import fail, read_json, require
+from lib.lora import add_lora, load_adapters, weight_deltas
+from lib.policy import DTYPES, detect_dtype, empty_model
+from lib.rng import torch_rng
+from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
+from lib.transformer import ModelConfig, RopeScaling, Transformer, hf_weights, init_weights
+
+TINY = ModelConfig(vocab_size=0)  # the task's vocabulary sets the size
+FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+def new_model(words: list[str], seed: int) -> tuple[Transformer, Tokenizer]:
+    """Return the tiny model, with random weights, and a tokenizer over `words`."""
+    tokenizer = word_tokenizer(words)
+    model = Transformer(replace(TINY, vocab_size=len(tokenizer)))
+    init_weights(model, torch_rng(seed, "weights"))
+    return model, tokenizer
+
+
+# ------------------------------------------------------------------------------------------------
+# config.json
+
+
+def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
+    """Return the config.json of a model."""
+    special = {name: getattr(tokenizer.inner, name) for name in ("bos_token_id", "eos_token_id")}
+    return {
+        "architectures": [FAMILIES[config.model_type]],
+        **asdict(config),
+        **special,
+        "pad_token_id": tokenizer.inner.pad_token_id,
+        "hidden_act": "silu",
+        "attention_bias": config.model_type == "qwen2",
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "dtype": "float32",
+    }
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read a Hugging Face folder's config.json; refuse what this transformer does not compute."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        supported = "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)"
+        fail(f"{folder} holds a {kind!r} model; supported: {supported}")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    layers = raw.get("layer_types") or []
+    require(isinstance(rope, dict) and isinstance(layers, list), f"{path} is no model's")
+
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    biases = (kind != "qwen2" and raw.get("attention_bias")) or raw.get("mlp_bias")
+    sliding = raw.get("use_sliding_window") or any(layer != "full_attention" for layer in layers)
+    other_activation = raw.get("hidden_act", "silu") != "silu"
+    if scaling not in ("default", "llama3") or biases or sliding or other_activation:
+        what = "a RoPE scaling, biases, sliding windows or an activation"
+        fail(f"{path} asks for {what} that are not supported")
+
+    defaults = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False}
+    raw = defaults | raw
+    raw["head_dim"] = raw.get("head_dim") or 0
+    raw["rope_scaling"] = None
+    if scaling == "llama3":
+        raw["rope_scaling"] = parse_dataclass(RopeScaling, rope, path)
+    config = parse_dataclass(ModelConfig, raw, path)
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    divisible = raw["head_dim"] or config.hidden_size % H == 0
+    sound = divisible and H % K == 0 and config.head_dim % 2 == 0
+    require(sound, f"{path}: its numbers of heads and its sizes do not go together")
+    return config
+
+
+def parse_dataclass(kind: type, raw: dict, path: Path):
+    """Make a data class of a JSON object's fields; refuse missing, mistyped and negative ones."""
+    missing = [field.name for field in fields(kind) if field.name not in raw]
+    require(not missing, f"{path} lacks {', '.join(missing)}")
+    for field in fields(kind):
+        value = raw[field.name]
+        sound = True
+        if field.type is bool:
+            sound = isinstance(value, bool)
+        elif field.type in (int, float):
+            number = isinstance(value, int | field.type) and not isinstance(value, bool)
+            sound = number and (value > 0 or (value == 0 and field.name == "head_dim"))
+        require(sound, f"{path}: bad {field.name}")
+    return kind(**{field.name: raw[field.name] for field in fields(kind)})
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights
+
+
+def load_model(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    chat_template: bool = True,
+) -> tuple[Transformer, Tokenizer]:
+    """Load a model, its matrices in `dtype`, and its tokenizer from a Hugging Face folder.
+
+    Weights are read one at a time into place: memory never holds a second copy of the model.
+    """
+    require(folder.is_dir(), f"there is no folder {folder}")
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, chat_template)
+    message = f"the tokenizer in {folder} has more words than the model"
+    require(len(tokenizer) <= config.vocab_size, message)
+    files = find_weights(folder)
+    names = dict(hf_weights(empty_model(config, dtype, "meta"))).keys()
+    missing, unknown = names - files.keys(), files.keys() - names - {"lm_head.weight"}
+    unknown = {n for n in unknown if not n.endswith("rotary_emb.inv_freq")}  # old Llama checkpoints
+    example = min(missing, default="")
+    require(not missing, f"the weights in {folder} lack {example} and {len(missing) - 1} others")
+    example = min(unknown, default="")
+    require(not unknown, f"the weights in {folder} hold {example}, which its config.json has not")
+
+    model = empty_model(config, dtype, device)
+    for name, weight in hf_weights(model):
+        loaded = read_weight(files[name], name, device)
+        message = f"the weight {name} in {folder} has not the shape of its config.json"
+        require(loaded.shape == weight.shape, message)
+        weight.copy_(loaded)
+    return model, tokenizer
+
+
+def find_weights(folder: Path) -> dict[str, Path]:
+    """Return the file of each weight. Every file has to be there, and whole."""
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        require(isinstance(weight_map, dict) and bool(weight_map), f"{index} names no weights")
+        names = sorted(set(map(str, weight_map.values())))
+        files = [folder / Path(name).name for name in names]
+    weight_files = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                weight_files |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            fail(f"cannot read the weights in {file}: {error}")
+    return weight_files
+
+
+def read_weight(file: Path, name: str, device: torch.device | str = "cpu") -> Tensor:
+    # Reopened per weight, so that earlier pages of the mmap can be released.
+    with safe_open(file, "pt", device=str(device)) as opened:
+        return opened.get_tensor(name)
+
+
+def load_master(
+    config, init: Path, resume_from: Path | None, precision: str, device: torch.device
+) -> tuple[Transformer, Tokenizer]:
+    """Load the weights that training changes, and the tokenizer.
+
+    All weights in fp32 or, with --lora, adapters on the frozen `init`; from the checkpoint
+    `resume_from` where a run is resumed.
+    """
+    template = not config.no_chat_template
+    if not config.lora:
+        device = "cpu" if config.fsdp else device
+        return load_model(resume_from or init, device, chat_template=template)
+    base, tokenizer = load_model(init, device, DTYPES[precision], template)
+    generator = torch_rng(config.seed, "adapters")
+    master = add_lora(base, config.lora, config.lora_alpha, config.lora_dropout, generator)
+    if resume_from:
+        load_adapters(master, resume_from / "adapter")
+    return master, tokenizer
+
+
+def weights_to_save(model: Transformer, meta: dict, is_master: bool = True) -> dict[str, Tensor]:
+    """Return the weights in fp32; with LoRA, the start's as they lie on disk plus the adapters.
+
+    Of a sharded model a collective: all processes have to call it, and rank 0 gets the weights.
+    """
+    if meta.get("lora"):
+        files = find_weights(Path(meta["init_from"]))
+        names = [name for name, _ in hf_weights(model)]
+        weights = {name: read_weight(files[name], name).float() for name in names}
+        for name, delta in weight_deltas(model):
+            weights[name] += delta
+        return weights
+    weights = hf_weights(model)
+    return {name: weight.float().cpu().contiguous() for name, weight in weights if is_master}
+
+
+# ------------------------------------------------------------------------------------------------
+# training.json
+
+
+def load_meta(checkpoint: Path) -> dict:
+    """Return what made the checkpoint; empty for one that was not made here."""
+    path = checkpoint / "training.json"
+    return read_json(path) if path.exists() else {}
+
+
+def choose_dtype(flag: str, config: ModelConfig, checkpoint: Path | None, world: World) -> str:
+    """Return the precision to compute in, "fp32" or "bf16", the same on all processes.
+
+    `--precision auto` keeps that of the run that made `checkpoint`, else measures.
+    """
+    if flag == "auto" and checkpoint:
+        trained_in = load_meta(checkpoint).get("compute_dtype")
+        if trained_in in DTYPES:
+            return trained_in
+    choice = detect_dtype(config, world.device) if flag == "auto" else flag
+    return world.all_gather([choice])[0]

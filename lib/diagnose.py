@@ -1,0 +1,37 @@
+"""Say what has gone wrong for some time in a GRPO run, from the last rows of its log."""
+
+from statistics import fmean
+
+DIAGNOSE_WINDOW = 20  # updates over which trouble has to last
+
+
+def diagnose(rows: list[dict]) -> set[str]:
+    """Return what is wrong in words that say what to try; empty if all is well."""
+    recent = rows[-DIAGNOSE_WINDOW:]
+    if len(recent) < DIAGNOSE_WINDOW:
+        return set()
+    messages, reward = set(), fmean(row["reward"] for row in recent)
+    if all(row["frac_truncated"] == 1 for row in recent):
+        messages.add(
+            "every response is cut off before its end: give more --max-new-tokens, or train the "
+            "start longer by SFT"
+        )
+    if all(row["frac_reward_zero_std"] == 1 for row in recent):
+        if reward > 0.99:
+            messages.add(
+                "every response is right, so nothing is learned any more: stop here, or go on with "
+                "harder problems (--steps, --difficulty extreme)"
+            )
+        else:
+            messages.add(
+                "all responses to a problem earn the same, so nothing is learned: try easier "
+                "problems (--steps), a larger --group-size, a higher --temperature or more SFT"
+            )
+    learning = [r for r in recent if r["frac_reward_zero_std"] < 1 and not r.get("skipped")]
+    entropies = [row["entropy"] for row in learning]
+    if entropies and max(entropies) < 1e-3 and reward < 0.9:
+        messages.add(
+            "the policy has collapsed: its entropy is near zero though many responses are wrong. "
+            "Start again with a lower --lr, a KL term (--beta 0.05) or a larger --clip-high"
+        )
+    return messages

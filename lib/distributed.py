@@ -1,0 +1,196 @@
+"""Processes, signals and threads: one process per GPU, or any number of them on the CPU (gloo)."""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lib.flags import require, warn
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among all, with the collectives that training needs."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_master(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+    def all_reduce(self, *values: float) -> list[float]:
+        """Sum each value over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def all_reduce_gradients(self, model: nn.Module) -> None:
+        """Sum gradients over all processes; a missing gradient counts as zero.
+
+        FSDP has summed its gradients in the backward pass already.
+        """
+        if self.world_size == 1 or is_fsdp(model):
+            return
+        weights = [w for w in model.parameters() if w.requires_grad]
+        for w in weights:
+            if w.grad is None:
+                w.grad = torch.zeros_like(w)
+        flat = torch.cat([w.grad.flatten() for w in weights])
+        dist.all_reduce(flat)
+        for w, piece in zip(weights, flat.split([w.numel() for w in weights])):
+            w.grad.copy_(piece.view_as(w))
+
+    def all_gather(self, rows: list) -> list:
+        """Return the rows of all processes, in the order of the ranks."""
+        if self.world_size == 1:
+            return rows
+        gathered: list[list] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, rows)
+        return [row for of_rank in gathered for row in of_rank]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def init_distributed() -> World:
+    """Join the process group that torchrun describes in the environment, and pick the device."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        message = f"one process per GPU: there are {n_gpus} GPUs and more processes"
+        require(local < n_gpus, message)
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            device_id=device if on_gpu else None,
+            timeout=datetime.timedelta(hours=2),  # the others wait while rank 0 evaluates and saves
+        )
+    return World(rank, world_size, device)
+
+
+@contextlib.contextmanager
+def distributed() -> Iterator[World]:
+    """Initialise the process group and destroy it on exit.
+
+    On an error exit at once: destroy_process_group() would wait for the other ranks, and torchrun
+    could not end them.
+    """
+    world = init_distributed()
+    try:
+        yield world
+    except BaseException as error:
+        if world.world_size == 1:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        has_status = isinstance(error, SystemExit) and isinstance(error.code, int)
+        os._exit(error.code if has_status else 1)
+    if world.world_size > 1:
+        dist.destroy_process_group()
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether each process holds a part of the tensor. (Importing DTensor takes a second.)"""
+    return hasattr(tensor, "full_tensor")
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether the model's weights are sharded over the processes (lib/fsdp.py)."""
+    return is_dtensor(next(model.parameters()))
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole tensor; of a DTensor a collective, which all processes have to call."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the most memory that this process has held: the GPU's, or else the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
+
+
+class Signals:
+    """Catch SIGTERM and Ctrl-C, so that a run finishes its update and saves before it exits."""
+
+    caught = 0
+
+    def during(self, updates: tqdm) -> Iterator[int]:
+        """Yield the updates with the handlers installed."""
+        self.bar = updates
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self.note) for number in numbers}
+        try:
+            yield from updates
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        first, self.caught = not self.caught, number
+        if first:
+            # Ctrl-C ends all of `python ... | tee`, so the bar's pipe may be gone.
+            self.bar.disable = True
+            name = signal.Signals(number).name
+            warn(f"{name}: saving after this update (kill -9 does not wait for it)")
+
+    def exit(self, run: Path) -> NoReturn:
+        """Exit after saving. (The signal may have been caught by another process.)"""
+        warn(f"stopped and saved; --resume continues {run}")
+        raise SystemExit(128 + (self.caught or signal.SIGTERM))
+
+
+# ------------------------------------------------------------------------------------------------
+# Threads. On the CPU, independent pieces of work run in parallel, one core each: on small ops,
+# intra-op threading costs more in synchronisation than it gains, and stalls on busy machines.
+
+
+def n_threads(device: torch.device) -> int:
+    """Return how many pieces of work run in parallel: 1 on a GPU, else PyTorch's threads.
+
+    At most 8: more would wait for Python's lock.
+    """
+    return min(torch.get_num_threads(), 8) if device.type == "cpu" else 1
+
+
+@functools.cache
+def _pool(n: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], device: torch.device
+) -> list[Result]:
+    """Map the function over the items, in order; without threads on a GPU or for a single item."""
+    n = n_threads(device)
+    if len(items) == 1 or n == 1:
+        return [function(item) for item in items]
+    return list(_pool(n).map(function, items))

@@ -1,0 +1,138 @@
+"""Command-line flags from data classes, and user errors: one line on stderr, exit status 2."""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Literal, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+Config = TypeVar("Config")
+
+
+def print_error(message: str) -> None:
+    """Print one line on stderr without tearing a progress bar apart."""
+    # Ctrl-C may have closed the pipe, or may interrupt another line that is being written.
+    with contextlib.suppress(OSError, RuntimeError):
+        script = os.path.basename(sys.argv[0])
+        tqdm.write(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def fail(message: str) -> NoReturn:
+    """Print a one-line error and exit with status 2. For user errors."""
+    print_error(message)
+    raise SystemExit(2)
+
+
+def require(condition: bool, message: str) -> None:
+    """Exit with the message unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+def require_min(config, **minima: float) -> None:
+    """Refuse flags below their minimum, and NaN. None means that a flag was not given."""
+    for name, low in minima.items():
+        value = getattr(config, name)
+        message = f"{flag_name(name)} must be at least {low}, not {value}"
+        require(value is None or value >= low, message)
+
+
+def require_writable(json_file: str, plot: str) -> None:
+    """Refuse --json and --plot files that cannot be written, before any work is done."""
+    for name in (json_file, plot):
+        writable = os.access(Path(name).parent, os.W_OK) and not Path(name).is_dir()
+        message = "cannot be written: it is a folder, or its folder is missing or read-only"
+        require(not name or writable, f"{name} {message}")
+    require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
+
+
+def warn(message: str) -> None:
+    """Print a line on stderr, from rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print_error(message)
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turn a ValueError or OSError that says what is wrong into a user error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def read_json(path: Path) -> dict:
+    """Read a file that holds one JSON object."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"cannot read {path}: {error}")
+    require(isinstance(value, dict), f"cannot read {path}: it holds no JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict | list) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def flag_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def parse_flags(config_class: type[Config], description: str, positional: str = "") -> Config:
+    """Parse the command line into a data class: one flag a field, its type from the annotation.
+
+    The comment on a field's line is its help. A line that holds only a comment is the heading of
+    the fields below it. The field named `positional` takes the arguments that are not flags.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=formatter)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    kinds = typing.get_type_hints(config_class)
+    group = parser
+    source = inspect.getsource(config_class)
+    for heading, name, comment in re.findall(
+        r"^    (?:# (.+)|(\w+):[^#\n]*#\s*(.*))$", source, re.M
+    ):
+        if heading:
+            group = parser.add_argument_group(heading)
+        elif name == positional:
+            parser.add_argument(name, nargs="*", metavar=name.upper(), help=comment)
+        elif name in fields:
+            options = flag_options(kinds[name], fields[name].default, comment)
+            group.add_argument(flag_name(name), default=fields[name].default, **options)
+    return config_class(**vars(parser.parse_args()))
+
+
+def flag_options(kind, default, comment: str) -> dict:
+    """Return argparse's options for a flag of a type, with its default shown in the help."""
+    options = {}
+    if isinstance(kind, types.UnionType):  # `int | None`
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if kind is bool:
+        options["action"] = "store_true"
+    elif typing.get_origin(kind) is Literal:
+        options["choices"] = typing.get_args(kind)
+    else:
+        options["type"] = kind
+    hidden = default is None or default is False or default == "" or "[" in comment
+    options["help"] = (comment if hidden else f"{comment} [{default}]").replace("%", "%%")
+    return options

@@ -1,0 +1,158 @@
+"""LoRA: small trained matrices beside the frozen ones of the blocks (arXiv 2106.09685).
+
+    master = add_lora(base, rank, alpha, dropout, generator)    # freezes and shares base's weights
+    base = without_adapters(master)                             # and back
+
+For a matrix W (out, in), A (rank, in) and B (out, rank), which starts at zero, add B A x * alpha /
+rank to W x. Where our model stacks several of a checkpoint's matrices, each has its own A and B,
+stacked likewise. The model without its adapters is the reference of the KL term; it costs no
+memory.
+
+A checkpoint holds the model with its adapters merged; beside it they lie in PEFT's format, for
+`peft` to load and for runs to resume from.
+"""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lib.flags import fail, require, require_min, write_json
+from lib.rng import rng
+from lib.transformer import Linear, Transformer, part_names
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Adapter(nn.Module):
+    def __init__(self, linear: Linear, rank: int, alpha: int, dropout: float, number: int):
+        super().__init__()
+        self.sizes, self.rank, self.alpha = linear.sizes, rank, alpha
+        self.dropout = dropout
+        self.number = number  # among the model's adapters, for the seed of its dropout
+        self.scale = alpha / rank
+        self.a = nn.Parameter(torch.empty(len(linear.sizes) * rank, linear.in_features))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return A (rank, in) and B (out, rank) of each of the checkpoint's matrices."""
+        return list(zip(self.a.chunk(len(self.sizes)), self.b.split(self.sizes)))
+
+    def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
+        """Map (N, in) to (N, out). Dropout depends on the key alone, so it can be recomputed."""
+        scale = self.scale
+        if self.dropout and dropout_key is not None:
+            generator = torch.Generator(x.device).manual_seed(dropout_key + self.number)
+            uniforms = torch.rand(x.shape, generator=generator, device=x.device)
+            x = x * (uniforms >= self.dropout)
+            scale = scale / (1 - self.dropout)
+        low = (scale * F.linear(x, self.a)).chunk(len(self.sizes), -1)  # (N, rank) each
+        return torch.cat([F.linear(part, b) for part, b in zip(low, self.b.split(self.sizes))], -1)
+
+
+def adapted(model: Transformer) -> dict[str, Linear]:
+    """Return the matrices that have adapters, by name."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    return {name: linear for name, linear in linears.items() if linear.adapter is not None}
+
+
+def add_lora(
+    base: Transformer, rank: int, alpha: int, dropout: float, generator: torch.Generator
+) -> Transformer:
+    """Freeze `base`; return it with fp32 adapters on every matrix of its blocks, weights shared.
+
+    `generator` is a CPU generator, whatever the device.
+    """
+    base.requires_grad_(False)
+    model = deepcopy(base, {id(w): w for w in base.parameters()})
+    for number, linear in enumerate(m for m in model.modules() if isinstance(m, Linear)):
+        adapter = Adapter(linear, rank, alpha, dropout, number)
+        bound = 1 / math.sqrt(linear.in_features)
+        with torch.no_grad():
+            adapter.a.uniform_(-bound, bound, generator=generator)
+        linear.adapter = adapter.to(base.device)
+    return model
+
+
+def without_adapters(model: Transformer) -> Transformer:
+    """Return the frozen model under the adapters; shares its weights."""
+    base = deepcopy(model, {id(w): w for w in model.parameters()})
+    for linear in adapted(base).values():
+        linear.adapter = None
+    return base
+
+
+def validate_lora(config) -> None:
+    """Refuse impossible --lora flags."""
+    require_min(config, lora=0, lora_alpha=1)
+    require(0 <= config.lora_dropout < 1, "--lora-dropout must lie between 0 and 1")
+
+
+def dropout_key(config, update: int, rank: int, micro_batch: int) -> int | None:
+    """Return the dropout seed of one micro-batch; None if dropout is off."""
+    if not (config.lora and config.lora_dropout):
+        return None
+    return rng(config.seed, "dropout", update, rank, micro_batch).getrandbits(60)
+
+
+def weight_deltas(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Yield the checkpoint's name of each adapted matrix and alpha / rank * B A, in fp32."""
+    for name, linear in adapted(model).items():
+        for part, (a, b) in zip(part_names(name), linear.adapter.pairs()):
+            yield f"{part}.weight", (linear.adapter.scale * (b @ a)).detach().cpu()
+
+
+# ------------------------------------------------------------------------------------------------
+# PEFT's format
+
+
+def peft_weights(model: Transformer) -> dict[str, Tensor]:
+    """Return the adapters under PEFT's names, as views."""
+    weights = {}
+    for name, linear in adapted(model).items():
+        for part, (a, b) in zip(part_names(name), linear.adapter.pairs()):
+            weights[f"base_model.model.{part}.lora_A.weight"] = a.detach()
+            weights[f"base_model.model.{part}.lora_B.weight"] = b.detach()
+    return weights
+
+
+def save_adapters(model: Transformer, base: str, folder: Path) -> None:
+    """Write the adapters of the model called `base` in PEFT's format."""
+    folder.mkdir()
+    weights = {name: w.cpu().contiguous() for name, w in peft_weights(model).items()}
+    save_file(weights, folder / WEIGHTS)
+    linears = adapted(model)
+    parts = {part.rpartition(".")[2] for name in linears for part in part_names(name)}
+    one = next(iter(linears.values())).adapter
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": one.rank,
+        "lora_alpha": one.alpha,
+        "lora_dropout": one.dropout,
+        "target_modules": sorted(parts),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", config)
+
+
+def load_adapters(model: Transformer, folder: Path) -> None:
+    """Load what `save_adapters` wrote into a model with adapters of the same rank."""
+    try:
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        fail(f"cannot read the adapters in {folder / WEIGHTS}: {error}")
+    weights = peft_weights(model)
+    same = saved.keys() == weights.keys()
+    same = same and all(saved[name].shape == w.shape for name, w in weights.items())
+    require(same, f"the adapters in {folder / WEIGHTS} are not those of this model and --lora")
+    for name, weight in weights.items():
+        weight.copy_(saved[name])

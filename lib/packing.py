@@ -1,0 +1,168 @@
+"""Packed batches: prompts and responses without padding, each prompt computed once for its group.
+
+    batch = pack(prompts, prompt_lengths, responses, response_lengths, prompt_index)
+    logps, entropies = response_logps(model, batch, temperature, entropy=True)
+
+N tokens lie one after the other in one row; lib/attention.py masks what they must not see.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lib.attention import packed_attention
+from lib.transformer import Transformer
+
+
+def pad(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Pad token lists on the right with zeros: return (B, T) and the lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    real = torch.arange(padded.shape[1]) < lengths[:, None]
+    padded[real] = torch.tensor([token for row in rows for token in row])
+    return padded.to(device), lengths.to(device)
+
+
+@dataclass
+class Packed:
+    """P prompts, then B responses, concatenated: N tokens in S = P + B segments.
+
+    A prompt's tokens attend within the prompt, a response's to its prompt and to itself. The last
+    token of a response predicts nothing, so it is no input: it is a target only.
+
+        prompt [a b c], responses [x y] and [z]:
+
+            tokens         a b c x      (z is predicted, never read)
+            logit_indices  2 3 2        (c, x and c predict)
+            targets        x y z
+    """
+
+    tokens: Tensor  # (N,)
+    positions: Tensor  # (N,)
+    lengths: Tensor  # (S,) tokens of each segment
+    prompt_index: Tensor  # (B,) the prompt of each response
+    logit_indices: Tensor  # (M,) which token predicts each response token
+    targets: Tensor  # (M,) the response tokens that are predicted, row by row
+
+
+def pack(
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    responses: Tensor,
+    response_lengths: Tensor,
+    prompt_index: Tensor,
+    positions: tuple[Tensor, Tensor] | None = None,
+    scored: Tensor | None = None,
+) -> Packed:
+    """Pack prompts (P, Tp) and responses (B, Tr), padded on the right, with their lengths.
+
+    prompt_index (B,) is each response's prompt. RoPE positions (P, Tp) and (B, Tr) are consecutive
+    unless given. The last `scored` (B,) tokens of each response are targets, or all of them.
+    """
+    device, (P, Tp), (B, Tr) = prompts.device, prompts.shape, responses.shape
+    t = torch.arange(Tr, device=device)
+    prompt_mask = torch.arange(Tp, device=device) < prompt_lengths[:, None]  # (P, Tp)
+    target_mask = t < response_lengths[:, None]  # (B, Tr)
+    input_mask = t < response_lengths[:, None] - 1  # (B, Tr)
+    input_index = prompt_mask.sum() + (input_mask.flatten().cumsum(0) - 1).view(B, Tr)
+    if positions is None:
+        prompt_positions = torch.arange(Tp, device=device).expand(P, Tp)
+        positions = prompt_positions, prompt_lengths[prompt_index][:, None] + t
+
+    if scored is not None:
+        target_mask &= t >= (response_lengths - scored)[:, None]
+    last_of_prompt = (prompt_lengths.cumsum(0) - 1)[prompt_index][:, None]  # (B, 1)
+    predictors = torch.cat((last_of_prompt, input_index[:, :-1]), 1)  # (B, Tr)
+    return Packed(
+        tokens=torch.cat((prompts[prompt_mask], responses[input_mask])),
+        positions=torch.cat((positions[0][prompt_mask], positions[1][input_mask])),
+        lengths=torch.cat((prompt_lengths, response_lengths - 1)),
+        prompt_index=prompt_index,
+        logit_indices=predictors[target_mask],
+        targets=responses[target_mask],
+    )
+
+
+def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:
+    """Pack prompts (P, Tp) of the given lengths (P,), without responses."""
+    none = lengths[:0]
+    return pack(prompts, lengths, none[:, None], none, none)
+
+
+def random_position_gaps(
+    prompt: list[int],
+    response: list[int],
+    starts: Tensor,
+    max_gap: int,
+    generator: torch.Generator,
+) -> tuple[list[int], list[int]]:
+    """Return positions of both with random gaps, `max_gap` in all, before the tokens `starts`.
+
+    A model that learns on short chains finds the steps of its prompt by their distance and counts
+    lines to know when to stop, and fails on longer chains. With gaps it must go by the labels.
+    (Randomised positions: arXiv 2305.16843.)
+    """
+    tokens = torch.tensor(prompt + response)
+    weights = torch.rand(len(tokens), generator=generator) * torch.isin(tokens, starts)
+    total = torch.rand(1, generator=generator) * max_gap
+    gaps = (weights.cumsum(0) / weights.sum() * total).long()
+    positions = (torch.arange(len(tokens)) + gaps).tolist()
+    return positions[: len(prompt)], positions[len(prompt) :]
+
+
+def micro_batches(
+    prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor, budget: int
+) -> Iterator[Tensor]:
+    """Split the groups `active` into runs of at most `budget` tokens; yield their indices.
+
+    prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
+    """
+    costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
+    first, total = 0, 0
+    for i, cost in enumerate(costs):
+        if total + cost > budget and i > first:
+            yield active[first:i]
+            first, total = i, 0
+        total += cost
+    if first < len(costs):
+        yield active[first:]
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Return log-probs (N, V) at a temperature, for sampler and trainer alike."""
+    # Skip the division at T=1: it would copy the (N, V) logits.
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def response_logps(
+    model: Transformer,
+    batch: Packed,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    dropout_key: int | None = None,
+    max_logits: int = 2**27,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs (M,) of the response tokens, and entropies (M,), or (0,) unless asked for.
+
+    `temperature` is the one they were sampled at. Entropies carry no gradient. At most
+    `max_logits` logits exist at a time, and they are recomputed in the backward pass, so memory
+    does not grow with tokens x vocabulary.
+    """
+    attend = packed_attention(batch, model)
+    hidden = model(batch.tokens, batch.positions, attend, dropout_key)  # (N, D)
+
+    def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = log_softmax(model.logits(hidden), temperature)
+        logps = log_p.gather(1, targets[:, None])[:, 0]
+        with torch.no_grad():  # last: the backward pass recomputes only what comes before
+            return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps[:0]
+
+    chunk = max(1, max_logits // model.config.vocab_size)
+    predictors = hidden.index_select(0, batch.logit_indices).split(chunk)
+    chunks = zip(predictors, batch.targets.split(chunk))
+    outputs = [checkpoint(head, h, t, use_reentrant=False) for h, t in chunks]
+    logps, entropies = zip(*outputs)
+    return torch.cat(logps), torch.cat(entropies)

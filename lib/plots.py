@@ -1,0 +1,219 @@
+"""All plots. From the command line, the course of one GRPO run or of several:
+
+python -m lib.plots ckpt/grpo-hard-gf11
+python -m lib.plots ckpt/grpo-1 ckpt/grpo-2 ckpt/grpo-3 --out three.png
+
+Problem types and strategies are whatever the metrics name.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lib.flags import parse_flags, require, require_writable, user_errors
+from lib.run_dir import read_log
+
+STRATEGY_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "lightgrey")
+CAUSE_COLOURS = ("tab:red", "tab:olive", "lightgrey")
+LINE_STYLES = ("-", "--", ":")
+
+
+@dataclass
+class PlotConfig:
+    runs: list = field(default_factory=list)  # run folders of train_grpo.py
+    out: str = "training.png"  # the PNG to write
+
+
+def new_figure(width: float, height: float, rows: int, columns: int):
+    """Return a figure and its axes as a flat array."""
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def legend_below(axis) -> None:
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+    axis.legend(fontsize=8, ncols=2, frameon=False, **place)
+
+
+def save(figure, path: Path) -> None:
+    with user_errors():
+        figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------
+# An evaluation
+
+
+def plot_evaluation(summaries: dict[str, dict], path: Path, reasons: dict | None = None) -> None:
+    """Draw accuracy by steps and type, and strategies by type; of two checkpoints also the split.
+
+    `summaries` are eval.summarise's by name, `reasons` eval.decompose_gain's.
+    """
+    figure, axes = new_figure(16.5 if reasons else 11, 4, 1, 3 if reasons else 2)
+    draw_accuracy(axes[0], summaries)
+    draw_strategies(axes[1], summaries)
+    if reasons:
+        draw_reasons(axes[2], reasons)
+    save(figure, path)
+
+
+def draw_accuracy(axis, summaries: dict[str, dict]) -> None:
+    for i, (name, summary) in enumerate(summaries.items()):
+        style = {"fmt": "o--", "markerfacecolor": "white"}
+        if i == len(summaries) - 1:
+            style = {"fmt": "o-"}
+        for j, (kind, by_steps) in enumerate(summary["by_type_and_steps"].items()):
+            mean = np.array([metrics["pass@1"] for metrics in by_steps.values()])
+            low, high = np.array([metrics["ci95"] for metrics in by_steps.values()]).T
+            x = np.array([int(n) for n in by_steps]) + 0.08 * j  # side by side where they agree
+            bars = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
+            label = f"{kind} {name}"
+            axis.errorbar(x, mean, bars, color=f"C{j}", capsize=2, label=label, **style)
+    axis.set(xlabel="number of steps", ylabel="pass@1", ylim=(0, 1.02))
+    axis.set_title("Accuracy, with 95% intervals")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    legend_below(axis)
+
+
+def draw_strategies(axis, summaries: dict[str, dict]) -> None:
+    kinds = next(iter(summaries.values()))["by_type"]
+    columns = [(kind, name) for kind in kinds for name in summaries]
+    metrics = [summaries[name]["by_type"][kind] for kind, name in columns]
+    shares = [key for key in metrics[0] if key.endswith("_share")]
+    base = np.zeros(len(columns))
+    for key, colour in zip(shares, STRATEGY_COLOURS):
+        share = np.array([of_column[key] for of_column in metrics])
+        if share.any():
+            label = key.removesuffix("_share")
+            axis.bar(range(len(columns)), share, bottom=base, color=colour, label=label)
+            base += share
+    axis.set(ylabel="share of responses", title="Strategies", ylim=(0, 1.02))
+    axis.set_xticks(range(len(columns)), [f"{kind}\n{name}" for kind, name in columns])
+    legend_below(axis)
+
+
+def draw_reasons(axis, reasons: dict) -> None:
+    """Draw side by side what selection and what improvement brought, with 95% intervals.
+
+    Improvement is stacked by its causes, those that lost below zero.
+    """
+    rows = {"all": reasons["overall"], **reasons["by_type"]}
+    for n, parts in reasons["by_steps"].items():
+        rows[f"{n}\nstep{'s' * (n != '1')}"] = parts
+    causes = [key for key in rows["all"] if key not in ("gain", "selection", "improvement")]
+    means = {key: np.array([row[key]["mean"] for row in rows.values()]) for key in rows["all"]}
+    x = np.arange(len(rows))
+    axis.bar(x - 0.2, means["selection"], 0.38, color="tab:green", label="selection")
+    above, below = np.zeros(len(rows)), np.zeros(len(rows))
+    for cause, colour in zip(causes, CAUSE_COLOURS):
+        part = means[cause]
+        if np.abs(part).max() > 0.001:
+            base = np.where(part > 0, above, below)
+            label = f"improvement: {cause}"
+            axis.bar(x + 0.2, part, 0.38, bottom=base, color=colour, label=label)
+        above, below = above + np.maximum(part, 0), below + np.minimum(part, 0)
+    style = {"fmt": "none", "ecolor": "black", "elinewidth": 0.9, "capsize": 2}
+    for side, key in ((-0.2, "selection"), (0.2, "improvement")):
+        low, high = np.array([row[key]["ci95"] for row in rows.values()]).T
+        bars = [np.maximum(means[key] - low, 0), np.maximum(high - means[key], 0)]
+        axis.errorbar(x + side, means[key], bars, **style)
+    axis.plot(x, means["gain"], "k_", markersize=22, label="gain: their sum")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(ylabel="change of pass@1", title="Why accuracy changed")
+    axis.set_xticks(x, rows, fontsize=8)
+    legend_below(axis)
+
+
+# ------------------------------------------------------------------------------------------------
+# The course of a run
+
+PANELS = {  # title: a metric of the log, or with /* one for each problem type
+    "reward": "reward",
+    "accuracy by type": "accuracy/*",
+    "accuracy given the matching strategy": "accuracy_given_match/*",
+    "share of the matching strategy": "match_rate/*",
+    "groups whose rewards are all equal": "frac_reward_zero_std",
+    "entropy per token, groups with signal": "entropy",
+    "KL divergence from the start, groups with signal": "kl",
+    "tokens per response": "response_length",
+}
+SHARES = ("reward", "accuracy", "match_rate", "frac")  # metrics that lie between 0 and 1
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Return running means over `width` values, over fewer at the ends."""
+    window = np.ones(min(width, len(values)))
+    counts = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / counts
+
+
+def draw_smoothly(axis, rows: list[dict], metric: str, faint: float = 0.0, **style) -> None:
+    """Draw running means of a metric over the updates; `faint` is the opacity of its raw values."""
+    points = [(row["update"], row[metric]) for row in rows if row.get(metric) is not None]
+    if not points:
+        return
+    updates, values = np.array(points).T
+    if faint:
+        axis.plot(updates, values, color=style["color"], linewidth=0.6, alpha=faint)
+    width = 1 + len(values) // 20
+    axis.plot(updates, smooth(values, width), **style)
+    axis.set_xlabel(f"update (running means of {width})" if width > 1 else "update")
+
+
+def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
+    """Draw the logs of GRPO runs, by name: a line style per problem type.
+
+    Colours tell runs apart or, if there is one, problem types.
+    """
+    figure, axes = new_figure(16, 7, 2, 4)
+    logged = {metric for rows in runs.values() for row in rows for metric in row}
+    kinds = sorted(m.removeprefix("accuracy/") for m in logged if m.startswith("accuracy/"))
+    for axis, (title, metric) in zip(axes, PANELS.items()):
+        metrics = [metric]
+        if metric.endswith("/*"):
+            metrics = [metric.replace("*", kind) for kind in kinds]
+        for j, (name, line) in enumerate(zip(metrics, LINE_STYLES)):
+            for i, rows in enumerate(runs.values()):
+                colour = f"C{(i if len(runs) > 1 else j) % 10}"
+                draw_smoothly(axis, rows, name, faint=0.25, color=colour, linestyle=line)
+            if len(metrics) > 1:  # which style is which type
+                colour = "grey" if len(runs) > 1 else f"C{j}"
+                axis.plot([], [], line, color=colour, label=kinds[j])
+                axis.legend(fontsize=8, frameon=False)
+        axis.set_title(title, fontsize=10)
+        if not axis.lines:
+            why = "not computed: --beta is 0" if metric == "kl" else "no values"
+            axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes, color="grey")
+        if metric.startswith(SHARES):
+            axis.set_ylim(0, 1.02)
+    for axis in axes[:4]:
+        axis.set_xlabel("")
+    if len(runs) > 1:
+        handles = [axes[0].plot([], [], color=f"C{i % 10}", label=n)[0] for i, n in enumerate(runs)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    save(figure, path)
+
+
+def main(config: PlotConfig) -> None:
+    require_writable("", config.out)
+    require(bool(config.runs), "name the folder of a run, or of several")
+    runs = {}
+    for name in config.runs:
+        log = Path(name) / "metrics.jsonl"
+        require(log.is_file(), f"{name} is no run folder: it holds no metrics.jsonl")
+        rows = read_log(log)
+        is_grpo = bool(rows) and "reward" in rows[0]
+        require(is_grpo, f"{log} is not the log of a GRPO run")
+        runs[name] = rows
+    plot_training(runs, Path(config.out))
+    drawn = ", ".join(f"{name} ({len(rows)} updates)" for name, rows in runs.items())
+    print(f"{config.out}: {drawn}")
+
+
+if __name__ == "__main__":
+    main(parse_flags(PlotConfig, __doc__, positional="runs"))

@@ -1,0 +1,115 @@
+"""The task's texts as tokens: prompts, in the model's chat template if it has one, and solutions.
+
+A tiny model has a word-level tokenizer over the task's closed vocabulary. A pretrained model keeps
+its own; its prompts begin with a sentence that explains the notation. A problem is anything with
+`prompt()` and `explanation`.
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lib.flags import fail, read_json, require
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+
+class Tokenizer:
+    """A model's tokenizer. Its EOS token ends a solution; any of `stops` ends a response."""
+
+    def __init__(self, inner: PreTrainedTokenizerFast, stops: list[int] | None = None):
+        self.inner = inner
+        self.stops = sorted({inner.eos_token_id, *(stops or [])})
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def word_level(self) -> bool:
+        """Whether it belongs to a tiny model made here, not to a pretrained one."""
+        return isinstance(self.inner.backend_tokenizer.model, models.WordLevel)
+
+    def prompt(self, problem) -> list[int]:
+        """Return the tokens of a problem's prompt."""
+        if self.word_level:
+            return self.inner.encode(problem.prompt())
+        text = f"{problem.explanation}\n\n{problem.prompt()}"
+        if self.inner.chat_template is None:
+            return self.inner.encode(text)  # with the BOS token, if the model has one
+        message = {"role": "user", "content": text}
+        return self.inner.apply_chat_template(
+            [message],
+            add_generation_prompt=True,
+            return_dict=False,
+            date_string="26 Jul 2024",  # Llama's template would write today's, and resuming differ
+            enable_thinking=False,  # Qwen3's: solutions are written out at once
+        )
+
+    def solution(self, text: str) -> list[int]:
+        """Return the tokens of a solution, with the stop token."""
+        return [*self.inner.encode(text, add_special_tokens=False), self.inner.eos_token_id]
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return self.inner.batch_decode(rows, clean_up_tokenization_spaces=False)
+
+    def line_starts(self) -> list[int]:
+        """Return the tokens (words here) that begin a line which other lines refer to."""
+        words = self.inner.get_vocab().items()
+        return [i for word, i in words if word in ("start", "end") or word[-1] == ":"]
+
+    def require_vocabulary(self, words: list[str]) -> None:
+        """Refuse a tokenizer that cannot write these words."""
+        known = self.decode([self.solution(" ".join(words))[:-1]])[0].split()
+        missing = next((word for word in words if word not in known), "the order of words")
+        message = f"the model's tokenizer cannot write {missing!r}, which the problems need"
+        require(known == words, message)
+
+    def max_response_tokens(
+        self, problems: list, solutions: list[str], max_positions: int, wanted: int = 0
+    ) -> int:
+        """Return `wanted`, or where that is 0 the tokens of the longest solution and a line more.
+
+        `problems` and `solutions` are the task's longest. Refuses a model with fewer than
+        `max_positions` positions for prompt and response.
+        """
+        lines = [line for solution in solutions[:2] for line in solution.split("\n")]
+        longest_solution, longest_line = (
+            max(len(self.solution(text)) - 1 for text in texts) for texts in (solutions, lines)
+        )
+        prompt = max(len(self.prompt(problem)) for problem in problems)
+        budget = wanted or longest_solution + longest_line
+        total = prompt + budget
+        message = f"prompts and responses take {total} tokens, the model {max_positions} positions"
+        require(total <= max_positions, message)
+        return budget
+
+
+def word_tokenizer(words: list[str]) -> Tokenizer:
+    """Return a word-level tokenizer over `words`; any white space separates words."""
+    vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *words])}
+    backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **special))
+
+
+def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face folder, with or without its chat template."""
+    try:
+        # AutoTokenizer would ignore tokenizer.json and use Qwen2's own BPE.
+        inner = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises no narrower one
+        fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
+    message = f"the tokenizer in {folder} names no end-of-sequence token"
+    require(inner.eos_token_id is not None, message)
+    if not chat_template:
+        inner.chat_template = None
+    path, stops = folder / "generation_config.json", []
+    if path.exists():
+        stops = read_json(path).get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        sound = all(type(stop) is int and 0 <= stop < len(inner) for stop in stops)
+        require(sound, f"{path}: bad eos_token_id")
+    return Tokenizer(inner, stops)

@@ -1,0 +1,121 @@
+"""What the two training scripts share: loading a run, the optimizer step, the end of an update."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lib import checkpoint, fsdp, run_dir
+from lib.attention import describe
+from lib.distributed import Signals, World
+from lib.flags import flag_name, require
+from lib.policy import (
+    clip_grad_norm,
+    count_nonfinite,
+    make_policy,
+    sync_weights,
+    trainable_parameters,
+)
+from lib.tokenizer import Tokenizer
+from lib.transformer import Transformer
+
+
+@dataclass
+class Run:
+    """A run in progress."""
+
+    folder: Path
+    updates: int  # in all
+    first_update: int  # above 0 where it is resumed
+    init: Path | None  # the checkpoint that it starts from; None for a new model
+    meta: dict  # what makes its checkpoints, for training.json
+    tokenizer: Tokenizer
+    master: Transformer  # the weights that are trained: lib/policy.py
+    policy: Transformer  # the weights that compute
+    optimizer: torch.optim.Optimizer
+    log: run_dir.Log | None  # on rank 0
+    nonfinite: int = 0  # updates in a row whose loss or gradient was not finite
+
+
+def validate_processes(config, per_update: str, world: World) -> None:
+    """Refuse fewer items per update than processes, and --fsdp where it makes no sense."""
+    enough = getattr(config, per_update) >= world.world_size
+    flag = flag_name(per_update)
+    require(enough, f"{flag} must be at least the number of processes, {world.world_size}")
+    fsdp.validate_fsdp(config, world)
+
+
+def load_run(
+    config,
+    stage: str,
+    updates: int,
+    first_update: int,
+    init: Path | None,
+    resume_from: Path | None,
+    words: list[str],
+    world: World,
+    weight_decay: float = 0.0,
+) -> Run:
+    """Load weights, optimizer and log of a run that `open_run` has opened.
+
+    The weights are those of the checkpoint `resume_from`, else of `init`, else of a new tiny model
+    over the vocabulary `words`.
+    """
+    source = init or resume_from
+    shape = checkpoint.read_config(source) if source else checkpoint.TINY
+    precision = checkpoint.choose_dtype(config.precision, shape, resume_from, world)
+    if source:
+        sources = (init, resume_from)
+        loaded = checkpoint.load_master(config, *sources, precision, world.device)
+    else:
+        loaded = checkpoint.new_model(words, config.seed)
+    master, tokenizer = loaded[0].to(world.device), loaded[1]
+    policy = fsdp.shard(master, precision, world) if config.fsdp else make_policy(master, precision)
+    weights = trainable_parameters(master)
+    options = {"betas": (0.9, 0.95), "weight_decay": weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, **options)
+    if resume_from:
+        run_dir.load_optimizer(resume_from, optimizer)
+
+    meta = asdict(config) | {"stage": stage, "total": updates, "compute_dtype": precision}
+    if init:
+        sha256 = run_dir.weights_sha256(init)
+        meta |= {"init_from": str(init.resolve()), "init_sha256": sha256}
+    log = None
+    if world.is_master:
+        print(f"Starting from {init}.\n" * bool(init) + describe(policy))
+        log = run_dir.Log(Path(config.out), first_update)
+    place = (Path(config.out), updates, first_update, init)
+    return Run(*place, meta, tokenizer, master, policy, optimizer, log)
+
+
+def optimizer_step(
+    run: Run, loss: float, lr: float, max_grad_norm: float, world: World, has_signal: bool = True
+) -> dict[str, float | bool]:
+    """Sum gradients over the ranks, clip, step, sync the policy's weights; return metrics.
+
+    Skips updates whose loss or gradient is not finite, and those without signal: momentum alone
+    must not move the weights.
+    """
+    world.all_reduce_gradients(run.master)
+    grad_norm = clip_grad_norm(run.master, max_grad_norm)
+    run.nonfinite = count_nonfinite(run.nonfinite, loss, grad_norm, run.folder)
+    if has_signal and not run.nonfinite:
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        sync_weights(run.policy, run.master)
+    run.optimizer.zero_grad()
+    return {"grad_norm": grad_norm, "skipped": bool(run.nonfinite)}
+
+
+def end_update(run: Run, update: int, save_every: int, signals: Signals, world: World) -> None:
+    """Save a checkpoint if it is time; exit if any process has caught a signal."""
+    (stopping,) = world.all_reduce(signals.caught)
+    last = update + 1 == run.updates
+    if (update + 1) % save_every == 0 or last or stopping:
+        state = (run.master, run.tokenizer, run.optimizer, run.meta)
+        run_dir.save_checkpoint(run.folder, update + 1, *state, world.is_master)
+    world.barrier()
+    if stopping and not last:
+        signals.exit(run.folder)
