@@ -88,9 +88,9 @@ class Response:
     strategy: str
     matches: bool  # whether every part is solved with the strategy that needs no guess
     correct: bool  # exact match of the answer: what tables count
-    reward: float  # what GRPO trains on
     error: str | None  # what went wrong first: a wrong guess, or the kind of a line's error
     stopped: bool  # whether it ended before the token limit
+    reward: float = 0.0  # what GRPO trains on
 
 
 def score_rollout(rollout, problems: list[Problem], tokenizer) -> None:

@@ -1,8 +1,8 @@
 """Speed, side by side with peers in one process and with the limit of the machine.
 
-    python bench.py                        # everything that this machine can run: the CPU's rows, or a GPU's
-    python bench.py --json bench.json      # and the rows as JSON: name, ours, peer (seconds), ratio
-    python bench.py --plot linear.png      # and an update's time against the tokens it generates
+    python -m paper.bench                        # everything that this machine can run: the CPU's rows, or a GPU's
+    python -m paper.bench --json bench.json      # and the rows as JSON: name, ours, peer (seconds), ratio
+    python -m paper.bench --plot linear.png      # and an update's time against the tokens it generates
 
 Ours and the peer take turns, on the same random weights and the same numbers of tokens, and the best of a few rounds
 counts, which is what an idle machine would show. Responses always run to their full length. The tiny rows compute the
@@ -28,14 +28,15 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import checkpoint
-from data.finite_field import FITTING, Task
-from model import PRECISIONS, ModelConfig, Transformer, measure_precision, plain_weights, refresh, working_copy
-from packed import pad
+from data.finite_field import MATCHING_STRATEGY, Task, vocabulary
+from lib import checkpoint
+from lib.distributed import World, distributed
+from lib.flags import parse_flags, require, require_min, require_writable, user_errors, write_json
+from lib.policy import DTYPES, clip_grad_norm, detect_dtype, make_policy, sync_weights
+from lib.tokenizer import word_tokenizer
+from lib.transformer import ModelConfig, Transformer, hf_weights
 from rollout import Rollout, Sampler
-from runtime import World, at_least, check_outputs, clip_gradient, parse_flags, processes, refusals, require, write_json
-from tokenizer import word_tokenizer
-from train_grpo import GrpoConfig, add_gradient
+from train_grpo import GrpoConfig, group_advantages, grpo_backward
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Work:
         return f"{self.prompts} x {self.group}, prompt {self.prompt}, {self.new} new"
 
 
-WORDS = word_tokenizer(11)
+WORDS = word_tokenizer(vocabulary(11))
 TINY = Work(replace(checkpoint.TINY, vocab_size=len(WORDS)), prompts=32, group=8, prompt=45, new=80)
 SMALL = Work(ModelConfig(64, hidden_size=32, intermediate_size=48, num_hidden_layers=2), 2, 2, 5, 6)
 SMOLLM2 = Work(  # 135M
@@ -137,7 +138,12 @@ class Rates:
 
     def training_seconds(self, work: Work) -> float:
         """The least time of forward and backward on all tokens, each prompt once."""
-        return 6 * matrix_weights(work.shape) * (work.tokens + work.prompts * work.prompt) / self.operations
+        return (
+            6
+            * matrix_weights(work.shape)
+            * (work.tokens + work.prompts * work.prompt)
+            / self.operations
+        )
 
 
 def matrix_weights(c: ModelConfig) -> int:
@@ -182,22 +188,25 @@ class Ours:
             for weight in self.model.parameters():
                 if weight.ndim == 2:
                     weight.normal_(0, 0.02)
-        self.copy = working_copy(self.model, machine.precision)
-        self.reference = working_copy(self.model, machine.precision) if beta else None
-        self.sampler = Sampler(self.copy, [], work.group, work.new)
+        self.policy = make_policy(self.model, machine.precision)
+        self.reference = make_policy(self.model, machine.precision) if beta else None
+        self.sampler = Sampler(self.policy, [], work.group, work.new)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.prompts = torch.randint(3, work.shape.vocab_size, (work.prompts, work.prompt)).tolist()
-        self.rewards = torch.tensor([0.0, 1.0]).repeat(work.prompts, work.group)[:, : work.group].to(device)
+        self.rewards = (
+            torch.tensor([0.0, 1.0]).repeat(work.prompts, work.group)[:, : work.group].to(device)
+        )
 
     def rollout(self) -> Rollout:
         return self.sampler.sample(self.prompts, [("bench", i) for i in range(self.work.prompts)])
 
     def train(self, rollout: Rollout) -> None:
-        prompts = pad(self.prompts, self.world.device)
-        add_gradient(self.model, self.copy, self.reference, prompts, rollout, self.rewards, self.config, self.world)
-        clip_gradient(self.model, 1.0)
+        rollout.rewards, rollout.advantages = self.rewards, group_advantages(self.rewards)
+        models = self.model, self.policy, self.reference
+        grpo_backward(*models, rollout, self.config, self.world)
+        clip_grad_norm(self.model, 1.0)
         self.optimizer.step()
-        refresh(self.copy, self.model)
+        sync_weights(self.policy, self.model)
         self.optimizer.zero_grad()
 
     def update(self) -> None:
@@ -208,8 +217,10 @@ def peer_model(ours: Ours, eos_token_id: int | None) -> Qwen2ForCausalLM:
     """transformers' model of the same shape and weights."""
     special = {"eos_token_id": eos_token_id, "pad_token_id": 0}
     with ours.world.device:
-        peer = Qwen2ForCausalLM(Qwen2Config(**checkpoint.hf_config(ours.work.shape, WORDS) | special))
-    peer.load_state_dict(dict(plain_weights(ours.model)), strict=False)  # tied: without the head
+        peer = Qwen2ForCausalLM(
+            Qwen2Config(**checkpoint.hf_config(ours.work.shape, WORDS) | special)
+        )
+    peer.load_state_dict(dict(hf_weights(ours.model)), strict=False)  # tied: without the head
     return peer
 
 
@@ -233,7 +244,12 @@ def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
     from trl import GRPOConfig, GRPOTrainer
 
     work, steps = ours.work, []
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(work.shape.vocab_size - 2))])}
+    words = {
+        word: i
+        for i, word in enumerate(
+            ["<pad>", "<eos>", *(f"w{i}" for i in range(work.shape.vocab_size - 2))]
+        )
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -290,17 +306,25 @@ def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
 
 def row(name: str, what: str, ours: float, peer: float | None, limit: float | None = None) -> dict:
     """Seconds; the ratio is the peer's over ours, `of_limit` the share of the machine's limit that we reach."""
-    out = {"name": name, "what": what, "ours": ours, "peer": peer, "ratio": peer / ours if peer else None}
+    out = {
+        "name": name,
+        "what": what,
+        "ours": ours,
+        "peer": peer,
+        "ratio": peer / ours if peer else None,
+    }
     return out | {"of_limit": limit / ours if limit else None}
 
 
 def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
-    ours, own = Ours(work, machine), PRECISIONS[machine.precision]
+    ours, own = Ours(work, machine), DTYPES[machine.precision]
     limit = machine.rates.decode_seconds(work, own.itemsize)
     on_gpu = machine.world.device.type == "cuda"
     for static in (False, True) if on_gpu else (False,):
         peers = {own} if on_gpu else {own, torch.float32}
-        timed = [in_turn(ours.rollout, generate(ours, dtype, static), machine.rounds) for dtype in peers]
+        timed = [
+            in_turn(ours.rollout, generate(ours, dtype, static), machine.rounds) for dtype in peers
+        ]
         seconds, peer = min(a for a, _ in timed), min(b for _, b in timed)
         kind = f"{'static' if static else 'dynamic'} cache{', its better of 2' if len(timed) > 1 else ''}"
         what = f"rollout in {machine.precision}, {work}; transformers generate, {kind}"
@@ -314,7 +338,9 @@ def update_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
     peer = None
     if importlib.util.find_spec("trl"):
         # TRL's precision is ours, or on a small model fp32 where it is faster in that.
-        precisions = {machine.precision, "fp32"} if work.shape.hidden_size < 512 else {machine.precision}
+        precisions = (
+            {machine.precision, "fp32"} if work.shape.hidden_size < 512 else {machine.precision}
+        )
         peer = min(trl_update_seconds(ours, p, machine.rounds) for p in precisions)
         seconds = min(seconds, best(ours.update, machine.rounds))
     what = f"GRPO update in {machine.precision}, KL 0.05, {work}; TRL"
@@ -345,26 +371,46 @@ def time_of_lengths(work: Work, machine: Machine) -> list[dict]:
     rows = []
     for steps in range(3, 10):
         problem = Task((steps, steps)).sample(random.Random(0), "train")
-        solution = problem.solution(FITTING[problem.kind])
+        solution = problem.solution(MATCHING_STRATEGY[problem.kind])
         lengths = {"prompt": len(WORDS.prompt(problem)), "new": len(WORDS.solution(solution))}
         ours = Ours(replace(work, **lengths), machine)
         ours.update()
-        rows.append({"steps": steps, "tokens": ours.work.tokens, "seconds": best(ours.update, machine.rounds)})
+        rows.append(
+            {
+                "steps": steps,
+                "tokens": ours.work.tokens,
+                "seconds": best(ours.update, machine.rounds),
+            }
+        )
     return rows
 
 
 def plot_lengths(rows: list[dict], path: Path) -> float:
     """Draw the times over the tokens with the straight line that fits them; how much of them it explains (R^2)."""
-    from plot import new_figure, save  # matplotlib, which takes a second, only where a plot is asked for
+    from lib.plots import (  # matplotlib, which takes a second, only where a plot is asked for
+        new_figure,
+        save,
+    )
 
     tokens, seconds = (np.array([r[key] for r in rows]) for key in ("tokens", "seconds"))
     slope, start = np.polyfit(tokens, seconds, 1)
-    explained = 1 - ((seconds - start - slope * tokens) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
+    explained = (
+        1
+        - ((seconds - start - slope * tokens) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
+    )
     figure, (axes,) = new_figure(6, 4, 1, 1)
-    axes.plot(tokens, start + slope * tokens, color="0.7", label=f"straight line, R² = {explained:.3f}")
+    axes.plot(
+        tokens, start + slope * tokens, color="0.7", label=f"straight line, R² = {explained:.3f}"
+    )
     axes.plot(tokens, seconds, "o", color="tab:blue", label="updates of 3 to 9 steps")
     for r in rows:
-        axes.annotate(str(r["steps"]), (r["tokens"], r["seconds"]), (0, 7), textcoords="offset points", ha="center")
+        axes.annotate(
+            str(r["steps"]),
+            (r["tokens"], r["seconds"]),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+        )
     axes.set(xlabel="tokens generated", ylabel="seconds an update", xlim=(0, None), ylim=(0, None))
     axes.legend(loc="lower right")
     save(figure, path)
@@ -389,14 +435,18 @@ def name_of(world: World) -> str:
 
 
 def main(config: BenchConfig, world: World) -> None:
-    at_least(config, rounds=1)
-    require(config.only in ("", *ROWS), f"--only takes one of {', '.join(ROWS)}, not {config.only!r}")
-    check_outputs(config.json, config.plot)
-    precision = measure_precision(TINY.shape, world.device)
-    rates = measure_rates(PRECISIONS[precision], world.device)
+    require_min(config, rounds=1)
+    require(
+        config.only in ("", *ROWS), f"--only takes one of {', '.join(ROWS)}, not {config.only!r}"
+    )
+    require_writable(config.json, config.plot)
+    precision = detect_dtype(TINY.shape, world.device)
+    rates = measure_rates(DTYPES[precision], world.device)
     machine = Machine(world, precision, rates, config.rounds)
     print(f"{name_of(world)}, torch {torch.__version__}; computing in {precision}")
-    print(f"memory {rates.bandwidth / 1e9:.0f} GB/s, matrix products {rates.operations / 1e12:.2f} TFLOP/s\n")
+    print(
+        f"memory {rates.bandwidth / 1e9:.0f} GB/s, matrix products {rates.operations / 1e12:.2f} TFLOP/s\n"
+    )
     print(HEADER, flush=True)
     timed = []
     for name, (rows, work) in ROWS.items():
@@ -407,13 +457,15 @@ def main(config: BenchConfig, world: World) -> None:
     if config.plot:
         times = time_of_lengths(SMALL if config.small else TINY, machine)
         explained = plot_lengths(times, Path(config.plot))
-        print(f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {100 * explained:.1f}%")
+        print(
+            f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {100 * explained:.1f}%"
+        )
     if config.json:
-        with refusals():
+        with user_errors():
             write_json(Path(config.json), timed)
 
 
 if __name__ == "__main__":
     config = parse_flags(BenchConfig, __doc__)
-    with processes() as world:
+    with distributed() as world:
         main(config, world)

@@ -9,8 +9,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from model import ModelConfig, Transformer
-from tokenizer import word_tokenizer
+from data.finite_field import vocabulary
+from lib import tokenizer as tokenizers_of_lib
+from lib.transformer import ModelConfig, Transformer
+from strategies import score_response
+
+
+def word_tokenizer(p: int) -> tokenizers_of_lib.Tokenizer:
+    """The tiny model's tokenizer for GF(p)."""
+    return tokenizers_of_lib.word_tokenizer(vocabulary(p))
+
+
+def score_groups(problems: list, texts: list[str], stopped: list[bool]) -> list[list]:
+    """Score the responses to each problem, which follow one another."""
+    group = len(texts) // len(problems)
+    scored = [score_response(problems[i // group], t, stopped[i]) for i, t in enumerate(texts)]
+    return [scored[i : i + group] for i in range(0, len(scored), group)]
 
 
 def small_model(seed: int = 0, **shape) -> Transformer:
@@ -28,7 +42,9 @@ def with_large_biases(model: Transformer, size: float = 30.0) -> Transformer:
     """Attention scores of more than a hundred in the first layer, as Qwen2's and Qwen2.5's key biases make them."""
     c = model.config
     biases = model.model.layers[0].self_attn.qkv_proj.bias.view(-1, c.head_dim)
-    with torch.no_grad():  # in the pair that turns slowest, so that what is attended to hardly changes
+    with (
+        torch.no_grad()
+    ):  # in the pair that turns slowest, so that what is attended to hardly changes
         biases[: c.num_attention_heads + c.num_key_value_heads, c.head_dim // 2 - 1] += size
     return model
 
@@ -39,10 +55,14 @@ CHAT = (
 )
 
 
-def make_pretrained(folder: Path, model_type: str = "llama", shard_size: str = "5GB", **shape) -> Path:
+def make_pretrained(
+    folder: Path, model_type: str = "llama", shard_size: str = "5GB", **shape
+) -> Path:
     """A checkpoint as transformers writes them: random weights, a tokenizer of bytes, a chat template, two stops."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = {letter: i + 3 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = {
+        letter: i + 3 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     vocabulary = {word: i for i, word in enumerate(special)} | letters
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,10 +70,22 @@ def make_pretrained(folder: Path, model_type: str = "llama", shard_size: str = "
     options = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "chat_template": CHAT}
     PreTrainedTokenizerFast(tokenizer_object=backend, **options).save_pretrained(folder)
 
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
-    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.2, "tie_word_embeddings": False}
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+    }
+    sizes |= {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+    }
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, vocab_size=len(vocabulary), eos_token_id=2, **(sizes | shape))
+    config = AutoConfig.for_model(
+        model_type, vocab_size=len(vocabulary), eos_token_id=2, **(sizes | shape)
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
     stops = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [2, 0]}
     (folder / "generation_config.json").write_text(json.dumps(stops))
@@ -85,7 +117,7 @@ def free_port() -> int:
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Plots take seconds to draw: for tests that look at something else."""
-    monkeypatch.setattr("plot.save", lambda *_: None)
+    monkeypatch.setattr("lib.plots.save", lambda *_: None)
 
 
 def same_weights(a: Transformer, b: Transformer) -> bool:

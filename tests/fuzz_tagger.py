@@ -9,10 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data.finite_field import Problem, Task, reward, vocabulary
-from strategies import BACKWARD, FORWARD, MIXED, NONE, fits, judge, read, tag
+from data.finite_field import BACKWARD, FORWARD, Problem, Task, reward, vocabulary
+from strategies import MIXED, NONE, matches, parse_lines, score_response, tag
 
-TASKS = [Task((1, 3)), Task((2, 5), p=13), Task((1, 2), parts=(2, 3)), Task((1, 2), relabel="shown", p=3)]
+TASKS = [
+    Task((1, 3)),
+    Task((2, 5), p=13),
+    Task((1, 2), parts=(2, 3)),
+    Task((1, 2), relabel="shown", p=3),
+]
 
 
 def problem_number(n: int) -> Problem:
@@ -21,7 +26,9 @@ def problem_number(n: int) -> Problem:
 
 def check(problem: Problem, text: str) -> None:
     normal = " ".join(text.split())
-    assert " ".join(line.text for line in read(text)) == normal, "lines are made of whole words, and none is lost"
+    assert " ".join(line.text for line in parse_lines(text)) == normal, (
+        "lines are made of whole words, and none is lost"
+    )
     found = tag(problem, text)
     assert found == tag(problem, normal), "line breaks do not matter"
     assert found.strategy in (FORWARD, BACKWARD, MIXED, NONE)
@@ -29,17 +36,35 @@ def check(problem: Problem, text: str) -> None:
     assert 0 <= found.steps_right <= problem.steps
     right = reward(problem, text) == 1.0
     assert any(found.guessed) or not found.misguessed
-    assert judge(problem, text, True).correct == right and (not right or found.answer == problem.answer)
+    assert score_response(problem, text, True).correct == right and (
+        not right or found.answer == problem.answer
+    )
     if found.error is None:
-        assert found.steps_right == problem.steps and NONE not in found.parts and MIXED not in found.parts
+        assert (
+            found.steps_right == problem.steps
+            and NONE not in found.parts
+            and MIXED not in found.parts
+        )
         assert right != found.misguessed, "what is faultless is right, but for a wrong guess"
-        assert fits(problem, found) != any(found.guessed)
+        assert matches(problem, found) != any(found.guessed)
 
 
 def mutated(problem: Problem, choose) -> str:
     """A solution with some words changed, left out, said twice or moved; `choose(n)` gives a number below n."""
     words = problem.solution([(FORWARD, BACKWARD)[choose(2)] for _ in problem.parts]).split(" ")
-    known = [*vocabulary(problem.field.p), "e٣", "e99999", "x", "", "\n", "answer", "e1:", "12:", "²:", "\x1c"]
+    known = [
+        *vocabulary(problem.field.p),
+        "e٣",
+        "e99999",
+        "x",
+        "",
+        "\n",
+        "answer",
+        "e1:",
+        "12:",
+        "²:",
+        "\x1c",
+    ]
     for _ in range(choose(6)):
         i, j = choose(len(words)), choose(len(words))
         how = choose(5)

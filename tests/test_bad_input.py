@@ -9,24 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pretrained, small_model
+from conftest import make_pretrained, small_model, word_tokenizer
 
-import bench
 import eval as evaluation
-import plot
-import reproduce
 import train_grpo
 import train_sft
-from run_folder import save_checkpoint
-from runtime import parse_flags, start
-from tokenizer import word_tokenizer
+from lib import plots
+from lib.distributed import init_distributed
+from lib.flags import parse_flags
+from lib.run_dir import save_checkpoint
+from paper import bench, reproduce
 
 SCRIPTS = {
     "sft": (train_sft, train_sft.SftConfig, None),
     "grpo": (train_grpo, train_grpo.GrpoConfig, None),
     "eval": (evaluation, evaluation.EvalConfig, "checkpoints"),
     "bench": (bench, bench.BenchConfig, None),
-    "plot": (plot, plot.PlotConfig, "runs"),
+    "plot": (plots, plots.PlotConfig, "runs"),
     "reproduce": (reproduce, reproduce.ReproduceConfig, "experiment"),
 }
 FILES = {"sft": "train_sft.py", "grpo": "train_grpo.py"}  # others are named as their script
@@ -63,7 +62,10 @@ def refused(script: str, flags: str, monkeypatch, capsys) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         config = parse_flags(config, "", positional)
-        module.main(config, start()) if script not in ("plot", "reproduce") else module.main(config)
+        module.main(config, init_distributed()) if script not in (
+            "plot",
+            "reproduce",
+        ) else module.main(config)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1, err
     assert contents() == before, "nothing is created, nothing overwritten"
@@ -96,7 +98,7 @@ INVOCATIONS = [
     ("sft", "--model pretrained --lora-alpha 0", "--lora-alpha"),
     ("bench", "--rounds 0", "--rounds"),
     ("bench", "--json nowhere/b.json", "nowhere/b.json"),
-    ("grpo", "--micro-tokens -1", "--micro-tokens"),
+    ("grpo", "--micro-batch-tokens -1", "--micro-batch-tokens"),
     ("grpo", "--init good --examples -1", "--examples"),
     ("grpo", "--max-new-tokens 5000", "positions"),
     ("grpo", "--group 1", "--group"),
@@ -131,7 +133,7 @@ INVOCATIONS = [
     ("eval", f"{'long' * 80}", "name too long"),
     ("sft", "--field -7", "prime"),
     ("sft", "--field 1", "prime"),
-    ("sft", "--shard", "--shard"),
+    ("sft", "--fsdp", "--fsdp"),
     ("sft", "--keep -1", "--keep"),
     ("sft", "--warmup -1", "--warmup"),
     ("sft", "--out good/step-3/config.json/run", "cannot write"),
@@ -139,7 +141,7 @@ INVOCATIONS = [
     ("sft", "--model broken", "model.safetensors"),
     ("sft", "--out log --resume", "no checkpoint to resume"),
     ("grpo", "--init broken", "model.safetensors"),
-    ("grpo", "--init good --shard", "--shard"),
+    ("grpo", "--init good --fsdp", "--fsdp"),
     ("grpo", "--init good --updates 0", "--updates"),
     ("grpo", "--init good --prompts 0", "--prompts"),
     ("grpo", "--init good --lr 2", "--lr"),
@@ -175,7 +177,9 @@ def test_real_commands(script, flags, says, place):
     """The same as a user meets them: in a process of its own, within five seconds."""
     file = Path(train_sft.__file__).with_name(FILES.get(script, f"{script}.py"))
     before, clock = contents(), time.monotonic()
-    done = subprocess.run([sys.executable, str(file), *flags.split()], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(file), *flags.split()], capture_output=True, text=True
+    )
     seconds = time.monotonic() - clock
     assert done.returncode == 2 and done.stdout == "" and says in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1 and contents() == before and seconds < 5
@@ -270,7 +274,11 @@ def test_checkpoints_of_different_fields_are_not_compared(place, monkeypatch, ca
 def test_the_real_command_refuses_too(place):
     script = Path(evaluation.__file__)
     done = subprocess.run([sys.executable, str(script), "nowhere"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr == "eval.py: there is no folder nowhere\n"
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr == "eval.py: there is no folder nowhere\n"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,4 +1,4 @@
-"""The bench runs, its rows are complete, and its limits are what a step has to move."""
+"""The bench runs, its rows are fill_defaults, and its limits are what a step has to move."""
 
 import importlib.util
 import json
@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from bench import BenchConfig, Machine, Ours, Rates, Work, main, matrix_weights
-from model import ModelConfig
-from runtime import World
+from lib.distributed import World
+from lib.transformer import ModelConfig
+from paper.bench import BenchConfig, Machine, Ours, Rates, Work, main, matrix_weights
 
 ONE = World(0, 1, torch.device("cpu"))
 SMALL = Work(ModelConfig(64, 32, 48, 2, tie_word_embeddings=False), 2, 3, 5, 4)
@@ -19,11 +19,19 @@ def machine(precision: str) -> Machine:
 
 
 def test_rows_and_plot(tmp_path, capsys):
-    main(BenchConfig(rounds=1, small=True, json=str(tmp_path / "b.json"), plot=str(tmp_path / "p.png")), ONE)
+    main(
+        BenchConfig(
+            rounds=1, small=True, json=str(tmp_path / "b.json"), plot=str(tmp_path / "p.png")
+        ),
+        ONE,
+    )
     rows = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())}
     assert {"cpu-tiny-rollout", "cpu-tiny-update"} <= rows.keys()
     rollout = rows["cpu-tiny-rollout"]
-    assert rollout["ratio"] == pytest.approx(rollout["peer"] / rollout["ours"]) and 0 < rollout["of_limit"] < 1
+    assert (
+        rollout["ratio"] == pytest.approx(rollout["peer"] / rollout["ours"])
+        and 0 < rollout["of_limit"] < 1
+    )
     assert (rows["cpu-tiny-update"]["peer"] is not None) == bool(importlib.util.find_spec("trl"))
     assert (tmp_path / "p.png").stat().st_size > 10_000
     assert "cpu-tiny-update" in capsys.readouterr().out
@@ -41,7 +49,10 @@ def test_decoding_is_limited_by_memory_or_by_arithmetic():
     per_token = 2 * 2 * 2 * 8  # keys and values, layers, key heads, head size
     numbers = 0
     for step in range(1, SMALL.new):
-        numbers += matrix_weights(SMALL.shape) + SMALL.prompts * (SMALL.prompt + SMALL.group * step) * per_token
+        numbers += (
+            matrix_weights(SMALL.shape)
+            + SMALL.prompts * (SMALL.prompt + SMALL.group * step) * per_token
+        )
     assert Rates(1e9, 1e18).decode_seconds(SMALL, 2) == pytest.approx(2 * numbers / 1e9)
     operations = 2 * matrix_weights(SMALL.shape) * SMALL.prompts * SMALL.group * SMALL.new
     assert Rates(1e18, 1e9).decode_seconds(SMALL, 2) == pytest.approx(operations / 1e9)

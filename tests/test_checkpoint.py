@@ -10,21 +10,31 @@ import torch
 from conftest import make_pretrained, refusal
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-from checkpoint import choose_precision, load_model
-from model import ModelConfig
-from packed import pack_prompts, packed_attention, pad
+from lib import checkpoint
+from lib.attention import packed_attention
+from lib.checkpoint import choose_dtype, load_model
+from lib.distributed import World
+from lib.packing import pack_prompts, pad
+from lib.run_dir import find_checkpoint
+from lib.transformer import ModelConfig
 from rollout import Sampler
-from run_folder import find_checkpoint
-from runtime import World
 
 ONE = World(0, 1, torch.device("cpu"))
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 KINDS = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3"},
-    "llama": {"model_type": "llama", "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}},
+    "llama": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64},
+    },
     "smollm2": {"model_type": "llama", "tie_word_embeddings": True, "rope_theta": 1e5},
     "many shards": {"model_type": "llama", "shard_size": "20KB"},
 }
@@ -54,7 +64,9 @@ def test_what_transformers_wrote_computes_the_same_here(kind, tmp_path):
 
 @torch.no_grad()
 def test_weights_come_in_the_type_asked_for(pretrained):
-    exact, lowered = (load_model(pretrained, dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16))
+    exact, lowered = (
+        load_model(pretrained, dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)
+    )
     assert lowered.dtype == torch.bfloat16 and lowered.model.norm.weight.dtype == torch.float32
     for name, weight in exact.named_parameters():
         other = lowered.get_parameter(name)
@@ -65,7 +77,7 @@ def test_weights_come_in_the_type_asked_for(pretrained):
 MEASURE = """
 import re, sys, threading, time, torch
 from pathlib import Path
-from checkpoint import load_model
+from lib.checkpoint import load_model
 
 def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
 def watch():
@@ -83,7 +95,12 @@ print((peak - before) * 1e6 / sum(w.numel() * w.element_size() for w in model.pa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_holds_the_weights_once(dtype, tmp_path, pretrained):
     """At most a fifth more than the weights, though they are converted, joined and, by the file system, mapped."""
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+    }
     folder = make_pretrained(tmp_path / "large", shard_size="40MB", **sizes)
     command = [sys.executable, "-c", MEASURE, str(folder), str(pretrained), dtype]
     here = Path(checkpoint.__file__).parent
@@ -109,7 +126,10 @@ def rewrite(file: Path, **changes) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "scaling"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
         ({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": -1}}, "original_max"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}, "rope_theta": "x"}, "rope_theta"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}, "rope_theta": "x"},
+            "rope_theta",
+        ),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding"),
         ({"num_key_value_heads": 2}, "do not go together"),
         ({"head_dim": 15}, "do not go together"),
@@ -126,10 +146,15 @@ def test_what_this_transformer_does_not_compute_is_refused(changes, says, pretra
     assert says in refusal(lambda: load_model(pretrained), capsys)
 
 
-@pytest.mark.parametrize("how", ["missing shard", "cut shard", "no map", "path out of the folder", "no weights"])
+@pytest.mark.parametrize(
+    "how", ["missing shard", "cut shard", "no map", "path out of the folder", "no weights"]
+)
 def test_shards_that_are_not_whole_are_refused(how, tmp_path, capsys):
     folder = make_pretrained(tmp_path / "model", shard_size="20KB")
-    index, shard = folder / "model.safetensors.index.json", sorted(folder.glob("model-*.safetensors"))[1]
+    index, shard = (
+        folder / "model.safetensors.index.json",
+        sorted(folder.glob("model-*.safetensors"))[1],
+    )
     if how == "missing shard":
         shard.unlink()
     elif how == "cut shard":
@@ -152,26 +177,36 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch, capsys)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     monkeypatch.chdir(tmp_path)
-    script = "from run_folder import find_checkpoint; import sys; print(find_checkpoint(sys.argv[1]))"
+    script = (
+        "from run_folder import find_checkpoint; import sys; print(find_checkpoint(sys.argv[1]))"
+    )
     here = Path(checkpoint.__file__).parent
     environment = {"PYTHONPATH": str(here), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     for name, found in (("someone/small", True), ("someone/large", False)):
         command = [sys.executable, "-c", script, name]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
         if found:
             assert done.stdout.strip() == str(folder)
         else:
-            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "someone/large" in done.stderr
+            assert (
+                done.returncode == 2
+                and len(done.stderr.splitlines()) == 1
+                and "someone/large" in done.stderr
+            )
     (tmp_path / "runs").mkdir()
-    assert "there is no folder runs/mistyped" in refusal(lambda: find_checkpoint("runs/mistyped"), capsys)
+    assert "there is no folder ckpt/mistyped" in refusal(
+        lambda: find_checkpoint("ckpt/mistyped"), capsys
+    )
 
 
 def test_the_precision_is_that_of_the_training_unless_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "measure_precision", lambda *_: "bf16")
+    monkeypatch.setattr(checkpoint, "detect_dtype", lambda *_: "bf16")
     shape = ModelConfig(100)
-    (tmp_path / "training.json").write_text('{"computed_in": "fp32"}')
-    assert choose_precision("auto", shape, tmp_path, ONE) == "fp32"
-    assert choose_precision("bf16", shape, tmp_path, ONE) == "bf16"
-    (tmp_path / "training.json").write_text('{"computed_in": "a file from elsewhere"}')
-    assert choose_precision("auto", shape, tmp_path, ONE) == "bf16"
-    assert choose_precision("auto", shape, None, ONE) == "bf16"
+    (tmp_path / "training.json").write_text('{"compute_dtype": "fp32"}')
+    assert choose_dtype("auto", shape, tmp_path, ONE) == "fp32"
+    assert choose_dtype("bf16", shape, tmp_path, ONE) == "bf16"
+    (tmp_path / "training.json").write_text('{"compute_dtype": "a file from elsewhere"}')
+    assert choose_dtype("auto", shape, tmp_path, ONE) == "bf16"
+    assert choose_dtype("auto", shape, None, ONE) == "bf16"

@@ -16,25 +16,39 @@ from safetensors.torch import load_file, save_file
 
 import train_grpo
 import train_sft
-from checkpoint import load_model
-from model import ModelConfig
-from run_folder import find_checkpoint, read_log
-from runtime import World
+from lib.checkpoint import load_model
+from lib.distributed import World
+from lib.run_dir import find_checkpoint, read_log
+from lib.transformer import ModelConfig
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_grpo.__file__).parent
 pytestmark = pytest.mark.usefixtures("undrawn")
-SMALL = {"field": 3, "steps": "1-2", "prompts": 4, "group": 4, "eval_problems": 8, "precision": "fp32"}
+SMALL = {
+    "field": 3,
+    "steps": "1-2",
+    "prompts_per_update": 4,
+    "group_size": 4,
+    "eval_problems": 8,
+    "precision": "fp32",
+}
 
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory) -> Path:
     """A model that solves chains of one or two steps, in either strategy, part of the time."""
     out = tmp_path_factory.mktemp("sft")
-    flags = {"field": 3, "steps": "1-2", "updates": 250, "warmup": 50, "batch_size": 24, "precision": "fp32"}
+    flags = {
+        "field": 3,
+        "steps": "1-2",
+        "updates": 250,
+        "warmup": 50,
+        "batch_size": 24,
+        "precision": "fp32",
+    }
     with pytest.MonkeyPatch.context() as patch:
         smaller = ModelConfig(0, hidden_size=96, intermediate_size=288, num_hidden_layers=2)
-        patch.setattr("checkpoint.TINY", smaller)
+        patch.setattr("lib.checkpoint.TINY", smaller)
         train_sft.main(train_sft.SftConfig(out=str(out / "run"), **flags), ONE)
     return out / "run"
 
@@ -47,26 +61,35 @@ def grpo(out: Path, init: Path, **flags) -> list[dict]:
 def test_sft_learns(sft):
     rows = read_log(sft / "metrics.jsonl")
     assert fmean(r["loss"] for r in rows[-20:]) < 0.3 * fmean(r["loss"] for r in rows[:20])
-    assert rows[-1]["accuracy_given_fit"] > 0.5
+    assert rows[-1]["accuracy_given_match"] > 0.5
     assert find_checkpoint(str(sft)).name == "step-250"
 
 
 def test_grpo_improves_and_reports(sft, tmp_path, capsys, monkeypatch):
-    """Reward rises because the fitting strategy is chosen more often; everything promised is written."""
+    """Reward rises because the matching strategy is chosen more often; everything promised is written."""
     monkeypatch.undo()  # this one draws
-    rows = grpo(tmp_path / "run", sft, updates=30, prompts=16, group=8, lr=3e-4, eval_problems=64)
+    rows = grpo(
+        tmp_path / "run", sft, updates=30, prompts_per_update=16, group=8, lr=3e-4, eval_problems=64
+    )
     first, last = rows[:5], rows[-5:]
 
     def mean(some, key):
         return fmean(row[key] for row in some)
 
     assert mean(last, "reward") > mean(first, "reward") + 0.15
-    chosen = ("forward/evaluation", "backward/inversion", "fit_share/evaluation")
+    chosen = ("forward/evaluation", "backward/inversion", "match_rate/evaluation")
     assert all(mean(last, key) > mean(first, key) + 0.1 for key in chosen)
-    assert max(row["logprob_difference"] for row in rows) < 1e-4
+    assert max(row["logp_diff_max"] for row in rows) < 1e-4
 
-    expected = {"reward", "accuracy/evaluation", "forward/inversion", "groups_without_signal", "entropy", "ratio"}
-    expected |= {"clipped_share", "gradient_norm", "response_length", "truncated_share", "logprob_difference"}
+    expected = {
+        "reward",
+        "accuracy/evaluation",
+        "forward/inversion",
+        "frac_reward_zero_std",
+        "entropy",
+        "ratio",
+    }
+    expected |= {"clip_ratio", "grad_norm", "response_length", "frac_truncated", "logp_diff_max"}
     expected |= {"rollout_tokens_per_second", "training_tokens_per_second", "peak_memory_gb"}
     assert all(expected <= row.keys() for row in rows)
 
@@ -88,26 +111,30 @@ def test_resume_is_exact(sft, tmp_path):
     assert same_weights(*(load_model(tmp_path / name / "step-4")[0] for name in ("whole", "parts")))
     for a, b in zip(whole, parts, strict=True):
         assert (a["update"], a["reward"], a["loss"]) == (b["update"], b["reward"], b["loss"])
-    assert all(row["kl"] >= 0 for row in parts) and parts[-1]["kl"] > 0 and "validation/evaluation" in parts[-1]
+    assert (
+        all(row["kl"] >= 0 for row in parts)
+        and parts[-1]["kl"] > 0
+        and "validation/evaluation" in parts[-1]
+    )
 
 
 def test_a_resumed_run_computes_as_it_began(sft, tmp_path, monkeypatch):
     """In the precision that was measured at its start, whatever a measurement says now."""
     flags = {"updates": 2, "save_every": 1, "precision": "auto"}
-    monkeypatch.setattr("checkpoint.measure_precision", lambda *_: "bf16")
+    monkeypatch.setattr("lib.checkpoint.detect_dtype", lambda *_: "bf16")
     whole = grpo(tmp_path / "whole", sft, **flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "step-2")
-    monkeypatch.setattr("checkpoint.measure_precision", lambda *_: "fp32")
+    monkeypatch.setattr("lib.checkpoint.detect_dtype", lambda *_: "fp32")
     parts = grpo(tmp_path / "parts", sft, resume=True, **flags)
     assert same_weights(*(load_model(tmp_path / name / "step-2")[0] for name in ("whole", "parts")))
     assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
-    assert 1e-4 < max(row["logprob_difference"] for row in parts) < 0.5, "bf16"
+    assert 1e-4 < max(row["logp_diff_max"] for row in parts) < 0.5, "bf16"
 
 
 def poison(monkeypatch, updates: set[int]) -> None:
     """Make the gradient infinite in some updates, numbered from 1."""
-    real, calls = train_grpo.add_gradients, iter(range(1, 100))
+    real, calls = train_grpo.accumulate_gradients, iter(range(1, 100))
 
     def poisoned(model, copy, loss, items):
         parts = real(model, copy, loss, items)
@@ -115,13 +142,13 @@ def poison(monkeypatch, updates: set[int]) -> None:
             next(w for w in model.parameters() if w.grad is not None).grad.view(-1)[0] = math.inf
         return parts
 
-    monkeypatch.setattr(train_grpo, "add_gradients", poisoned)
+    monkeypatch.setattr(train_grpo, "accumulate_gradients", poisoned)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(sft, tmp_path, monkeypatch):
     poison(monkeypatch, {2})
     rows = grpo(tmp_path / "run", sft, updates=3, save_every=1, group=8, temperature=1.5)
-    assert [row["skipped"] for row in rows] == [False, True, False] and rows[1]["gradient_norm"] is None
+    assert [row["skipped"] for row in rows] == [False, True, False] and rows[1]["grad_norm"] is None
     weights = [load_model(tmp_path / "run" / f"step-{n}")[0] for n in (1, 2, 3)]
     assert same_weights(*weights[:2]) and not same_weights(*weights[1:])
 
@@ -140,7 +167,9 @@ def test_after_five_such_updates_the_run_stops(sft, tmp_path, monkeypatch, capsy
 def test_sft_skips_such_updates_too(tmp_path, monkeypatch):
     """Here the loss is not finite."""
     real, calls = train_sft.loss_sum, iter(range(1, 100))
-    monkeypatch.setattr(train_sft, "loss_sum", lambda *args: real(*args) * (math.nan if next(calls) == 2 else 1))
+    monkeypatch.setattr(
+        train_sft, "loss_sum", lambda *args: real(*args) * (math.nan if next(calls) == 2 else 1)
+    )
     flags = {"field": 3, "steps": "1-2", "batch_size": 1, "precision": "fp32", "save_every": 1}
     train_sft.main(train_sft.SftConfig(out=str(tmp_path / "run"), updates=3, **flags), ONE)
     rows = read_log(tmp_path / "run" / "metrics.jsonl")
@@ -154,7 +183,7 @@ def test_a_policy_of_nan_is_noticed(sft, tmp_path, capsys):
     start = shutil.copytree(find_checkpoint(str(sft)), tmp_path / "start")
     (start / "manifest.json").unlink()
     weights = load_file(start / "model.safetensors")
-    weights["model.norm.weight"][0] = math.nan
+    weights["lib.transformer.norm.weight"][0] = math.nan
     save_file(weights, start / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit) as stop:
         grpo(tmp_path / "run", start, updates=9)
@@ -163,7 +192,7 @@ def test_a_policy_of_nan_is_noticed(sft, tmp_path, capsys):
 
 def test_trouble_is_said_once_in_a_run(sft, tmp_path, monkeypatch, capsys):
     """With room for one token, no response ever ends."""
-    monkeypatch.setattr(train_grpo, "WINDOW", 3)
+    monkeypatch.setattr(train_grpo, "DIAGNOSE_WINDOW", 3)
     grpo(tmp_path / "run", sft, updates=6, max_new_tokens=1)
     assert capsys.readouterr().err.count("--max-new-tokens") == 1
 
@@ -173,29 +202,68 @@ def test_compositions_under_shown_names_in_another_field(tmp_path):
     task = {"steps": "1-2", "parts": "2-3", "field": 13, "relabel": "shown"}
     init = tmp_path / "sft"
     train_sft.main(train_sft.SftConfig(updates=2, batch_size=4, out=str(init), **task), ONE)
-    others = {"advantage": "mean", "temperature": 0.7, "evaluation_share": 0.9, "max_new_tokens": 9, "updates": 1}
+    others = {
+        "advantage": "mean",
+        "temperature": 0.7,
+        "evaluation_share": 0.9,
+        "max_new_tokens": 9,
+        "updates": 1,
+    }
     (row,) = grpo(tmp_path / "rl", init, **task, **others)
-    assert row["truncated_share"] > 0 and {"accuracy/composition", "fit_share/composition", "mixed/all"} <= row.keys()
+    assert (
+        row["frac_truncated"] > 0
+        and {"accuracy/composition", "match_rate/composition", "mixed/all"} <= row.keys()
+    )
     figures = json.loads((tmp_path / "rl" / "evaluation.json").read_text())
     assert set(figures["after"]["by_type"]) == {"composition"}
 
 
 def test_two_processes(sft, tmp_path):
     """torchrun with two processes trains and reports; one of them writes and prints."""
-    flags = ["--field=3", "--steps=1-2", "--prompts=4", "--group=4", "--eval-problems=8", "--updates=2", "--beta=0.05"]
+    flags = [
+        "--field=3",
+        "--steps=1-2",
+        "--prompts_per_update=4",
+        "--group=4",
+        "--eval-problems=8",
+        "--updates=2",
+        "--beta=0.05",
+    ]
     flags += ["--precision=fp32"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "train_grpo.py"), "--init", str(sft), "--out", str(tmp_path / "two"), *flags]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += [
+        str(HERE / "train_grpo.py"),
+        "--init",
+        str(sft),
+        "--out",
+        str(tmp_path / "two"),
+        *flags,
+    ]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     rows = read_log(tmp_path / "two" / "metrics.jsonl")
-    assert len(rows) == 2 and rows[0]["logprob_difference"] < 1e-4
+    assert len(rows) == 2 and rows[0]["logp_diff_max"] < 1e-4
     one = grpo(tmp_path / "one", sft, updates=1)
     kinds = [{key for key in row if key.startswith("accuracy/")} for row in (rows[0], one[0])]
     assert kinds[0] == kinds[1], "the same problems"
-    assert rows[0]["reward"] == one[0]["reward"] and rows[0]["entropy"] == pytest.approx(one[0]["entropy"], abs=1e-5)
-    assert rows[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-4), "and the same responses"
+    assert rows[0]["reward"] == one[0]["reward"] and rows[0]["entropy"] == pytest.approx(
+        one[0]["entropy"], abs=1e-5
+    )
+    assert rows[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4), (
+        "and the same responses"
+    )
     assert done.stdout.count("checkpoint  ") == 1, "one process prints"
 
 
@@ -211,15 +279,20 @@ def test_the_main_job_trains_sft_first_where_it_is_missing(tmp_path, monkeypatch
     grpo_config = train_grpo.GrpoConfig(updates=1, **SMALL)
     train_grpo.main(grpo_config, ONE)
     assert "training one first" in capsys.readouterr().out
-    assert Path("runs/sft-mixed-gf3/step-4").is_dir() and Path("runs/grpo-1-2-gf3/step-1").is_dir()
+    assert Path("ckpt/sft-mixed-gf3/step-4").is_dir() and Path("ckpt/grpo-1-2-gf3/step-1").is_dir()
 
-    shutil.rmtree("runs/sft-mixed-gf3/step-4")
-    shutil.rmtree("runs/grpo-1-2-gf3")
+    shutil.rmtree("ckpt/sft-mixed-gf3/step-4")
+    shutil.rmtree("ckpt/grpo-1-2-gf3")
     train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE)
     assert "training one first" in capsys.readouterr().out
-    assert [row["update"] for row in read_log(Path("runs/sft-mixed-gf3/metrics.jsonl"))] == [1, 2, 3, 4]
+    assert [row["update"] for row in read_log(Path("ckpt/sft-mixed-gf3/metrics.jsonl"))] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
-    shutil.rmtree("runs/grpo-1-2-gf3")
+    shutil.rmtree("ckpt/grpo-1-2-gf3")
     train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE)
     assert "training one first" not in capsys.readouterr().out
 
@@ -227,14 +300,27 @@ def test_the_main_job_trains_sft_first_where_it_is_missing(tmp_path, monkeypatch
 def test_the_main_job_does_not_start_from_a_trial(tmp_path, monkeypatch, capsys):
     """A short SFT run at the default place is not taken for the usual one, unless it is named."""
     monkeypatch.chdir(tmp_path)
-    trial = train_sft.main(train_sft.SftConfig(field=3, steps="1-2", updates=2, batch_size=4, precision="fp32"), ONE)
-    assert trial == Path("runs/sft-mixed-gf3/step-2")
+    trial = train_sft.main(
+        train_sft.SftConfig(field=3, steps="1-2", updates=2, batch_size=4, precision="fp32"), ONE
+    )
+    assert trial == Path("ckpt/sft-mixed-gf3/step-2")
     line = refusal(lambda: train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE), capsys)
-    assert "runs/sft-mixed-gf3 was trained with --" in line and "--init" in line
-    grpo(tmp_path / "named", Path("runs/sft-mixed-gf3"), updates=1)
+    assert "ckpt/sft-mixed-gf3 was trained with --" in line and "--init" in line
+    grpo(tmp_path / "named", Path("ckpt/sft-mixed-gf3"), updates=1)
 
 
-def test_sft_of_a_pretrained_model_does_not_lie_where_the_main_job_starts(tmp_path, monkeypatch, pretrained):
+def test_sft_of_a_pretrained_model_does_not_lie_where_the_main_job_starts(
+    tmp_path, monkeypatch, pretrained
+):
     monkeypatch.chdir(tmp_path)
-    flags = {"model": str(pretrained), "field": 3, "steps": "1-2", "updates": 1, "batch_size": 2, "precision": "fp32"}
-    assert train_sft.main(train_sft.SftConfig(**flags), ONE) == Path("runs/sft-mixed-gf3-pretrained/step-1")
+    flags = {
+        "model": str(pretrained),
+        "field": 3,
+        "steps": "1-2",
+        "updates": 1,
+        "batch_size": 2,
+        "precision": "fp32",
+    }
+    assert train_sft.main(train_sft.SftConfig(**flags), ONE) == Path(
+        "ckpt/sft-mixed-gf3-pretrained/step-1"
+    )

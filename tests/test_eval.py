@@ -3,35 +3,39 @@
 import itertools
 import json
 import random
+import re
 from statistics import fmean
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import score_groups, small_model, word_tokenizer
 
-from data.finite_field import BACKWARD, EVALUATION, FITTING, FORWARD, Task, is_validation
+from data.finite_field import (
+    BACKWARD,
+    EVALUATION,
+    FORWARD,
+    MATCHING_STRATEGY,
+    Task,
+    is_validation,
+    validation_problems,
+)
 from eval import (
     EvalConfig,
-    behaviour,
-    cell,
     compare,
-    judge,
-    judge_groups,
+    comparison_table,
+    decompose_gain,
     main,
+    metrics_of,
     paired_difference,
-    pass_at_k,
+    rollout_metrics,
     summarise,
     table,
-    token_budget,
-    validation_problems,
-    wilson,
 )
-from model import ModelConfig
-from run_folder import save_checkpoint
-from runtime import World
-from split import explain
-from strategies import GUESS, Response
-from tokenizer import word_tokenizer
+from lib.distributed import World
+from lib.rng import rng
+from lib.run_dir import save_checkpoint
+from lib.stats import pass_at_k, wilson
+from strategies import GUESS, Response, score_response
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -58,9 +62,12 @@ def test_intervals_hold_the_truth_in_95_of_100_cases(p):
 def test_paired_intervals_hold_the_truth(n, gained, lost):
     rng, held = random.Random(0), 0
     for _ in range(400):
-        changes = rng.choices(((False, True), (True, False), (True, True)), (gained, lost, 1 - gained - lost), k=n)
+        changes = rng.choices(
+            ((False, True), (True, False), (True, True)), (gained, lost, 1 - gained - lost), k=n
+        )
         before, after = (
-            [[Response(EVALUATION, 6, FORWARD, True, r, None, True)] for r in side] for side in zip(*changes)
+            [[Response(EVALUATION, 6, FORWARD, True, r, None, True)] for r in side]
+            for side in zip(*changes)
         )
         low, high = paired_difference(before, after)["ci95"]
         held += low <= gained - lost <= high
@@ -68,12 +75,12 @@ def test_paired_intervals_hold_the_truth(n, gained, lost):
 
 
 def responses(seed: int = 0, n: int = 60, samples: int = 4):
-    """Half the problems solved in the fitting strategy, the others in the other with a wrong guess."""
+    """Half the problems solved in the matching strategy, the others in the other with a wrong guess."""
     rng = random.Random(seed)
     problems = [Task().sample(rng, "validation") for _ in range(n)]
     texts = []
     for i, problem in enumerate(problems):
-        fitting = FITTING[problem.kind]
+        fitting = MATCHING_STRATEGY[problem.kind]
         other = BACKWARD if fitting == FORWARD else FORWARD
         wrong = (problem.parts[0].asked + 1) % 11
         for j in range(samples):
@@ -84,11 +91,15 @@ def responses(seed: int = 0, n: int = 60, samples: int = 4):
 
 def test_figures_are_those_counted_by_hand():
     problems, texts = responses()
-    summary = summarise(judge_groups(problems, texts, [True] * len(texts)))
+    summary = summarise(score_groups(problems, texts, [True] * len(texts)))
     overall = summary["overall"]
-    assert overall["pass@1"] == overall["fit_share"] == 0.5 and overall["accuracy_given_fit"] == 1.0
+    assert (
+        overall["pass@1"] == overall["match_rate"] == 0.5 and overall["accuracy_given_match"] == 1.0
+    )
     assert overall["pass@2"] == pytest.approx(1 - 1 / 6) and overall["pass@4"] == 1.0
-    assert (overall["problems"], overall["samples"]) == (60, 4) and overall["errors"] == {GUESS: 120}
+    assert (overall["problems"], overall["samples"]) == (60, 4) and overall["errors"] == {
+        GUESS: 120
+    }
     for kind, c in summary["by_type"].items():
         assert c["problems"] == sum(problem.kind == kind for problem in problems)
         assert c["forward_share"] == c["backward_share"] == 0.5
@@ -102,72 +113,126 @@ def test_figures_are_those_counted_by_hand():
 
 def test_behaviour_is_what_was_counted_by_hand():
     def group(kind, *responses):
-        return [Response(kind, 6, strategy, fits, right, None, True) for strategy, fits, right in responses]
+        return [
+            Response(kind, 6, strategy, fits, right, None, True)
+            for strategy, fits, right in responses
+        ]
 
     judged = [
-        group("evaluation", ("forward", True, True), ("forward", True, False), ("backward", False, True)),
-        group("evaluation", ("none", False, False), ("forward", True, True), ("backward", False, False)),
-        group("inversion", ("forward", False, False), ("forward", False, True), ("mixed", False, False)),
+        group(
+            "evaluation",
+            ("forward", True, True),
+            ("forward", True, False),
+            ("backward", False, True),
+        ),
+        group(
+            "evaluation",
+            ("none", False, False),
+            ("forward", True, True),
+            ("backward", False, False),
+        ),
+        group(
+            "inversion",
+            ("forward", False, False),
+            ("forward", False, True),
+            ("mixed", False, False),
+        ),
     ]
-    figures = behaviour(judged)
-    expected = {"accuracy/evaluation": 3 / 6, "accuracy_given_fit/evaluation": 2 / 3, "fit_share/evaluation": 3 / 6}
-    expected |= {"forward/evaluation": 3 / 6, "backward/evaluation": 2 / 6, "none/evaluation": 1 / 6}
-    expected |= {"accuracy_given_forward/evaluation": 2 / 3, "accuracy_given_backward/evaluation": 1 / 2}
-    expected |= {"fit_share/inversion": 0, "forward/inversion": 2 / 3, "mixed/inversion": 1 / 3}
+    figures = rollout_metrics(judged)
+    expected = {
+        "accuracy/evaluation": 3 / 6,
+        "accuracy_given_match/evaluation": 2 / 3,
+        "match_rate/evaluation": 3 / 6,
+    }
+    expected |= {
+        "forward/evaluation": 3 / 6,
+        "backward/evaluation": 2 / 6,
+        "none/evaluation": 1 / 6,
+    }
+    expected |= {
+        "accuracy_given_forward/evaluation": 2 / 3,
+        "accuracy_given_backward/evaluation": 1 / 2,
+    }
+    expected |= {"match_rate/inversion": 0, "forward/inversion": 2 / 3, "mixed/inversion": 1 / 3}
     expected |= {"forward/all": 5 / 9, "accuracy_at_steps/6": 4 / 9}
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
-    assert figures["accuracy_given_fit/inversion"] is None and figures["accuracy_given_backward/inversion"] is None
+    assert (
+        figures["accuracy_given_match/inversion"] is None
+        and figures["accuracy_given_backward/inversion"] is None
+    )
 
 
 def test_no_fitting_response_means_no_accuracy():
-    problem = validation_problems(Task(), 1, 0)[0]
+    problem = validation_problems(Task(), 1, rng(0, "validation problems"))[0]
     other = BACKWARD if problem.kind == EVALUATION else FORWARD
-    assert cell([[judge(problem, problem.solution(other), True)]])["accuracy_given_fit"] is None
-    assert "-" in table({"x": summarise([[judge(problem, "", True)]])})
+    assert (
+        metrics_of([[score_response(problem, problem.solution(other), True)]])[
+            "accuracy_given_match"
+        ]
+        is None
+    )
+    assert "-" in table(summarise([[score_response(problem, "", True)]]))
 
 
 def test_pairs_are_compared_problem_by_problem():
     problems, texts = responses(samples=2)
-    right = [problem.solution(FITTING[problem.kind]) for problem in problems for _ in range(2)]
-    before = judge_groups(problems, texts, [True] * len(texts))
-    after = judge_groups(problems, right, [True] * len(right))
+    right = [
+        problem.solution(MATCHING_STRATEGY[problem.kind]) for problem in problems for _ in range(2)
+    ]
+    before = score_groups(problems, texts, [True] * len(texts))
+    after = score_groups(problems, right, [True] * len(right))
     change = compare(before, after)["overall"]
     low, high = change["ci95"]
-    assert change["pass@1"] == 0.5 and 0.4 < low < 0.5 < high < 0.6, "every problem gains exactly one half"
+    assert change["pass@1"] == 0.5 and 0.4 < low < 0.5 < high < 0.6, (
+        "every problem gains exactly one half"
+    )
     low, high = paired_difference(after[:20], after[:20])["ci95"]
-    assert -low == pytest.approx(high) and 0.05 < high < 0.2, "twenty problems without a change are no certainty"
+    assert -low == pytest.approx(high) and 0.05 < high < 0.2, (
+        "twenty problems without a change are no certainty"
+    )
     assert compare(before, after)["by_type"].keys() == summarise(before)["by_type"].keys()
 
 
 def test_the_table_says_what_was_gained_and_why():
-    """All responses in the fitting strategy where half of them were: pure selection."""
+    """All responses in the matching strategy where half of them were: pure selection."""
     problems, texts = responses()
-    right = [problem.solution(FITTING[problem.kind]) for problem in problems for _ in range(4)]
-    judged = [judge_groups(problems, some, [True] * len(some)) for some in (texts, right)]
-    summaries = dict(zip(("before", "after"), map(summarise, judged)))
-    lines = table(summaries, compare(*judged), explain(*judged)).splitlines()
-    before, after, change, why = (line.split() for line in lines if line.startswith("all "))
-    assert before[1] == "50.0" and before[-3:] == ["50.0", "100.0", "60"] and after[-3:] == ["100.0", "100.0", "60"]
-    assert change[1] == "+50.0" and why[1] == "+50.0" and [float(x) for x in why[-3:]] == [0, 0, 0]
+    right = [
+        problem.solution(MATCHING_STRATEGY[problem.kind]) for problem in problems for _ in range(4)
+    ]
+    judged = [score_groups(problems, some, [True] * len(some)) for some in (texts, right)]
+    summaries = map(summarise, judged)
+    text = comparison_table(*summaries, compare(*judged), decompose_gain(*judged))
+    (cells,) = (re.split("  +", line) for line in text.splitlines() if line.startswith("all "))
+    assert cells[1:4] == ["50.0 -> 100.0", "50.0 -> 100.0", "100.0 -> 100.0"]
+    assert cells[4].startswith("+50.0 (") and cells[5].startswith("+50.0 (")
+    assert cells[6].startswith("+0.0 (")
+    causes = text.splitlines()[-1].split("improvement by ")[1]
+    assert [float(x.split()[1]) for x in causes.split(", ")] == [0, 0, 0]
 
 
 def test_validation_problems_are_distinct_and_of_their_stream():
-    problems = validation_problems(Task((2, 2)), 200, 0)
+    problems = validation_problems(Task((2, 2)), 200, rng(0, "validation problems"))
     assert len({(p.field, p.parts) for p in problems}) == 200 and all(map(is_validation, problems))
-    assert problems == validation_problems(Task((2, 2)), 200, 0) != validation_problems(Task((2, 2)), 200, 1)
-    few = validation_problems(Task((1, 1), p=3), 200, 0)
+    assert (
+        problems
+        == validation_problems(Task((2, 2)), 200, rng(0, "validation problems"))
+        != validation_problems(Task((2, 2)), 200, rng(1, "validation problems"))
+    )
+    few = validation_problems(Task((1, 1), p=3), 200, rng(0, "validation problems"))
     assert 0 < len(few) < 200, "a small task has no 200 problems"
 
 
 def test_every_solution_fits_the_token_budget(model, tokenizer):
     """That of the task, whichever problems come up; the longest solution and its stop token leave less than a line."""
     for task in (Task((6, 9)), Task((2, 4), parts=(1, 4)), Task((6, 15))):
-        budget = token_budget(model.config, tokenizer, task)
+        budget = tokenizer.max_response_tokens(*task.longest_examples(rng("token budget")), 2048)
         problems = [task.longest().sample(random.Random(i), "train") for i in range(50)]
-        longest = max(len(tokenizer.solution(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD))
+        longest = max(
+            len(tokenizer.solution(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD)
+        )
         assert longest < budget <= longest + 8
     with pytest.raises(SystemExit):
-        token_budget(ModelConfig(1, max_position_embeddings=64), tokenizer, Task((6, 9)))
+        tokenizer.max_response_tokens(*Task((6, 9)).longest_examples(rng("token budget")), 64)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +240,14 @@ def checkpoints(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     for update in (2, 10):
         model = small_model(update)
-        save_checkpoint(run, update, model, word_tokenizer(11), torch.optim.AdamW(model.parameters()), {"field": 11})
+        save_checkpoint(
+            run,
+            update,
+            model,
+            word_tokenizer(11),
+            torch.optim.AdamW(model.parameters()),
+            {"field": 11},
+        )
     return run
 
 
@@ -185,7 +257,14 @@ def test_command_evaluates_the_newest_checkpoint_and_writes_files(checkpoints, t
     figures = json.loads((tmp_path / "a.json").read_text())
     assert figures["checkpoints"] == [str(checkpoints / "step-10")]
     for c in (figures["overall"], figures["by_type"]["evaluation"], figures["by_steps"]["2"]):
-        assert {"pass@1", "ci95", "problems", "forward_share", "backward_share", "accuracy_given_fit"} <= c.keys()
+        assert {
+            "pass@1",
+            "ci95",
+            "problems",
+            "forward_share",
+            "backward_share",
+            "accuracy_given_match",
+        } <= c.keys()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "step-10" in capsys.readouterr().out
 
@@ -201,4 +280,4 @@ def test_command_compares_two(checkpoints, tmp_path, capsys):
         reasons, difference = (x[row] if row else x for x in (reasons, difference))
         assert reasons["gain"]["mean"] == pytest.approx(difference["pass@1"])
     out = capsys.readouterr().out
-    assert "paired" in out and "why:" in out
+    assert "step-2 -> " in out and "= selection" in out and "improvement by " in out

@@ -15,15 +15,19 @@ import torch
 from conftest import same_weights
 
 import train_sft
-from checkpoint import load_model
-from run_folder import checkpoints, fault, newest_checkpoint, read_log
+from lib.checkpoint import load_model
+from lib.run_dir import checkpoints, newest_checkpoint, read_log, verify_manifest
 
 pytestmark = pytest.mark.slow
 HERE = Path(train_sft.__file__).parent
 TASK = "--field=3 --steps=1-2 --precision=fp32 --save-every=1"
 SFT = f"train_sft.py {TASK} --updates=80 --keep=2 --batch-size=8 --warmup=0 --eval-every=20"
-GRPO = f"train_grpo.py {TASK} --updates=60 --prompts=4 --group=4 --eval-problems=8 --beta=0.05 --examples=10"
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+GRPO = f"train_grpo.py {TASK} --updates=60 --prompts_per_update=4 --group=4 --eval-problems=8 --beta=0.05 --examples=10"
+ENVIRONMENT = os.environ | {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,11 @@ def workers(torchrun: subprocess.Popen) -> dict[int, int]:
 
 def kill(process: subprocess.Popen, out: Path, moment: str, rng: random.Random) -> None:
     """kill -9 at some moment of a run that has begun: while it starts, trains or saves."""
-    before, log, deadline = size(out / "metrics.jsonl"), out / "metrics.jsonl", time.monotonic() + 60
+    before, log, deadline = (
+        size(out / "metrics.jsonl"),
+        out / "metrics.jsonl",
+        time.monotonic() + 60,
+    )
     if moment == "starting":
         time.sleep(rng.uniform(0, 6))
     while moment != "starting" and process.poll() is None and time.monotonic() < deadline:
@@ -83,8 +91,13 @@ def kill(process: subprocess.Popen, out: Path, moment: str, rng: random.Random) 
     if moment == "training":
         time.sleep(rng.uniform(0, 0.3))
     if process.poll() is None:
-        os.kill(process.pid, signal.SIGSTOP)  # so that torchrun starts no more, and nothing is written meanwhile
-        for pid in (*workers(process).values(), process.pid):  # those of torchrun would live on without it
+        os.kill(
+            process.pid, signal.SIGSTOP
+        )  # so that torchrun starts no more, and nothing is written meanwhile
+        for pid in (
+            *workers(process).values(),
+            process.pid,
+        ):  # those of torchrun would live on without it
             os.kill(pid, signal.SIGKILL)
     process.communicate()
 
@@ -98,7 +111,7 @@ def without_times(run: Path) -> list[dict]:
 def figures(run: Path) -> list[dict]:
     """The log's numbers, but for the largest rounding difference, which is itself of rounding alone."""
     return [
-        {key: value for key, value in row.items() if value is not None and key != "logprob_difference"}
+        {key: value for key, value in row.items() if value is not None and key != "logp_diff_max"}
         for row in without_times(run)
     ]
 
@@ -110,7 +123,9 @@ def same_end(a: Path, b: Path) -> bool:
     states = [torch.load(folder / "training_state.pt") for folder in last]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     for i, of_weight in states[0]["state"].items():
-        assert all(torch.equal(value, states[1]["state"][i][key]) for key, value in of_weight.items())
+        assert all(
+            torch.equal(value, states[1]["state"][i][key]) for key, value in of_weight.items()
+        )
     assert without_times(a) == without_times(b)
     return same_weights(*(load_model(folder)[0] for folder in last))
 
@@ -118,8 +133,12 @@ def same_end(a: Path, b: Path) -> bool:
 MOMENTS = ("starting", "training", "saving")
 
 
-@pytest.mark.parametrize("command, processes, kills", [(SFT, 0, 15), (GRPO, 0, 15), (SFT, 2, 3), (GRPO, 2, 3)], ids=str)
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(command, processes, kills, start, tmp_path):
+@pytest.mark.parametrize(
+    "command, processes, kills", [(SFT, 0, 15), (GRPO, 0, 15), (SFT, 2, 3), (GRPO, 2, 3)], ids=str
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+    command, processes, kills, start, tmp_path
+):
     """30 kills of single processes, 6 of torchrun with two; a third of them while a checkpoint is being written."""
     if command is GRPO:
         command += f" --init={start}"
@@ -129,10 +148,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(command
     for i in range(kills):
         process = begin(command, killed, processes)
         kill(process, killed, MOMENTS[i % 3], rng)
-        assert process.returncode == -signal.SIGKILL, "it was over already: the test needs a longer run"
+        assert process.returncode == -signal.SIGKILL, (
+            "it was over already: the test needs a longer run"
+        )
         drafts += bool(list(killed.glob(".step-*.part")))
         for folder in checkpoints(killed):
-            assert fault(folder) is None, "what has a checkpoint's name is whole"
+            assert verify_manifest(folder) is None, "what has a checkpoint's name is whole"
     wait(begin(command, killed, processes), 0)
     assert same_end(straight, killed) and drafts >= max(1, kills // 3 - 1)
     assert not list(killed.glob(".step-*.part"))
@@ -142,14 +163,18 @@ def test_a_full_disk(tmp_path):
     """A file system of 40 MB: the run ends in one line, its last good checkpoint goes on elsewhere."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
         err = wait(begin(SFT.replace("--keep=2", ""), disk / "run"), 2)
         (line,) = [line for line in err.splitlines() if "train_sft.py:" in line]
         assert "cannot write the checkpoint" in line and "MB are free" in line
         assert not list((disk / "run").glob(".step-*.part"))
-        assert checkpoints(disk / "run") and all(fault(folder) is None for folder in checkpoints(disk / "run"))
+        assert checkpoints(disk / "run") and all(
+            verify_manifest(folder) is None for folder in checkpoints(disk / "run")
+        )
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -161,7 +186,9 @@ def test_a_full_disk(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_dies_ends_the_others(number, tmp_path):
     """Killed: within a minute, with its rank in the report. Asked to leave: all save and leave together."""
-    process = begin(SFT.replace("80", "100000").replace("save-every=1", "save-every=50"), tmp_path / "run", 2)
+    process = begin(
+        SFT.replace("80", "100000").replace("save-every=1", "save-every=50"), tmp_path / "run", 2
+    )
     while size(tmp_path / "run" / "metrics.jsonl") < 2000:
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -173,7 +200,10 @@ def test_a_process_that_dies_ends_the_others(number, tmp_path):
         assert re.search(r"rank\s*: 1 .*exitcode\s*: -9", err.replace("\n", " ")), err[-3000:]
     else:
         done = len(read_log(tmp_path / "run" / "metrics.jsonl"))
-        assert "stopped and saved" in err and newest_checkpoint(tmp_path / "run").name == f"step-{done}"
+        assert (
+            "stopped and saved" in err
+            and newest_checkpoint(tmp_path / "run").name == f"step-{done}"
+        )
 
 
 @pytest.fixture
@@ -215,13 +245,18 @@ def test_two_hosts(two_hosts, start, tmp_path):
             launched.append(subprocess.Popen(words, env=ENVIRONMENT, **pipes))
         for process in launched:
             wait(process, 0, timeout=120)
-        for ours, theirs in zip(figures(tmp_path / f"two-{each}"), figures(tmp_path / "one"), strict=True):
+        for ours, theirs in zip(
+            figures(tmp_path / f"two-{each}"), figures(tmp_path / "one"), strict=True
+        ):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_number_of_processes_leaves_the_curve_as_it_is(processes, start, tmp_path):
-    for stage, command in (("sft", SFT.replace("80", "12")), ("rl", f"{GRPO} --init={start}".replace("60", "6"))):
+    for stage, command in (
+        ("sft", SFT.replace("80", "12")),
+        ("rl", f"{GRPO} --init={start}".replace("60", "6")),
+    ):
         runs = [tmp_path / f"{stage}-{name}" for name in ("one", "many")]
         wait(begin(command, runs[0]), 0)
         wait(begin(command, runs[1], processes), 0)

@@ -12,9 +12,9 @@ from data.finite_field import (
     BACKWARD,
     COMPOSITION,
     EVALUATION,
-    FITTING,
     FORWARD,
     INVERSION,
+    MATCHING_STRATEGY,
     MAX_LABEL,
     Part,
     Problem,
@@ -64,7 +64,7 @@ def follow(problem) -> list[str]:
     steps, given, asked = [], None, None
     for line in problem.prompt().splitlines():
         words = line.split()
-        if words[0] == "start":
+        if words[0] == "init_from":
             steps = []
             given = words[1]
         elif words[0] == "end":
@@ -73,7 +73,11 @@ def follow(problem) -> list[str]:
             x = truth(problem.field.value(answers[-1] if given == "carry" else given))
             for op, operand in steps if asked == "end" else reversed(steps):
                 y = truth(problem.field.value(operand))
-                x = {"+": x + y, "*": x * y}[op] if asked == "end" else {"+": x - y, "*": x / y if y else 0}[op]
+                x = (
+                    {"+": x + y, "*": x * y}[op]
+                    if asked == "end"
+                    else {"+": x - y, "*": x / y if y else 0}[op]
+                )
             answers.append(name(int(x)))
         elif words[0].endswith(":") and len(words) == 3:
             steps.append((words[1], words[2]))
@@ -103,12 +107,17 @@ def test_answers_solutions_and_reward(task):
             solution = problem.solution(strategy)
             assert words.issuperset(solution.split())
             assert reward(problem, solution) == 1.0
-        assert problem.solution(FORWARD).count("guess") == sum(part.kind == INVERSION for part in problem.parts)
+        assert problem.solution(FORWARD).count("guess") == sum(
+            part.kind == INVERSION for part in problem.parts
+        )
         labels = [label for i in range(len(problem.parts)) for label in problem.labels(i)]
         assert [line.split()[0] for line in problem.prompt().splitlines() if line[0].isdigit()] == [
             f"{n}:" for n in labels
         ]
-        assert labels == list(range(labels[0], labels[-1] + 1)) and 1 <= labels[0] <= labels[-1] <= MAX_LABEL
+        assert (
+            labels == list(range(labels[0], labels[-1] + 1))
+            and 1 <= labels[0] <= labels[-1] <= MAX_LABEL
+        )
 
 
 def test_both_types_and_every_length_come_up():
@@ -126,7 +135,7 @@ def test_a_wrong_guess_gives_a_wrong_answer():
     rng, right = random.Random(0), 0
     for _ in range(100):
         problem = Task().sample(rng, "train")
-        unfitting = BACKWARD if FITTING[problem.kind] == FORWARD else FORWARD
+        unfitting = BACKWARD if MATCHING_STRATEGY[problem.kind] == FORWARD else FORWARD
         right += sum(reward(problem, problem.solution(unfitting, [g])) for g in range(11))
     assert right == 100
 
@@ -137,12 +146,20 @@ def test_reward_takes_the_last_word_only():
     wrong = next(f"e{i}" for i in range(11) if f"e{i}" != right)
     assert reward(problem, f"answer {right}") == 1.0
     assert reward(problem, f"answer {right}\n") == 1.0
-    for text in ("", right, f"answer {wrong}", f"answer {right} answer {wrong}", f"answer {right} {wrong}"):
+    for text in (
+        "",
+        right,
+        f"answer {wrong}",
+        f"answer {right} answer {wrong}",
+        f"answer {right} {wrong}",
+    ):
         assert reward(problem, text) == 0.0
     assert reward(problem, f"answer {right}1") == reward(problem, f"nonanswer {right}") == 0.0
 
 
-@pytest.mark.parametrize("task", [Task((2, 2)), Task((2, 5)), Task((6, 9))], ids=["2", "2-5", "6-9"])
+@pytest.mark.parametrize(
+    "task", [Task((2, 2)), Task((2, 5)), Task((6, 9))], ids=["2", "2-5", "6-9"]
+)
 def test_training_and_validation_never_overlap(task):
     """Content, labels left out: not even by another label does a validation problem come up in training."""
     rng = random.Random(0)
@@ -189,9 +206,13 @@ def test_an_empty_stream_is_refused():
 def test_the_example_in_the_docstring_is_real():
     field = make_field(11)
     start, three, four, end = (field.value(name) for name in ("e9", "e3", "e4", "e0"))
-    problem = Problem(field, (Part(EVALUATION, start, (("*", three), ("+", four)), end),), first_label=29)
+    problem = Problem(
+        field, (Part(EVALUATION, start, (("*", three), ("+", four)), end),), first_label=29
+    )
     text = " ".join(finite_field.__doc__.split())
-    for line in (problem.prompt() + problem.solution(FORWARD) + "\n" + problem.solution(BACKWARD)).splitlines():
+    for line in (
+        problem.prompt() + problem.solution(FORWARD) + "\n" + problem.solution(BACKWARD)
+    ).splitlines():
         assert line in text
 
 
@@ -203,7 +224,9 @@ def test_ranges():
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "data.finite_field", *flags], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "data.finite_field", *flags], capture_output=True, text=True
+    )
 
 
 def test_command_prints_problems_with_both_solutions():
@@ -213,7 +236,14 @@ def test_command_prints_problems_with_both_solutions():
 
 
 @pytest.mark.parametrize(
-    "flags", [("--field", "12"), ("--steps", "x"), ("--n", "-1"), ("--nonsense", "1"), ("--difficulty", "none")]
+    "flags",
+    [
+        ("--field", "12"),
+        ("--steps", "x"),
+        ("--n", "-1"),
+        ("--nonsense", "1"),
+        ("--difficulty", "none"),
+    ],
 )
 def test_command_refuses_in_one_line(flags):
     done = run(*flags)

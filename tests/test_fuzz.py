@@ -5,16 +5,20 @@ import json
 import pytest
 from fuzz_tagger import check, mutated, problem_number
 
-from checkpoint import read_config
 from data.finite_field import Task, vocabulary
-from run_folder import fault, read_log
+from lib.checkpoint import read_config
+from lib.run_dir import read_log, verify_manifest
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-many = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-words = st.lists(st.sampled_from([*vocabulary(13), "e٣", "xanswer", "912:", "\n", "e99999", "e12345678901"]))
+many = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+words = st.lists(
+    st.sampled_from([*vocabulary(13), "e٣", "xanswer", "912:", "\n", "e99999", "e12345678901"])
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda x: st.lists(x) | st.dictionaries(st.text(), x),
@@ -54,10 +58,35 @@ def refused_or_fine(function) -> None:
         assert stop.code == 2
 
 
-CONFIG = ["model_type", "hidden_size", "rope_scaling", "rope_parameters", "layer_types", "hidden_act", "head_dim"]
-CONFIG += ["num_attention_heads", "tie_word_embeddings", "rms_norm_eps", "use_sliding_window", "vocab_size"]
-SOUND = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-SOUND |= {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "max_position_embeddings": 9}
+CONFIG = [
+    "model_type",
+    "hidden_size",
+    "rope_scaling",
+    "rope_parameters",
+    "layer_types",
+    "hidden_act",
+    "head_dim",
+]
+CONFIG += [
+    "num_attention_heads",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "use_sliding_window",
+    "vocab_size",
+]
+SOUND = {
+    "model_type": "llama",
+    "vocab_size": 9,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+}
+SOUND |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 9,
+}
 
 
 @many
@@ -81,4 +110,4 @@ def test_any_log_is_read_or_refused(tmp_path, content):
 @example(b"[" * 100_000)
 def test_any_manifest_is_no_traceback(tmp_path, content):
     (tmp_path / "manifest.json").write_bytes(content)
-    assert fault(tmp_path) is None or isinstance(fault(tmp_path), str)
+    assert verify_manifest(tmp_path) is None or isinstance(verify_manifest(tmp_path), str)

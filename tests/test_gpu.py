@@ -4,33 +4,44 @@ import pytest
 import torch
 from conftest import small_model, with_large_biases
 
-from lora import add_lora
-from model import PRECISIONS, lower, trained, working_copy
-from packed import pad
-from rollout import Batch, Sampler
-from runtime import World
-from train_grpo import GrpoConfig, add_gradient
+from lib.distributed import World
+from lib.lora import add_lora
+from lib.policy import DTYPES, cast_matmuls, make_policy, trainable_parameters
+from rollout import Sampler
+from train_grpo import GrpoConfig, group_advantages, grpo_backward
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
 REWARDS = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]])
 
 
 def update(device: torch.device, precision: str, lora: bool = False, model_type: str = "qwen3"):
     """A rollout, from graphs where there are any, and the gradient on it."""
-    model = small_model(hidden_size=128, model_type=model_type)  # heads of 32, which the kernels take
+    model = small_model(
+        hidden_size=128, model_type=model_type
+    )  # heads of 32, which the kernels take
     model = (with_large_biases(model) if model_type == "qwen2" else model).to(device)
     if lora:
-        model = add_lora(lower(model, PRECISIONS[precision]), 4, 8, 0.0, torch.Generator().manual_seed(0))
-    copy = working_copy(model, precision)
+        model = add_lora(
+            cast_matmuls(model, DTYPES[precision]), 4, 8, 0.0, torch.Generator().manual_seed(0)
+        )
+    copy = make_policy(model, precision)
     sampler = Sampler(copy, [1], 4, 40)
     for _ in range(3):  # as it is, captured, replayed
         rollout = sampler.sample(PROMPTS, [(i,) for i in range(len(PROMPTS))])
-    assert device.type == "cpu" or sum(graph is not None for graph in sampler.batch.graphs.values()) > 0
+    assert (
+        device.type == "cpu"
+        or sum(graph is not None for graph in sampler.batch.graphs.values()) > 0
+    )
     world, config = World(0, 1, device), GrpoConfig(temperature=1.0)
-    figures = add_gradient(model, copy, None, pad(PROMPTS, device), rollout, REWARDS.to(device), config, world)
-    gradient = torch.cat([w.grad.flatten().cpu() for w in trained(model)])
-    return rollout, figures["logprob_difference"], gradient
+    rollout.rewards = REWARDS.to(device)
+    rollout.advantages = group_advantages(rollout.rewards)
+    figures = grpo_backward(model, copy, None, rollout, config, world)
+    gradient = torch.cat([w.grad.flatten().cpu() for w in trainable_parameters(model)])
+    return rollout, figures["logp_diff_max"], gradient
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -39,7 +50,7 @@ def test_fp32_equals_the_cpu(lora):
         update(torch.device(name), "fp32", lora) for name in ("cuda", "cpu")
     )
     assert torch.equal(ours.tokens.cpu(), theirs.tokens) and difference < 1e-4
-    torch.testing.assert_close(ours.log_probs.cpu(), theirs.log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.logps.cpu(), theirs.logps, atol=1e-4, rtol=0)
     assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 
@@ -50,6 +61,6 @@ def test_bf16_keeps_sampler_and_trainer_together(model_type, bound, lora, decode
     """The trainer attends with a varlen kernel, the sampler in the two ways it has on a GPU."""
     if decode == "flash":
         pytest.importorskip("flash_attn")
-    monkeypatch.setattr(Batch, "choose_attention", lambda self: decode)
+    monkeypatch.setattr("lib.attention.decode_backend", lambda model: decode)
     _, difference, gradient = update(torch.device("cuda"), "bf16", lora, model_type)
     assert difference < bound and gradient.isfinite().all() and gradient.norm() > 0

@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 from conftest import small_model
 
-import kernels
-from model import PRECISIONS, working_copy
-from packed import describe, pack, pad, response_log_probs
+from lib import kernels
+from lib.attention import describe
+from lib.packing import pack, pad, response_logps
+from lib.policy import DTYPES, make_policy
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="needs a C compiler")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", PRECISIONS.values())
+@pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("n", [1, 37])
 def test_add_rms_norm(dtype, n):
     generator = torch.Generator().manual_seed(0)
@@ -28,7 +29,9 @@ def test_add_rms_norm(dtype, n):
     ours = torch.autograd.grad((total, out), inputs, (d_sum, d_out))
     expected = x + added
     torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(out.float(), F.rms_norm(expected, (40,), weight, 1e-6), atol=TOLERANCE[dtype], rtol=0.01)
+    torch.testing.assert_close(
+        out.float(), F.rms_norm(expected, (40,), weight, 1e-6), atol=TOLERANCE[dtype], rtol=0.01
+    )
 
     again = [w.clone().float().requires_grad_() for w in (x, added, weight)]
     total = again[0] + again[1]
@@ -44,7 +47,7 @@ def test_add_rms_norm(dtype, n):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", PRECISIONS.values())
+@pytest.mark.parametrize("dtype", DTYPES.values())
 def test_swiglu(dtype):
     """Large values too: e^x neither overflows nor loses the sign."""
     gate = torch.cat((torch.linspace(-300, 300, 61), torch.linspace(-5, 5, 51))).to(dtype)
@@ -57,28 +60,30 @@ def test_swiglu(dtype):
     expected = F.silu(a) * b
     (theirs,) = torch.autograd.grad(expected, exact, d_out.float().expand(2, -1))
     for mine, other in ((out, expected), (ours, theirs)):
-        torch.testing.assert_close(mine.float(), other, atol=TOLERANCE[dtype] / 10, rtol=TOLERANCE[dtype])
+        torch.testing.assert_close(
+            mine.float(), other, atol=TOLERANCE[dtype] / 10, rtol=TOLERANCE[dtype]
+        )
 
 
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_model_is_the_same_without_a_compiler(precision, monkeypatch):
-    model = working_copy(small_model(), precision)
+    model = make_policy(small_model(), precision)
     batch = pack(*pad([[3, 4, 5], [4]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 1]))
     results = []
     for available in (True, False):
-        monkeypatch.setattr("kernels.available", lambda available=available: available)
-        log_probs, _ = response_log_probs(model, batch)
+        monkeypatch.setattr("lib.kernels.available", lambda available=available: available)
+        log_probs, _ = response_logps(model, batch)
         results.append((log_probs, *torch.autograd.grad(log_probs.sum(), list(model.parameters()))))
     for a, b in zip(*results):
         assert (a - b).norm() <= (1e-5 if precision == "fp32" else 0.03) * b.norm()
 
 
 def test_one_line_says_what_computes(monkeypatch):
-    monkeypatch.setattr("kernels.available", lambda: True)
+    monkeypatch.setattr("lib.kernels.available", lambda: True)
     assert describe(small_model()) == "Computing on cpu in fp32, attention by kernels.c."
-    monkeypatch.setattr("kernels.available", lambda: False)
-    said = describe(working_copy(small_model(), "bf16"))
+    monkeypatch.setattr("lib.kernels.available", lambda: False)
+    said = describe(make_policy(small_model(), "bf16"))
     assert said == "Computing on cpu in bf16, attention by PyTorch on a padded layout."
 
 

@@ -10,14 +10,15 @@ from transformers import AutoModelForCausalLM
 
 import train_grpo
 import train_sft
-from checkpoint import load_model
-from lora import adapted, add_lora, load_adapters, weight_deltas, without_adapters
-from model import PRECISIONS, plain_weights, refresh, trained, working_copy
-from packed import pack, pad, response_log_probs
+from lib.checkpoint import load_model
+from lib.distributed import World
+from lib.lora import adapted, add_lora, load_adapters, weight_deltas, without_adapters
+from lib.packing import pack, pad, response_logps
+from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
+from lib.run_dir import find_checkpoint, read_log, save_checkpoint
+from lib.tokenizer import load_tokenizer
+from lib.transformer import hf_weights
 from rollout import Sampler
-from run_folder import find_checkpoint, read_log, save_checkpoint
-from runtime import World
-from tokenizer import load_tokenizer
 
 ONE = World(0, 1, torch.device("cpu"))
 BATCH = pack(*pad([[3, 4, 5], [4]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 1]))
@@ -34,7 +35,7 @@ def adapters_on(base, rank: int = 3, dropout: float = 0.0):
 
 
 def log_probs(model, **options):
-    return response_log_probs(model, BATCH, **options)[0]
+    return response_logps(model, BATCH, **options)[0]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
@@ -49,7 +50,7 @@ def test_adapters_add_what_they_say(family):
     changes = dict(weight_deltas(policy))
     assert len(changes) == 7 * 2, "all matrices of the blocks"
     for name, change in changes.items():
-        dict(plain_weights(merged))[name].add_(change)
+        dict(hf_weights(merged))[name].add_(change)
     after = log_probs(policy).detach()
     assert (after - before).abs().max() > 0.01
     torch.testing.assert_close(after, log_probs(merged).detach(), atol=1e-5, rtol=0)
@@ -64,19 +65,26 @@ def test_only_adapters_are_trained_and_frozen_weights_are_shared():
     policy = adapters_on(base)
     names = [name for name, w in policy.named_parameters() if w.requires_grad]
     assert names and all(".adapter." in name for name in names)
-    assert not trained(base)
-    lowered = adapters_on(working_copy(small_model(), "bf16"))
-    compute = working_copy(lowered, "bf16")
-    for (name, w), (_, c) in zip(lowered.named_parameters(), compute.named_parameters(), strict=True):
+    assert not trainable_parameters(base)
+    lowered = adapters_on(make_policy(small_model(), "bf16"))
+    compute = make_policy(lowered, "bf16")
+    for (name, w), (_, c) in zip(
+        lowered.named_parameters(), compute.named_parameters(), strict=True
+    ):
         if ".adapter." in name:
             assert w.dtype == torch.float32 and c.dtype == torch.bfloat16
         else:
             assert w is c, "no second copy"
     with torch.no_grad():
-        for w in trained(lowered):
+        for w in trainable_parameters(lowered):
             w.add_(0.1)
-    refresh(compute, lowered)
-    torch.testing.assert_close(trained(compute)[0].float(), trained(lowered)[0], atol=0.01, rtol=0.01)
+    sync_weights(compute, lowered)
+    torch.testing.assert_close(
+        trainable_parameters(compute)[0].float(),
+        trainable_parameters(lowered)[0],
+        atol=0.01,
+        rtol=0.01,
+    )
 
 
 def test_dropout_depends_on_its_key_alone():
@@ -95,9 +103,9 @@ def test_dropout_depends_on_its_key_alone():
 def test_dropout_is_the_same_when_activations_are_computed_again():
     policy = adapters_on(small_model(), dropout=0.3)
     gradients = []
-    for policy.recompute in (False, True):
+    for policy.gradient_checkpointing in (False, True):
         loss = log_probs(policy, dropout_key=5).sum()
-        gradients.append(torch.autograd.grad(loss, trained(policy)))
+        gradients.append(torch.autograd.grad(loss, trainable_parameters(policy)))
     for a, b in zip(*gradients):
         assert torch.equal(a, b)
 
@@ -109,8 +117,10 @@ def test_peft_loads_what_is_saved(family, tmp_path):
     start = make_pretrained(tmp_path / "start", family)
     base, tokenizer = load_model(start)
     policy = adapters_on(base)
-    optimizer = torch.optim.AdamW(trained(policy))
-    folder = save_checkpoint(tmp_path, 1, policy, tokenizer, optimizer, {"lora": 3, "start": str(start)})
+    optimizer = torch.optim.AdamW(trainable_parameters(policy))
+    folder = save_checkpoint(
+        tmp_path, 1, policy, tokenizer, optimizer, {"lora": 3, "init_from": str(start)}
+    )
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(start), folder / "adapter", is_trainable=True
     ).eval()
@@ -118,7 +128,7 @@ def test_peft_loads_what_is_saved(family, tmp_path):
     prompt, response = [3, 4, 5, 200], [6, 7, 8, 9, 1]
     tokens = torch.tensor([prompt + response])
     batch = pack(*pad([prompt]), *pad([response]), torch.tensor([0]))
-    ours = response_log_probs(policy, batch)[0]
+    ours = response_logps(policy, batch)[0]
     for model in (theirs, merged):
         expected = model(tokens).logits[0, 3:-1].log_softmax(-1)[range(5), response]
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
@@ -126,7 +136,7 @@ def test_peft_loads_what_is_saved(family, tmp_path):
             expected.sum().backward()
     torch.testing.assert_close(theirs(tokens).logits, merged(tokens).logits, atol=1e-5, rtol=0)
 
-    gradients = torch.autograd.grad(ours.sum(), trained(policy))
+    gradients = torch.autograd.grad(ours.sum(), trainable_parameters(policy))
     found = {name: w.grad for name, w in theirs.named_parameters() if w.grad is not None}
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
     torch.testing.assert_close(gradients[0][:3], found[first.format("A")], atol=1e-4, rtol=1e-3)
@@ -136,8 +146,10 @@ def test_peft_loads_what_is_saved(family, tmp_path):
 def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
     base, tokenizer = load_model(pretrained)
     policy = adapters_on(base)
-    training = {"lora": 3, "start": str(pretrained)}
-    folder = save_checkpoint(tmp_path, 1, policy, tokenizer, torch.optim.AdamW(trained(policy)), training)
+    training = {"lora": 3, "init_from": str(pretrained)}
+    folder = save_checkpoint(
+        tmp_path, 1, policy, tokenizer, torch.optim.AdamW(trainable_parameters(policy)), training
+    )
     again = add_lora(base, 3, 6, 0.0, torch.Generator())
     load_adapters(again, folder / "adapter")
     assert same_weights(again, policy)
@@ -171,15 +183,15 @@ GRPO = {
     "steps": "1-2",
     "field": 3,
     "updates": 2,
-    "prompts": 4,
-    "group": 4,
+    "prompts_per_update": 4,
+    "group_size": 4,
     "eval_problems": 8,
     "lora": 4,
     "save_every": 1,
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.usefixtures("undrawn")
 def test_from_pretrained_to_reinforced_and_resumed(precision, tmp_path, pretrained):
     """Each stage leaves a plain checkpoint and adapters; a run that resumes ends as if it had not stopped."""
@@ -187,7 +199,9 @@ def test_from_pretrained_to_reinforced_and_resumed(precision, tmp_path, pretrain
     sft = train_sft.main(train_sft.SftConfig(out=str(tmp_path / "sft"), **flags), ONE)
     (tmp_path / "sft" / "step-2").rename(tmp_path / "later")
     (tmp_path / "sft" / "step-3").rename(tmp_path / "whole")
-    again = train_sft.main(train_sft.SftConfig(out=str(tmp_path / "sft"), resume=True, **flags), ONE)
+    again = train_sft.main(
+        train_sft.SftConfig(out=str(tmp_path / "sft"), resume=True, **flags), ONE
+    )
     assert same_weights(load_model(again)[0], load_model(tmp_path / "whole")[0])
     assert not same_weights(load_model(again)[0], load_model(pretrained)[0])
     embeddings = [load_model(folder)[0].model.embed_tokens.weight for folder in (again, pretrained)]
@@ -201,7 +215,11 @@ def test_from_pretrained_to_reinforced_and_resumed(precision, tmp_path, pretrain
     assert len(rows) == 2 and all("kl" in row for row in rows)
     training = json.loads((out / "step-2" / "training.json").read_text())
     assert (training["lr"], training["beta"], training["temperature"]) == (1e-5, 0.05, 0.7)
-    assert (training["examples"], training["lora_alpha"], training["lora_dropout"]) == (1024, 128, 0.05)
+    assert (training["examples"], training["lora_alpha"], training["lora_dropout"]) == (
+        1024,
+        128,
+        0.05,
+    )
     (out / "step-2").rename(tmp_path / "straight")
     train_grpo.main(train_grpo.GrpoConfig(out=str(out), resume=True, **flags), ONE)
     assert same_weights(load_model(out / "step-2")[0], load_model(tmp_path / "straight")[0])
@@ -209,15 +227,23 @@ def test_from_pretrained_to_reinforced_and_resumed(precision, tmp_path, pretrain
 
 
 def test_sampler_and_trainer_agree_through_adapters_and_the_base_is_the_reference():
-    base, config = small_model(), train_grpo.GrpoConfig(temperature=1.3, beta=0.05, lora=3, lora_dropout=0.0)
+    base, config = (
+        small_model(),
+        train_grpo.GrpoConfig(temperature=1.3, beta=0.05, lora=3, lora_dropout=0.0),
+    )
     fresh = add_lora(base, 3, 6, 0.0, torch.Generator().manual_seed(0))
     divergence = {}
     for name, policy in {"fresh": fresh, "moved": adapters_on(base)}.items():
         prompts = [[3, 4, 5], [6, 7]]
         rollout = Sampler(policy, [1], 4, 8, 1.3).sample(prompts, [(0,), (1,)])
         rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0]] * 2)
-        figures = train_grpo.add_gradient(policy, policy, base, pad(prompts), rollout, rewards, config, ONE)
-        assert figures["logprob_difference"] < 1e-4
-        assert all(w.grad is not None for w in trained(policy)) and base.lm_head.weight.grad is None
+        figures = train_grpo.add_gradient(
+            policy, policy, base, pad(prompts), rollout, rewards, config, ONE
+        )
+        assert figures["logp_diff_max"] < 1e-4
+        assert (
+            all(w.grad is not None for w in trainable_parameters(policy))
+            and base.lm_head.weight.grad is None
+        )
         divergence[name] = figures["kl"]
     assert divergence["fresh"] < 1e-6 < 1e-3 < divergence["moved"]

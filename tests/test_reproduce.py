@@ -6,53 +6,68 @@ from pathlib import Path
 
 import pytest
 
-import lab
-import reproduce
-from data.finite_field import EVALUATION, FITTING, INVERSION
-from eval import behaviour, summarise
-from lab import Lab, ReproduceConfig, verdicts
-from reproduce import EXPERIMENTS, main
-from runtime import parse_flags, write_json
+from data.finite_field import EVALUATION, INVERSION, MATCHING_STRATEGY
+from eval import rollout_metrics, summarise
+from lib.flags import parse_flags, write_json
+from paper import reproduce
+from paper.experiment import Experiment, ReproduceConfig, verdicts
+from paper.reproduce import EXPERIMENTS, main
 from strategies import Response
 
 OTHER = {"forward": "backward", "backward": "forward"}
 
 
-def responses(shown: str, share: float, skill: float, kinds=(EVALUATION, INVERSION) * 10) -> list[list[Response]]:
+def responses(
+    shown: str, share: float, skill: float, kinds=(EVALUATION, INVERSION) * 10
+) -> list[list[Response]]:
     """Ten responses to each problem of a model that was shown one strategy or both, in fixed proportions."""
     judged = []
     for i, kind in enumerate(kinds):
-        fitting, group = FITTING[kind], []
+        fitting, group = MATCHING_STRATEGY[kind], []
         for j in range(10):
             strategy = shown if shown != "mixed" else fitting if j < 10 * share else OTHER[fitting]
             right = j % 5 < 5 * skill if strategy == fitting else j == 5
             group.append(
-                Response(kind, 6 + i % 4, strategy, strategy == fitting, right, None if right else "order", True)
+                Response(
+                    kind,
+                    6 + i % 4,
+                    strategy,
+                    strategy == fitting,
+                    right,
+                    None if right else "order",
+                    True,
+                )
             )
         judged.append(group)
     return judged
 
 
-class FakeLab(Lab):
+class FakeLab(Experiment):
     """Instead of running commands, writes what they would leave where the paper's claims hold."""
 
     def run(self) -> None:
         for run in self.runs.values():
             place = str(run.place)
-            shown = next((s for s in ("forward", "backward") if f"-{s[0].upper()}-" in place), "mixed")
+            shown = next(
+                (s for s in ("forward", "backward") if f"-{s[0].upper()}-" in place), "mixed"
+            )
             harder = "-rl-difficulty-easy" not in place or "parts-3-5" in place
             seeded = "parts-1-" in place or "parts" not in place
-            run.place.parent.mkdir(parents=True, exist_ok=True)
+            run.place.parent.mkdir(prompt_index=True, exist_ok=True)
             run.minutes.write_text("3.0")
             if run.script == "train_sft.py":
                 run.place.mkdir(exist_ok=True)
-                (run.place / "metrics.jsonl").write_text(json.dumps({"update": 1, "accuracy_given_fit": 0.9}) + "\n")
+                (run.place / "metrics.jsonl").write_text(
+                    json.dumps({"update": 1, "accuracy_given_match": 0.9}) + "\n"
+                )
             elif run.script == "train_grpo.py":
                 run.place.mkdir(exist_ok=True)
                 n = round(20 * float(run.flags.get("evaluation_share", 0.5)))
                 after = responses(shown, 1.0, 1.0, [EVALUATION] * n + [INVERSION] * (20 - n))
-                rows = [{"update": u, "reward": 0.9} | behaviour(after) for u in range(1, 31)]
-                (run.place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                rows = [{"update": u, "reward": 0.9} | rollout_metrics(after) for u in range(1, 31)]
+                (run.place / "metrics.jsonl").write_text(
+                    "".join(json.dumps(row) + "\n" for row in rows)
+                )
             else:
                 before = responses(shown, 0.5, 0.6 if seeded else 0.0)
                 after = responses(shown, 1.0, (1.0 if harder else 0.6) if seeded else 0.0)
@@ -65,7 +80,7 @@ NOT_IN_THIS_WORLD = ("on balanced validation data", "at least on the way", "70-8
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Lab", FakeLab)
+    monkeypatch.setattr(reproduce, "Experiment", FakeLab)
     main(ReproduceConfig([name], seeds=2, jobs=2))
     result = json.loads((tmp_path / "results" / name / f"{name}.json").read_text())
     text = (tmp_path / "results" / name / f"{name}.md").read_text()
@@ -81,24 +96,24 @@ def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeyp
 
 def test_table1_has_the_rows_that_others_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Lab", FakeLab)
+    monkeypatch.setattr(reproduce, "Experiment", FakeLab)
     main(ReproduceConfig(["table1"], seeds=1))
     rows = json.loads(Path("results/table1/table1.json").read_text())["rows"]
     assert len(rows) == 9
     assert {(r["model"], r["stage"]) for r in rows} == set(reproduce.PAPER_TABLE1)
     best, sft, easy = (
-        next(r for r in rows if (r["model"], r["stage"]) == cell)
-        for cell in (("FB", "RL 6-9"), ("F", "SFT"), ("FB", "RL 2-5"))
+        next(r for r in rows if (r["model"], r["stage"]) == metrics_of)
+        for metrics_of in (("FB", "RL 6-9"), ("F", "SFT"), ("FB", "RL 2-5"))
     )
     assert (best["all"], best["inversion"], best["evaluation"], best["seed"]) == (100, 100, 100, 0)
     assert sft["evaluation"] == pytest.approx(60) and sft["inversion"] == pytest.approx(10)
-    assert (sft["forward_share"], sft["backward_share"], sft["fit_share"]) == (100, 0, 50)
-    assert easy["accuracy_given_fit"] == pytest.approx(60)
+    assert (sft["forward_share"], sft["backward_share"], sft["match_rate"]) == (100, 0, 50)
+    assert easy["accuracy_given_match"] == pytest.approx(60)
 
 
 def test_amplification_reads_the_stream_as_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Lab", FakeLab)
+    monkeypatch.setattr(reproduce, "Experiment", FakeLab)
     main(ReproduceConfig(["amplification"]))
     rows = json.loads(Path("results/amplification/amplification.json").read_text())["rows"]
     found = [(row["evaluation_share"], row["stream"], row["learning"]) for row in rows]
@@ -108,7 +123,7 @@ def test_amplification_reads_the_stream_as_it_was(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------------
 # Verdicts: of rows in which every claim holds, one figure of one seed is moved across a bound
 
-SINGLE = {"fit_share": 50.0, "accuracy_given_fit": 60.0}
+SINGLE = {"match_rate": 50.0, "accuracy_given_match": 60.0}
 KNOWN = {"F": ("evaluation", "inversion", "forward"), "B": ("inversion", "evaluation", "backward")}
 
 
@@ -118,12 +133,29 @@ def table1_rows() -> list[dict]:
         for model, (fitting, other, known) in KNOWN.items():
             shares = {"forward_share": 0.0, "backward_share": 0.0, f"{known}_share": 100.0}
             for stage, right in (("SFT", 60.0), ("RL 2-5", 60.0), ("RL 6-9", 96.0)):
-                row = {"model": model, "stage": stage, "seed": seed, "all": right / 2, fitting: right, other: 9.0}
+                row = {
+                    "model": model,
+                    "stage": stage,
+                    "seed": seed,
+                    "all": right / 2,
+                    fitting: right,
+                    other: 9.0,
+                }
                 rows.append(row | SINGLE | shares)
-        for stage, right, fit, given in (("SFT", 33.0, 50, 60), ("RL 2-5", 60.0, 100, 60), ("RL 6-9", 99.0, 100, 99)):
-            row = {"model": "FB", "stage": stage, "seed": seed, "forward_share": 50.0, "backward_share": 50.0}
+        for stage, right, fit, given in (
+            ("SFT", 33.0, 50, 60),
+            ("RL 2-5", 60.0, 100, 60),
+            ("RL 6-9", 99.0, 100, 99),
+        ):
+            row = {
+                "model": "FB",
+                "stage": stage,
+                "seed": seed,
+                "forward_share": 50.0,
+                "backward_share": 50.0,
+            }
             row |= dict.fromkeys(("all", "inversion", "evaluation"), right)
-            rows.append(row | {"fit_share": fit, "accuracy_given_fit": given})
+            rows.append(row | {"match_rate": fit, "accuracy_given_match": given})
     return rows
 
 
@@ -150,14 +182,16 @@ def rows_of(experiment: str) -> list[dict]:
             for model, easy, hard in (("B", 74, 54), ("F", 73, 53), ("FB", 72, 98))
             for stage, right in (("SFT, on 2-5", easy), ("SFT", 40), ("RL 6-9", hard))
         ],
-        "extreme": [{"stage": stage, "all": right} for stage, right in (("SFT", 20), ("RL 6-15", 90))],
+        "extreme": [
+            {"stage": stage, "all": right} for stage, right in (("SFT", 20), ("RL 6-15", 90))
+        ],
         "robustness": [
             {"rl": rl, "model": model, "all": right}
             for rl in reproduce.ROBUSTNESS
             for model, right in (("B", 50), ("F", 55), ("FB", 97))
         ],
     }
-    return [cell | {"seed": seed} for seed in range(2) for cell in cells[experiment]]
+    return [metrics_of | {"seed": seed} for seed in range(2) for metrics_of in cells[experiment]]
 
 
 def of(model: str, stage: str) -> dict:
@@ -167,11 +201,11 @@ def of(model: str, stage: str) -> dict:
 BOUNDS = [  # experiment, the row and the figure that is moved, to where all holds, to where a claim fails, and which
     ("table1", of("FB", "RL 6-9"), "inversion", 90.1, 89.9, "best of the nine"),
     ("table1", of("F", "RL 6-9"), "all", 98.9, 99.1, "best of the nine"),
-    ("table1", of("FB", "RL 6-9"), "fit_share", 95.1, 94.9, "selection"),
-    ("table1", of("FB", "SFT"), "fit_share", 64.9, 65.1, "selection"),
-    ("table1", of("FB", "SFT"), "fit_share", 35.1, 34.9, "selection"),
-    ("table1", of("FB", "RL 6-9"), "accuracy_given_fit", 65.1, 64.9, "improvement"),
-    ("table1", of("FB", "RL 2-5"), "accuracy_given_fit", 62.9, 63.1, "needs harder data"),
+    ("table1", of("FB", "RL 6-9"), "match_rate", 95.1, 94.9, "selection"),
+    ("table1", of("FB", "SFT"), "match_rate", 64.9, 65.1, "selection"),
+    ("table1", of("FB", "SFT"), "match_rate", 35.1, 34.9, "selection"),
+    ("table1", of("FB", "RL 6-9"), "accuracy_given_match", 65.1, 64.9, "improvement"),
+    ("table1", of("FB", "RL 2-5"), "accuracy_given_match", 62.9, 63.1, "needs harder data"),
     ("table1", of("FB", "RL 2-5"), "all", 36.1, 35.9, "FB gains"),
     ("table1", of("F", "RL 2-5"), "backward_share", 0.9, 1.1, "F: no new strategy"),
     ("table1", of("B", "SFT"), "forward_share", 0.9, 1.1, "B: no new strategy"),
@@ -184,11 +218,39 @@ BOUNDS = [  # experiment, the row and the figure that is moved, to where all hol
     ("dynamics", {"model": "FB"}, "inversion", 90.1, 89.9, "only FB"),
     ("dynamics", {"model": "F"}, "inversion", 19.9, 20.1, "only FB"),
     ("amplification", {"evaluation_share": 0.9}, "stream", 84.1, 83.9, "in the RL stream"),
-    ("amplification", {"evaluation_share": 0.9}, "forward_share", 55.1, 54.9, "on balanced validation"),
+    (
+        "amplification",
+        {"evaluation_share": 0.9},
+        "forward_share",
+        55.1,
+        54.9,
+        "on balanced validation",
+    ),
     ("amplification", {"evaluation_share": 0.5}, "learning", 50.9, 51.1, "on the way"),
-    ("composition", {"sft": "1-2 parts", "parts": "3-5", "stage": "RL"}, "all", 19, 18.9, "compositions of two"),
-    ("composition", {"sft": "single parts", "parts": "3-5", "stage": "RL"}, "all", 13.9, 14, "held none"),
-    ("composition", {"sft": "1-3 parts", "parts": "4-5", "stage": "RL"}, "all", 19, 18.9, "up to three"),
+    (
+        "composition",
+        {"sft": "1-2 parts", "parts": "3-5", "stage": "RL"},
+        "all",
+        19,
+        18.9,
+        "compositions of two",
+    ),
+    (
+        "composition",
+        {"sft": "single parts", "parts": "3-5", "stage": "RL"},
+        "all",
+        13.9,
+        14,
+        "held none",
+    ),
+    (
+        "composition",
+        {"sft": "1-3 parts", "parts": "4-5", "stage": "RL"},
+        "all",
+        19,
+        18.9,
+        "up to three",
+    ),
     ("gf13", of("B", "SFT, on 2-5"), "all", 70.1, 69.9, "70-80%"),
     ("gf13", of("FB", "SFT, on 2-5"), "all", 77.9, 78.1, "alike"),
     ("gf13", of("F", "RL 6-9"), "all", 69.9, 70.1, "near perfect"),
@@ -199,16 +261,18 @@ BOUNDS = [  # experiment, the row and the figure that is moved, to where all hol
 
 @pytest.mark.parametrize("experiment, where, key, inside, outside, claim", BOUNDS)
 def test_each_claim_fails_where_it_should_and_alone(experiment, where, key, inside, outside, claim):
-    judge = getattr(reproduce, f"{experiment}_claims")
+    score_response = getattr(reproduce, f"{experiment}_claims")
     for value, expected in ((inside, []), (outside, [claim])):
         rows = rows_of(experiment)
         moved = [row for row in rows if row["seed"] == 1 and where.items() <= row.items()]
         assert len(moved) == 1
         moved[0][key] = value
-        claims = judge(rows)
+        claims = score_response(rows)
         assert all(held[0] for _, _, held in claims), "the other seed is judged by itself"
         failed = [text for text, _, held in claims if not held[1]]
-        assert len(failed) == len(expected) and all(part in text for part, text in zip(expected, failed)), failed
+        assert len(failed) == len(expected) and all(
+            part in text for part, text in zip(expected, failed)
+        ), failed
 
 
 def test_every_claim_is_put_to_the_test():
@@ -219,17 +283,26 @@ def test_every_claim_is_put_to_the_test():
 
 
 def test_verdicts_in_words():
-    words = verdicts([("a", "1", [True, True]), ("b", "2", [True, False]), ("c", "3", [False, False])])
-    assert [line.split(" | ")[-1] for line in words.splitlines()[2:]] == ["yes |", "**in 1 of 2 seeds** |", "**no** |"]
+    words = verdicts(
+        [("a", "1", [True, True]), ("b", "2", [True, False]), ("c", "3", [False, False])]
+    )
+    assert [line.split(" | ")[-1] for line in words.splitlines()[2:]] == [
+        "yes |",
+        "**in 1 of 2 seeds** |",
+        "**no** |",
+    ]
 
 
 def test_the_papers_figures_stand_at_their_bars():
     rows = [
-        {"model": model, "stage": stage, "seed": 0} | dict(zip(("all", INVERSION, EVALUATION), figures))
+        {"model": model, "stage": stage, "seed": 0}
+        | dict(zip(("all", INVERSION, EVALUATION), figures))
         for (model, stage), figures in reproduce.PAPER_TABLE1.items()
     ]
     for axis in reproduce.table1_figure(rows).axes:
-        bars = {round(bar.get_x() + bar.get_width() / 2, 3): bar.get_height() for bar in axis.patches}
+        bars = {
+            round(bar.get_x() + bar.get_width() / 2, 3): bar.get_height() for bar in axis.patches
+        }
         lines = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
         assert len(bars) == len(lines) == 6
         for (left, height), (right, _) in lines:
@@ -243,7 +316,7 @@ flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 Path("calls").open("a").write(" ".join(sys.argv[1:]) + "\\n")
 if flags.get("--seed") == "7": sys.exit("out of luck")
 step = Path(flags["--out"]) / "step-3"
-step.mkdir(parents=True)
+step.mkdir(prompt_index=True)
 (step / "training.json").write_text(json.dumps({"update": 3, "total": 3}))
 """
 
@@ -252,11 +325,11 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lab, "HERE", tmp_path)
     (tmp_path / "train_sft.py").write_text(SCRIPT)
-    bench = Lab("x", ReproduceConfig(jobs=2))
+    bench = Experiment("x", ReproduceConfig(jobs=2))
     runs = [bench.sft("F", seed) for seed in range(2)]
     assert bench.sft("F", 0) is runs[0], "one run for two cells"
     begun = runs[1].place / "step-1"
-    begun.mkdir(parents=True)
+    begun.mkdir(prompt_index=True)
     (begun / "training.json").write_text('{"update": 1, "total": 3}')
     bench.run()
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -272,8 +345,12 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     cut.place.write_text('{\n  "first": 1.0\n}\n')
     assert cut.finished()
 
-    (runs[0].place / "step-3" / "training.json").write_text('{"update": 3, "total": 3, "model": "org/a"}')
-    other = Lab("x", ReproduceConfig(model="b/a")).add("train_sft.py", runs[0].place, model="b/a", out=runs[0].place)
+    (runs[0].place / "step-3" / "training.json").write_text(
+        '{"update": 3, "total": 3, "model": "org/a"}'
+    )
+    other = Experiment("x", ReproduceConfig(model="b/a")).add(
+        "train_sft.py", runs[0].place, model="b/a", out=runs[0].place
+    )
     with pytest.raises(SystemExit):
         other.finished()
     assert "--model org/a, not b/a" in capsys.readouterr().err
@@ -286,12 +363,16 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
 
 def test_list_and_refusals(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--list"])
+    monkeypatch.setattr(sys, "argv", ["paper.reproduce.py", "--list"])
     main(parse_flags(ReproduceConfig, "", "experiment"))
     out = capsys.readouterr().out
     assert all(name in out for name in EXPERIMENTS) and "not run yet" in out
-    for flags, says in (([], "name an experiment"), (["table9"], "table9"), (["table1", "--seeds", "0"], "--seeds")):
-        monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
+    for flags, says in (
+        ([], "name an experiment"),
+        (["table9"], "table9"),
+        (["table1", "--seeds", "0"], "--seeds"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["paper.reproduce.py", *flags])
         with pytest.raises(SystemExit) as stop:
             main(parse_flags(ReproduceConfig, "", "experiment"))
         assert stop.value.code == 2 and says in capsys.readouterr().err

@@ -8,11 +8,12 @@ import torch
 from conftest import small_model, with_large_biases
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from model import working_copy
-from packed import pack, pack_prompts, packed_attention, pad, response_log_probs
-from rollout import Batch, Rollout, Sampler, draw
-from runtime import torch_stream
+from lib import kernels
+from lib.attention import packed_attention
+from lib.packing import pack, pack_prompts, pad, response_logps
+from lib.policy import make_policy
+from lib.rng import torch_rng
+from rollout import DecodeBatch, Rollout, Sampler, sample_tokens
 
 STOP = [1]
 
@@ -22,7 +23,7 @@ def keys(prompts: list, seed: int = 0) -> list[tuple]:
 
 
 def noise_of(prompts: list, group: int, T: int) -> torch.Tensor:
-    return torch.cat([torch.rand(group, T, generator=torch_stream(*key)) for key in keys(prompts)])
+    return torch.cat([torch.rand(group, T, generator=torch_rng(*key)) for key in keys(prompts)])
 
 
 @torch.no_grad()
@@ -39,7 +40,9 @@ def naive(model, prompts, noise, group, max_new_tokens, temperature) -> Rollout:
     for i in range(len(tokens)):
         row = list(prompts[i // group])
         for t in range(max_new_tokens):
-            token, log_prob = draw(next_logits(model, row), noise[i, t : t + 1], temperature)
+            token, log_prob = sample_tokens(
+                next_logits(model, row), noise[i, t : t + 1], temperature
+            )
             tokens[i, t], log_probs[i, t] = token, log_prob
             row.append(int(token))
             if int(token) in STOP:
@@ -47,15 +50,22 @@ def naive(model, prompts, noise, group, max_new_tokens, temperature) -> Rollout:
         lengths.append(t + 1)
         stopped.append(int(token) in STOP)
     T = max(lengths)
-    return Rollout(tokens[:, :T], torch.tensor(lengths), log_probs[:, :T], torch.tensor(stopped))
+    return Rollout(
+        *pad(prompts), tokens[:, :T], torch.tensor(lengths), log_probs[:, :T], torch.tensor(stopped)
+    )
 
 
-def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, return_softmax_lse=False):
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, return_softmax_lse=False
+):
     """What flash-attn documents of its kernel, which needs a GPU: stores k and v at cache_seqlens, then attends."""
     assert cache_seqlens.dtype == torch.int32 and return_softmax_lse
     lengths = cache_seqlens.long()
     if k is not None:
-        k_cache[torch.arange(len(k)), lengths], v_cache[torch.arange(len(v)), lengths] = k[:, 0], v[:, 0]
+        k_cache[torch.arange(len(k)), lengths], v_cache[torch.arange(len(v)), lengths] = (
+            k[:, 0],
+            v[:, 0],
+        )
         lengths = lengths + 1
     keys, values = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k_cache, v_cache))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * q.shape[3] ** -0.5
@@ -71,9 +81,9 @@ def way(request, monkeypatch):
         if not kernels.available():
             pytest.skip("needs a C compiler")
         return
-    monkeypatch.setattr("kernels.available", lambda: False)
-    monkeypatch.setattr("rollout.flash_attn_with_kvcache", flash_attn_with_kvcache)
-    monkeypatch.setattr(Batch, "choose_attention", lambda self: request.param)
+    monkeypatch.setattr("lib.kernels.available", lambda: False)
+    monkeypatch.setattr("lib.attention.flash_attn_with_kvcache", flash_attn_with_kvcache)
+    monkeypatch.setattr("lib.attention.decode_backend", lambda model: request.param)
 
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3, 3, 3]]
@@ -89,7 +99,7 @@ def test_equals_sampling_one_sequence_at_a_time(model, way, temperature, group):
     assert torch.equal(rollout.tokens, expected.tokens)
     assert torch.equal(rollout.lengths, expected.lengths)
     assert torch.equal(rollout.stopped, expected.stopped)
-    torch.testing.assert_close(rollout.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.logps, expected.logps, atol=1e-5, rtol=0)
 
 
 def stopping_model():
@@ -107,7 +117,9 @@ def test_groups_that_finish_leave_the_others_as_they_are(way):
     assert rollout.lengths.unique().numel() > 4, "the test needs rows that end at different times"
     noise = noise_of(prompts, 2, 40)
     expected = naive(model, prompts, noise, 2, 40, 1.0)
-    assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.lengths, expected.lengths)
+    assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(
+        rollout.lengths, expected.lengths
+    )
 
 
 def test_the_split_over_processes_does_not_matter(model):
@@ -116,28 +128,28 @@ def test_the_split_over_processes_does_not_matter(model):
     for rank in range(2):
         mine = Sampler(model, STOP, 3, 12).sample(PROMPTS[rank::2], keys(PROMPTS)[rank::2])
         rows = [3 * i + j for i in range(rank, len(PROMPTS), 2) for j in range(3)]
-        assert mine.responses() == [whole.responses()[row] for row in rows]
+        assert mine.response_tokens() == [whole.response_tokens()[row] for row in rows]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 100])
 def test_the_split_into_batches_does_not_matter(model, groups, monkeypatch):
     whole = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
-    monkeypatch.setattr(Sampler, "groups_at_once", lambda self, longest: groups)
+    monkeypatch.setattr(Sampler, "max_groups", lambda self, max_prompt_len: groups)
     parts = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
     assert torch.equal(whole.tokens, parts.tokens) and torch.equal(whole.lengths, parts.lengths)
-    torch.testing.assert_close(whole.log_probs, parts.log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.logps, parts.logps, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.0])
 def test_log_probs_equal_the_trainers_at_any_temperature(model, temperature):
     rollout = Sampler(model, STOP, 4, 20, temperature).sample(PROMPTS, keys(PROMPTS))
-    parents = torch.arange(len(PROMPTS)).repeat_interleave(4)
-    batch = pack(*pad(PROMPTS), rollout.tokens, rollout.lengths, parents)
-    log_probs, _ = response_log_probs(model, batch, temperature)
+    prompt_index = torch.arange(len(PROMPTS)).repeat_interleave(4)
+    batch = pack(*pad(PROMPTS), rollout.tokens, rollout.lengths, prompt_index)
+    log_probs, _ = response_logps(model, batch, temperature)
     mask = torch.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
-    assert (log_probs - rollout.log_probs[mask]).abs().max() < 1e-4
-    assert (rollout.log_probs[~mask] == 0).all()
+    assert (log_probs - rollout.logps[mask]).abs().max() < 1e-4
+    assert (rollout.logps[~mask] == 0).all()
 
 
 @torch.no_grad()
@@ -145,12 +157,14 @@ def test_log_probs_equal_the_trainers_at_any_temperature(model, temperature):
 @pytest.mark.parametrize("bias", [0.0, 30.0])
 def test_log_probs_in_bf16_equal_the_trainers_in_bf16(way, bias):
     """Bug: scores in 16 bits, which large ones lose their differences to (transformers #33317)."""
-    model = working_copy(with_large_biases(small_model(), bias), "bf16")
+    model = make_policy(with_large_biases(small_model(), bias), "bf16")
     rollout = Sampler(model, STOP, 4, 20).sample(PROMPTS, keys(PROMPTS))
-    batch = pack(*pad(PROMPTS), rollout.tokens, rollout.lengths, torch.arange(4).repeat_interleave(4))
-    log_probs, _ = response_log_probs(model, batch)
+    batch = pack(
+        *pad(PROMPTS), rollout.tokens, rollout.lengths, torch.arange(4).repeat_interleave(4)
+    )
+    log_probs, _ = response_logps(model, batch)
     mask = torch.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
-    assert (log_probs - rollout.log_probs[mask]).abs().max() < 0.1
+    assert (log_probs - rollout.logps[mask]).abs().max() < 0.1
 
 
 class Recording(TorchDispatchMode):
@@ -161,7 +175,10 @@ class Recording(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert function not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        )
         out = function(*args, **(kwargs or {}))
         self.calls.append((function, args, kwargs or {}, out))
         return out
@@ -189,8 +206,9 @@ def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
             captured.append(graph)
 
         def __enter__(self):  # a capture runs nothing: keep the state, to be put back
-            tensors = [x for x in (*vars(sampler.batch).values(), *vars(sampler.batch.out).values())]
-            tensors += [*sampler.batch.prompt, *sampler.batch.response]
+            cache = sampler.batch.cache
+            tensors = [*vars(sampler.batch).values(), *vars(cache).values()]
+            tensors += [*cache.prompt_kv, *cache.response_kv]
             self.kept = [(x, x.clone()) for x in tensors if isinstance(x, torch.Tensor)]
             self.graph.__enter__()
 
@@ -209,8 +227,10 @@ def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
         prompts = [[3 + i % 5 + seed] * (1 + i % length) for i in range(n)]
         rollout = sampler.sample(prompts, keys(prompts, seed))
         expected = Sampler(model, STOP, 2, 40).sample(prompts, keys(prompts, seed))
-        assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.lengths, expected.lengths)
-        torch.testing.assert_close(rollout.log_probs, expected.log_probs, atol=1e-5, rtol=0)
+        assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(
+            rollout.lengths, expected.lengths
+        )
+        torch.testing.assert_close(rollout.logps, expected.logps, atol=1e-5, rtol=0)
         with torch.no_grad():
             for weight in model.parameters():
                 weight *= 1.02
@@ -225,15 +245,17 @@ def test_a_prompt_that_leaves_no_room_for_more(model, way):
     rollout = Sampler(model, [], 2, 6).sample(prompts, keys(prompts))
     expected = naive(model, prompts, noise_of(prompts, 2, 6), 2, 6, 1.0)
     assert torch.equal(rollout.tokens, expected.tokens)
-    torch.testing.assert_close(rollout.log_probs, expected.log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rollout.logps, expected.logps, atol=1e-4, rtol=0)
 
 
 def test_more_prompts_than_fit_wait(model, monkeypatch):
     """The batch is planned from the memory there is; what a row says does not depend on it."""
     plenty = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
-    seen, run = [], Batch.run
+    seen, run = [], DecodeBatch.generate
     monkeypatch.setattr("os.sysconf", lambda name: 1)
-    monkeypatch.setattr(Batch, "run", lambda *args: seen.append(len(args[1])) or run(*args))
+    monkeypatch.setattr(
+        DecodeBatch, "generate", lambda *args: seen.append(len(args[1])) or run(*args)
+    )
     scarce = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
     assert seen == [1] * len(PROMPTS)
     assert torch.equal(plenty.tokens, scarce.tokens)
@@ -267,7 +289,7 @@ def test_greedy_needs_no_luck(model):
 def test_draw_follows_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
     noise = (torch.arange(4000) + 0.5) / 4000
-    tokens, log_probs = draw(logits.expand(4000, 4), noise, temperature=0.5)
+    tokens, log_probs = sample_tokens(logits.expand(4000, 4), noise, temperature=0.5)
     shares = torch.bincount(tokens, minlength=4) / 4000
     expected = (logits[0] / 0.5).softmax(-1)
     torch.testing.assert_close(shares, expected, atol=1e-3, rtol=0)
@@ -276,7 +298,7 @@ def test_draw_follows_the_distribution():
 
 def test_draw_never_takes_what_has_no_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
-    tokens, _ = draw(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), 1.0)
+    tokens, _ = sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), 1.0)
     assert tokens.tolist() == [1, 3, 3]
 
 
@@ -289,13 +311,13 @@ def test_refuses_what_cannot_be_continued(model):
 
 def test_a_batch_goes_when_it_is_done_with(model, monkeypatch):
     """Its cache is large: it must not wait for the garbage collector."""
-    seen, run = [], Batch.run
+    seen, run = [], DecodeBatch.generate
 
     def watched(self, *args):
         seen.append(weakref.ref(self))
         return run(self, *args)
 
-    monkeypatch.setattr(Batch, "run", watched)
+    monkeypatch.setattr(DecodeBatch, "generate", watched)
     gc.disable()
     try:
         Sampler(model, STOP, 2, 5).sample(PROMPTS, keys(PROMPTS))
@@ -309,5 +331,9 @@ def test_logits_that_are_not_finite_do_not_stop_the_sampler():
     logits = torch.zeros(3, 5)
     logits[0], logits[1, 2] = torch.nan, torch.inf
     for temperature in (0.0, 1.0):
-        tokens, log_probs = draw(logits, torch.full((3,), 0.5), temperature)
-        assert (tokens >= 0).all() and (tokens < 5).all() and log_probs.isfinite().tolist() == [False, False, True]
+        tokens, log_probs = sample_tokens(logits, torch.full((3,), 0.5), temperature)
+        assert (
+            (tokens >= 0).all()
+            and (tokens < 5).all()
+            and log_probs.isfinite().tolist() == [False, False, True]
+        )

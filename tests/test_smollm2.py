@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
-from checkpoint import load_model
-from packed import pack_prompts, packed_attention, pad
+from data.finite_field import vocabulary
+from lib import checkpoint
+from lib.attention import packed_attention
+from lib.checkpoint import load_model
+from lib.packing import pack_prompts, pad
 from rollout import Sampler
 
 HERE = Path(checkpoint.__file__).parent
@@ -35,15 +37,23 @@ def test_real_weights_compute_as_in_transformers(smollm2):
     """The prompt by the chat template, its logits, and 50 greedy tokens."""
     reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     model, tokenizer = load_model(smollm2)
-    assert tokenizer.stops == [2] and model.config.model_type == "llama" and model.config.rope_theta == 1e5
-    tokenizer.check(11), tokenizer.check(13)
+    assert (
+        tokenizer.stops == [2]
+        and model.config.model_type == "llama"
+        and model.config.rope_theta == 1e5
+    )
+    tokenizer.require_vocabulary(vocabulary(11)), tokenizer.require_vocabulary(vocabulary(13))
     theirs = AutoTokenizer.from_pretrained(smollm2)
     prompt = theirs.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
-    assert prompt == tokenizer.inner.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
+    assert prompt == tokenizer.inner.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_dict=False
+    )
 
     batch = pack_prompts(*pad([prompt]))
     ours = model.logits(model(batch.tokens, batch.positions, packed_attention(batch, model)))
     torch.testing.assert_close(ours, reference(torch.tensor([prompt])).logits[0], atol=1e-4, rtol=0)
-    expected = reference.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False)[0, len(prompt) :]
+    expected = reference.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False)[
+        0, len(prompt) :
+    ]
     rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], [()])
     assert len(expected) == 50 and rollout.tokens[0].tolist() == expected.tolist()

@@ -7,9 +7,9 @@ import pytest
 from data.finite_field import (
     BACKWARD,
     EVALUATION,
-    FITTING,
     FORWARD,
     INVERSION,
+    MATCHING_STRATEGY,
     Part,
     Problem,
     Task,
@@ -26,9 +26,9 @@ from strategies import (
     OPERAND,
     ORDER,
     SKIPPED,
-    fits,
-    judge,
-    read,
+    matches,
+    parse_lines,
+    score_response,
     tag,
 )
 
@@ -55,15 +55,19 @@ def test_every_solution_is_tagged_as_what_it_is(task):
             assert found.strategy == strategy and found.error is None
             assert found.steps_right == problem.steps
             assert found.answer == problem.answer
-            assert found.guessed == tuple(FITTING[part.kind] != strategy for part in problem.parts)
-            assert fits(problem, found) == all(FITTING[part.kind] == strategy for part in problem.parts)
+            assert found.guessed == tuple(
+                MATCHING_STRATEGY[part.kind] != strategy for part in problem.parts
+            )
+            assert matches(problem, found) == all(
+                MATCHING_STRATEGY[part.kind] == strategy for part in problem.parts
+            )
 
 
 def test_a_composition_is_split_into_its_parts():
     for problem in problems(TASKS["composition"])[0]:
-        strategies = [FITTING[part.kind] for part in problem.parts]
+        strategies = [MATCHING_STRATEGY[part.kind] for part in problem.parts]
         found = tag(problem, problem.solution(strategies))
-        assert found.parts == tuple(strategies) and found.error is None and fits(problem, found)
+        assert found.parts == tuple(strategies) and found.error is None and matches(problem, found)
         assert found.strategy == (strategies[0] if len(set(strategies)) == 1 else MIXED)
 
 
@@ -88,14 +92,20 @@ def test_one_changed_symbol_is_found_where_it_is(task):
                     continue
                 symbols = line.split()
                 for j, symbol in enumerate(symbols):
-                    alike = [w for w in words if w[0] == symbol[0] and w[-1:].isdigit() == symbol[-1:].isdigit()]
+                    alike = [
+                        w
+                        for w in words
+                        if w[0] == symbol[0] and w[-1:].isdigit() == symbol[-1:].isdigit()
+                    ]
                     for word in (rng.choice(words), rng.choice(alike or words)):
                         if word == symbol:
                             continue
                         changed = " ".join([*symbols[:j], word, *symbols[j + 1 :]])
                         found = tag(problem, "\n".join([*lines[:i], changed, *lines[i + 1 :]]))
                         assert found.error is not None
-                        assert (found.error.line, found.error.label) == (i, int(symbols[0][:-1])), changed
+                        assert (found.error.line, found.error.label) == (i, int(symbols[0][:-1])), (
+                            changed
+                        )
                         assert found.strategy in (strategy, NONE, MIXED)
                         if task is TASKS["easy"]:
                             assert found.strategy == strategy
@@ -154,33 +164,50 @@ def test_an_inversion_solved_forward_does_not_fit(example):
     part = example.parts[0]
     inversion = Problem(example.field, (Part(INVERSION, part.start, part.steps, part.end),), 7)
     found = tag(inversion, inversion.solution(FORWARD))
-    assert found.guessed == (True,) and not fits(inversion, found) and found.error is None
+    assert found.guessed == (True,) and not matches(inversion, found) and found.error is None
 
 
 def test_a_wrong_guess_comes_before_what_it_leads_to(example):
     """It is what a response fails by, however well or badly the wrong value is carried on."""
     guess = "guess end e4\n9: e4 - e3 = e1\n8: e1 / e2 = e6\n7: e6 - e1 = e5\nstart e5\nanswer e4"
     slip = guess.replace("e4 - e3 = e1", "e4 - e3 = e2")
-    assert judge(example, guess, True).error == judge(example, slip, True).error == GUESS
+    assert (
+        score_response(example, guess, True).error
+        == score_response(example, slip, True).error
+        == GUESS
+    )
     assert tag(example, guess).error is None and tag(example, slip).error.kind == ARITHMETIC
     right = guess.replace("end e4\n9: e4 - e3 = e1", "end e5\n9: e5 - e3 = e9")
-    assert judge(example, right, True).error == ARITHMETIC, "8: is not right then, the guess is"
+    assert score_response(example, right, True).error == ARITHMETIC, (
+        "8: is not right then, the guess is"
+    )
 
     parts = tuple(Part(kind, 0, (("+", 1),), 1) for kind in (EVALUATION, INVERSION))
     composition = Problem(example.field, parts, 7)
     for first, error in (("7: e0 + e1 = e1", GUESS), ("7: e0 + e1 = e2", ARITHMETIC)):
         end = first[-2:]
         text = f"start e0\n{first}\nend {end}\nguess start e3\n8: e3 + e1 = e4\nend e4\nanswer e3"
-        assert judge(composition, text, True).error == error
+        assert score_response(composition, text, True).error == error
 
 
 def test_line_breaks_do_not_matter(example):
-    assert read("\n".join(GOOD)) == read(" ".join(GOOD))
+    assert parse_lines("\n".join(GOOD)) == parse_lines(" ".join(GOOD))
 
 
 def test_random_text_never_raises():
     problems_, rng = problems(TASKS["composition"], 20)
-    words = [*vocabulary(11), "e99", "9" * 5000 + ":", "e" + "9" * 5000, "answer", "\n", "é", "", "start end", "0:"]
+    words = [
+        *vocabulary(11),
+        "e99",
+        "9" * 5000 + ":",
+        "e" + "9" * 5000,
+        "answer",
+        "\n",
+        "é",
+        "",
+        "start end",
+        "0:",
+    ]
     for problem in problems_:
         for _ in range(100):
             tag(problem, " ".join(rng.choices(words, k=rng.randrange(60))))

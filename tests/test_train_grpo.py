@@ -7,24 +7,24 @@ import random
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import small_model
+from conftest import score_groups, small_model
 
-from data.finite_field import Task
-from eval import judge_groups
-from packed import pad, response_log_probs
+import train_grpo
+from data.finite_field import Task, is_correct
+from eval import rollout_metrics
+from lib.diagnose import diagnose
+from lib.distributed import World, init_distributed
+from lib.flags import parse_flags
+from lib.packing import micro_batches, pack, pad, response_logps
 from rollout import Rollout, Sampler
-from runtime import World, start
+from strategies import score_rollout
 from train_grpo import (
     GrpoConfig,
-    add_gradient,
-    complete,
     draw_problems,
+    fill_defaults,
     group_advantages,
-    kl_divergence,
-    micro_batches,
-    pack_groups,
-    policy_loss,
-    trouble,
+    grpo_backward,
+    grpo_loss,
 )
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -53,22 +53,28 @@ class Batch:
             for w in sampler.parameters():
                 w.add_(0.02 * torch.randn(w.shape, generator=generator))
         stops = list(range(1, 30))  # so that lengths differ
-        self.rollout = Sampler(sampler, stops, 4, 20, CONFIG.temperature).sample(self.rows, [(i,) for i in range(6)])
+        self.rollout = Sampler(sampler, stops, 4, 20, CONFIG.temperature).sample(
+            self.rows, [(i,) for i in range(6)]
+        )
         self.rewards = torch.tensor(
             [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
         )
 
-    def gradient(self, config=CONFIG, world=ONE, order=range(6), groups=slice(None)) -> torch.Tensor:
+    def gradient(
+        self, config=CONFIG, world=ONE, order=range(6), groups=slice(None)
+    ) -> torch.Tensor:
         """The gradient with the groups in another order, or of some groups alone (as a process has them)."""
         order = list(order)[groups]
         rows = torch.arange(24).view(6, 4)[order].flatten()
         r = self.rollout
-        rollout = Rollout(r.tokens[rows], r.lengths[rows], r.log_probs[rows], r.stopped[rows])
-        self.model.zero_grad()
         prompts = pad([self.rows[i] for i in order])
+        rollout = Rollout(*prompts, r.tokens[rows], r.lengths[rows], r.logps[rows], r.stopped[rows])
+        rollout.rewards = self.rewards[order]
+        rollout.advantages = group_advantages(rollout.rewards, config.advantage)
+        self.model.zero_grad()
         models = self.model, self.model, self.reference
-        self.figures = add_gradient(*models, prompts, rollout, self.rewards[order], config, world)
-        world.sum_gradients(self.model)
+        self.figures = grpo_backward(*models, rollout, config, world)
+        world.all_reduce_gradients(self.model)
         return gradient(self.model)
 
 
@@ -81,37 +87,41 @@ def plain_gradient(batch: Batch) -> torch.Tensor:
     """The loss written out: one response at a time, padded by nothing, normalised by all response tokens."""
     batch.model.zero_grad()
     total = sum(batch.rollout.lengths.tolist())
-    advantages = (batch.rewards - batch.rewards.mean(1, keepdim=True)) / (batch.rewards.std(1, keepdim=True) + 1e-6)
+    advantages = (batch.rewards - batch.rewards.mean(1, keepdim=True)) / (
+        batch.rewards.std(1, keepdim=True) + 1e-6
+    )
     for i in range(24):
         if batch.rewards[i // 4].unique().numel() == 1:
             continue
         n = int(batch.rollout.lengths[i])
-        groups = torch.tensor([i // 4])
-        one = Rollout(*(getattr(batch.rollout, f.name)[i : i + 1] for f in dataclasses.fields(Rollout)))
-        packed, _ = pack_groups(*pad([batch.rows[i // 4]]), one, groups * 0)
-        log_probs, _ = response_log_probs(batch.model, packed, CONFIG.temperature)
+        r, row = batch.rollout, slice(i, i + 1)
+        prompt = pad([batch.rows[i // 4]])
+        packed = pack(*prompt, r.tokens[row], r.lengths[row], torch.tensor([0]))
+        log_probs, _ = response_logps(batch.model, packed, CONFIG.temperature)
         with torch.no_grad():
-            reference, _ = response_log_probs(batch.reference, packed, CONFIG.temperature)
+            reference, _ = response_logps(batch.reference, packed, CONFIG.temperature)
         for t in range(n):
-            ratio = (log_probs[t] - batch.rollout.log_probs[i, t]).exp()
+            ratio = (log_probs[t] - batch.rollout.logps[i, t]).exp()
             a = advantages.flatten()[i]
             clipped = ratio.clamp(1 - CONFIG.clip_low, 1 + CONFIG.clip_high)
             kl = (reference[t] - log_probs[t]).exp() - (reference[t] - log_probs[t]) - 1
-            ((-torch.min(ratio * a, clipped * a) + CONFIG.beta * kl) / total).backward(retain_graph=True)
+            ((-torch.min(ratio * a, clipped * a) + CONFIG.beta * kl) / total).backward(
+                retain_graph=True
+            )
     return gradient(batch.model)
 
 
 def test_gradient_is_that_of_the_loss_written_out(batch):
     assert relative_difference(batch.gradient(), plain_gradient(batch)) < 1e-6
-    assert batch.figures["groups_without_signal"] == pytest.approx(2 / 6)
-    assert 0 < batch.figures["clipped_share"] < 0.5, "the test needs clipped and unclipped tokens"
+    assert batch.figures["frac_reward_zero_std"] == pytest.approx(2 / 6)
+    assert 0 < batch.figures["clip_ratio"] < 0.5, "the test needs clipped and unclipped tokens"
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 60, 150])
-def test_micro_batches_leave_the_gradient_as_it_is(batch, micro_tokens):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 150])
+def test_micro_batches_leave_the_gradient_as_it_is(batch, micro_batch_tokens):
     """Bug: token counts taken for each micro-batch (nano-aha-moment, trl #3021)."""
     whole, figures = batch.gradient(), batch.figures
-    split = batch.gradient(dataclasses.replace(CONFIG, micro_tokens=micro_tokens))
+    split = batch.gradient(dataclasses.replace(CONFIG, micro_batch_tokens=micro_batch_tokens))
     assert relative_difference(split, whole) < 1e-6
     for name, value in figures.items():
         assert batch.figures[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -133,15 +143,20 @@ def _process(rank: int, size: int, port: int, folder: str) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    world = start()
+    world = init_distributed()
     batch = Batch()
-    torch.save((batch.gradient(world=world, groups=slice(rank, None, size)), batch.figures), f"{folder}/{rank}")
+    torch.save(
+        (batch.gradient(world=world, groups=slice(rank, None, size)), batch.figures),
+        f"{folder}/{rank}",
+    )
 
 
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, size, free_port):
     """Bug: token counts taken on each process (trl #3231, open-instruct #1161)."""
-    mp.start_processes(_process, (size, free_port, str(tmp_path)), nprocs=size, start_method="spawn")
+    mp.start_processes(
+        _process, (size, free_port, str(tmp_path)), nprocs=size, start_method="spawn"
+    )
     whole, figures = batch.gradient(), batch.figures
     for rank in range(size):
         theirs, their_figures = torch.load(tmp_path / str(rank))
@@ -151,11 +166,12 @@ def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, s
 
 def test_what_was_not_measured_is_not_logged_as_zero(batch):
     """No group with a signal: nothing is forwarded, so there is no entropy, ratio or KL divergence."""
-    rewards = torch.ones(6, 4)
-    models = batch.model, batch.model, batch.model
-    figures = add_gradient(*models, pad(batch.rows), batch.rollout, rewards, CONFIG, ONE)
-    assert figures["groups_without_signal"] == 1 and figures["trained_tokens"] == 0
-    assert all(figures[name] is None for name in ("entropy", "ratio", "clipped_share", "kl"))
+    rollout = dataclasses.replace(
+        batch.rollout, rewards=torch.ones(6, 4), advantages=torch.zeros(6, 4)
+    )
+    figures = grpo_backward(batch.model, batch.model, batch.model, rollout, CONFIG, ONE)
+    assert figures["frac_reward_zero_std"] == 1 and figures["trained_tokens"] == 0
+    assert all(figures[name] is None for name in ("entropy", "ratio", "clip_ratio", "kl"))
 
 
 @pytest.mark.parametrize(
@@ -172,30 +188,40 @@ def test_what_was_not_measured_is_not_logged_as_zero(batch):
 def test_clipping(ratio, advantage, loss, slope):
     """Bug: the clip inverted for negative advantages. Bounds 0.2 below and 0.3 above."""
     log_probs = torch.tensor([ratio]).log().requires_grad_()
-    value = policy_loss(log_probs, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.3)
-    value.sum().backward()
+    value, _ = grpo_loss(log_probs, torch.zeros(1), None, torch.tensor([advantage]), 1, 0.2, 0.3)
+    value.backward()
     assert value.item() == pytest.approx(loss) and log_probs.grad.item() == pytest.approx(slope)
 
 
 def test_the_stop_token_and_every_other_gets_a_gradient(batch):
     """Bug: the stop token masked out because it looks like padding (tiny-grpo, trl #2708)."""
-    prompts = pad(batch.rows)
-    packed, rows = pack_groups(*prompts, batch.rollout, torch.arange(6))
+    rollout = dataclasses.replace(batch.rollout, advantages=torch.zeros(6, 4))
+    packed, *_ = rollout.pack(torch.arange(6))
+    rows = torch.arange(24)
     assert len(packed.targets) == batch.rollout.lengths.sum()
     ends = batch.rollout.lengths[rows].cumsum(0) - 1
     last = batch.rollout.tokens[rows, batch.rollout.lengths[rows] - 1]
     assert torch.equal(packed.targets[ends], last) and batch.rollout.stopped.any()
-    log_probs, _ = response_log_probs(batch.model, packed, 1.0)
+    log_probs, _ = response_logps(batch.model, packed, 1.0)
     for i in (int(ends[0]), int(ends[5])):
-        (slopes,) = torch.autograd.grad(log_probs[i], [batch.model.model.norm.weight], retain_graph=True)
+        (slopes,) = torch.autograd.grad(
+            log_probs[i], [batch.model.model.norm.weight], retain_graph=True
+        )
         assert slopes.abs().max() > 0
 
 
 def test_a_token_equal_to_the_padding_counts(batch):
     """The mask is made from lengths: a response full of token 0, the padding's, is trained on like any other."""
     tokens = torch.zeros(2, 5, dtype=torch.long)
-    rollout = Rollout(tokens, torch.tensor([5, 3]), torch.zeros(2, 5), torch.tensor([True, True]))
-    packed, _ = pack_groups(*pad([[0, 0, 3]]), rollout, torch.tensor([0]))
+    rollout = Rollout(
+        *pad([[0, 0, 3]]),
+        tokens,
+        torch.tensor([5, 3]),
+        torch.zeros(2, 5),
+        torch.tensor([True, True]),
+    )
+    rollout.advantages = torch.zeros(1, 2)
+    packed, *_ = rollout.pack(torch.tensor([0]))
     assert len(packed.targets) == 8 and len(packed.tokens) == 3 + 4 + 2
 
 
@@ -205,13 +231,21 @@ def test_advantages():
     torch.testing.assert_close(z.mean(1), torch.zeros(3))
     torch.testing.assert_close(z.std(1), torch.tensor([1.0, 0, 1]), atol=1e-4, rtol=0)
     assert (z[1] == 0).all() and z[0, 0] > z[2, 0]
-    torch.testing.assert_close(group_advantages(rewards, "mean")[0], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    torch.testing.assert_close(
+        group_advantages(rewards, "mean")[0], torch.tensor([0.75, -0.25, -0.25, -0.25])
+    )
+
+
+def kl_of(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+    """The KL term of each token, (M,)."""
+    zeros = torch.zeros_like(logps)
+    return grpo_loss(logps, logps, ref_logps, zeros, 1, beta=1.0)[1]["kl"]
 
 
 def test_kl_is_zero_at_the_reference_and_else_positive():
     p = torch.tensor([-1.0, -2.0, -0.1])
-    assert (kl_divergence(p, p) == 0).all()
-    assert (kl_divergence(p, p + torch.tensor([0.5, -0.5, 0.01])) > 0).all()
+    assert (kl_of(p, p) == 0).all()
+    assert (kl_of(p, p + torch.tensor([0.5, -0.5, 0.01])) > 0).all()
 
 
 def test_kl_estimates_the_divergence():
@@ -219,7 +253,7 @@ def test_kl_estimates_the_divergence():
     p, q = torch.randn(2, 8, generator=generator).log_softmax(-1)
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
     expected = (p.exp() * (p - q)).sum()
-    torch.testing.assert_close(kl_divergence(p[tokens], q[tokens]).mean(), expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(kl_of(p[tokens], q[tokens]).mean(), expected, rtol=0.02, atol=0)
 
 
 def test_micro_batches_cover_the_chosen_groups_in_order_within_the_budget():
@@ -236,9 +270,11 @@ def test_rewards_belong_to_their_prompt():
     rng = random.Random(0)
     problems = [Task().sample(rng, "train") for _ in range(20)]
     texts = [problem.solution("forward") for problem in problems for _ in range(4)]
-    judged = judge_groups(problems, texts, [True] * 80)
-    assert len(judged) == 20 and all(r.correct and len(group) == 4 for group in judged for r in group)
-    wrong = judge_groups(problems[1:] + problems[:1], texts, [True] * 80)
+    judged = score_groups(problems, texts, [True] * 80)
+    assert len(judged) == 20 and all(
+        r.correct and len(group) == 4 for group in judged for r in group
+    )
+    wrong = score_groups(problems[1:] + problems[:1], texts, [True] * 80)
     assert sum(r.correct for group in wrong for r in group) < 30
 
 
@@ -247,10 +283,8 @@ def test_small_updates_move_the_weights():
     model = small_model()
     before = [w.clone() for w in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    packed, _ = pack_groups(
-        *pad([[3, 4]]), Rollout(*pad([[5, 6, 1]]), torch.zeros(1, 3), torch.ones(1)), torch.tensor([0])
-    )
-    response_log_probs(model, packed)[0].sum().backward()
+    packed = pack(*pad([[3, 4]]), *pad([[5, 6, 1]]), torch.tensor([0]))
+    response_logps(model, packed)[0].sum().backward()
     optimizer.step()
     for (name, w), old in zip(model.named_parameters(), before):
         assert w.dtype == torch.float32
@@ -260,31 +294,31 @@ def test_small_updates_move_the_weights():
 
 def test_defaults_follow_the_model():
     """The paper's for a pretrained model; what is given stands."""
-    tiny, paper = (complete(GrpoConfig(), tiny) for tiny in (True, False))
+    tiny, paper = (fill_defaults(GrpoConfig(), tiny) for tiny in (True, False))
     names = ("updates", "lr", "beta", "temperature", "examples", "lora")
     assert [getattr(tiny, name) for name in names] == [300, 3e-4, 0.0, 1.0, 0, 0]
     assert [getattr(paper, name) for name in names] == [500, 1e-5, 0.05, 0.7, 1024, 64]
-    assert (paper.prompts, paper.group, paper.save_every) == (32, 8, 25)
+    assert (paper.prompts_per_update, paper.group_size, paper.save_every) == (32, 8, 25)
     assert (paper.lora_alpha, paper.lora_dropout) == (128, 0.05)
-    given = complete(GrpoConfig(lora=0, beta=0.0, lr=1e-3), tiny=False)
+    given = fill_defaults(GrpoConfig(lora=0, beta=0.0, lr=1e-3), tiny=False)
     assert (given.lora, given.beta, given.lr, given.temperature) == (0, 0.0, 1e-3, 0.7)
 
 
 def test_problems_are_fresh_or_come_round():
     task = Task()
-    fresh = complete(GrpoConfig(prompts=8), tiny=True)
+    fresh = fill_defaults(GrpoConfig(prompts_per_update=8), tiny=True)
     drawn = [draw_problems(fresh, task, update) for update in range(5)]
     assert len({p.prompt() for problems in drawn for p in problems}) == 40
     assert drawn[3] == draw_problems(fresh, task, 3)
 
-    fixed = complete(GrpoConfig(prompts=8, examples=20), tiny=True)
+    fixed = fill_defaults(GrpoConfig(prompts_per_update=8, examples=20), tiny=True)
     rounds = [p.prompt() for update in range(5) for p in draw_problems(fixed, task, update)]
     assert sorted(rounds[:20]) == sorted(rounds[20:]) and len(set(rounds)) == 20
     assert rounds[:20] != rounds[20:], "each epoch has its own order"
 
 
 def rows(n: int = 20, **changes) -> list[dict]:
-    sound = {"reward": 0.5, "truncated_share": 0.1, "groups_without_signal": 0.5, "entropy": 0.1}
+    sound = {"reward": 0.5, "frac_truncated": 0.1, "frac_reward_zero_std": 0.5, "entropy": 0.1}
     return [sound | changes for _ in range(n)]
 
 
@@ -292,18 +326,78 @@ def rows(n: int = 20, **changes) -> list[dict]:
     "changes, says",
     [
         ({}, None),
-        ({"truncated_share": 1.0, "reward": 0.0}, "--max-new-tokens"),
-        ({"groups_without_signal": 1.0, "reward": 0.0}, "easier problems"),
-        ({"groups_without_signal": 1.0, "reward": 0.6}, "easier problems"),
-        ({"groups_without_signal": 1.0, "reward": 1.0}, "harder problems"),
+        ({"frac_truncated": 1.0, "reward": 0.0}, "--max-new-tokens"),
+        ({"frac_reward_zero_std": 1.0, "reward": 0.0}, "easier problems"),
+        ({"frac_reward_zero_std": 1.0, "reward": 0.6}, "easier problems"),
+        ({"frac_reward_zero_std": 1.0, "reward": 1.0}, "harder problems"),
         ({"entropy": 1e-4}, "--beta"),
         ({"entropy": 1e-4, "reward": 0.98}, None),
-        ({"entropy": 0.0, "groups_without_signal": 1.0, "reward": 1.0}, "harder problems"),
+        ({"entropy": 0.0, "frac_reward_zero_std": 1.0, "reward": 1.0}, "harder problems"),
         ({"entropy": None, "skipped": True}, None),
     ],
 )
 def test_trouble_is_put_in_words(changes, says):
-    assert not trouble(rows(19, **changes))
-    assert not trouble([*rows(19, **changes), *rows(1)]), "it has to last"
-    found = trouble([*rows(50), *rows(20, **changes)])
+    assert not diagnose(rows(19, **changes))
+    assert not diagnose([*rows(19, **changes), *rows(1)]), "it has to last"
+    found = diagnose([*rows(50), *rows(20, **changes)])
     assert len(found) == (says is not None) and all(says in message for message in found)
+
+
+@pytest.fixture
+def graded(monkeypatch):
+    """A reward of 0.1 for wrong responses that reach an answer."""
+
+    def reward(problem, response):
+        return 1.0 if is_correct(problem, response) else 0.1 if "answer" in response else 0.0
+
+    monkeypatch.setattr("strategies.reward", reward)
+
+
+class Texts:
+    """A tokenizer whose tokens are whole responses."""
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return [self.texts[row[0]] for row in rows]
+
+
+def test_a_graded_reward_trains_as_graded(graded):
+    """Bug: a reward cast to right or wrong. Accuracy in tables stays exact match."""
+    problem = Task().sample(random.Random(0), "train")
+    wrong = next(name for name in ("e0", "e1") if name != problem.answer)
+    texts = [problem.solution("forward"), f"answer {wrong}", "", f"answer {wrong}"]
+    tokens, ones = torch.arange(4)[:, None], torch.ones(4, dtype=torch.long)
+    rollout = Rollout(*pad([[3]]), tokens, ones, torch.zeros(4, 1), torch.zeros(4).bool())
+    score_rollout(rollout, [problem], Texts(texts))
+    assert rollout.rewards.tolist() == [pytest.approx([1.0, 0.1, 0.0, 0.1])]
+    advantages = group_advantages(rollout.rewards)[0]
+    assert advantages[0] > advantages[1] == advantages[3] > advantages[2]
+    assert [r.correct for r in rollout.scored[0]] == [True, False, False, False]
+    metrics = rollout_metrics(rollout.scored)
+    assert metrics["reward"] == pytest.approx(0.3) and metrics[f"accuracy/{problem.kind}"] == 0.25
+
+
+def test_a_line_changed_in_the_loss_changes_the_gradient(batch, monkeypatch):
+    """grpo_loss holds the whole objective: without its KL term there is none, without its clip none."""
+    whole = batch.gradient()
+
+    def changed(*args, **kwargs):
+        logps, old_logps, ref_logps, advantages, n_tokens, *_ = args
+        ratio = (logps - old_logps).exp()
+        _, per_token = grpo_loss(*args, **kwargs)
+        return -(ratio * advantages).sum() / n_tokens, per_token
+
+    monkeypatch.setattr(train_grpo, "grpo_loss", changed)
+    assert relative_difference(batch.gradient(), whole) > 0.01
+    monkeypatch.setattr(
+        train_grpo, "grpo_loss", lambda *args: (args[0].sum() * 0, grpo_loss(*args)[1])
+    )
+    assert batch.gradient().norm() == 0
+
+
+def test_short_flags_are_accepted(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_grpo.py", "--group", "4", "--prompts", "6"])
+    config = parse_flags(GrpoConfig, "")
+    assert (config.group_size, config.prompts_per_update) == (4, 6)

@@ -6,18 +6,34 @@ import pytest
 import torch
 from conftest import same_weights, small_model
 
-from checkpoint import load_model
 from data.finite_field import Problem, Task, is_validation
-from run_folder import read_log
-from runtime import World
-from train_sft import SftConfig, complete, draw_examples, learning_rate, loss_sum, main, make_batch, spread
+from lib.checkpoint import load_model
+from lib.distributed import World
+from lib.packing import random_position_gaps
+from lib.run_dir import read_log
+from train_sft import (
+    SftConfig,
+    draw_examples,
+    fill_defaults,
+    learning_rate,
+    loss_sum,
+    main,
+    make_batch,
+)
 
 ONE = World(0, 1, torch.device("cpu"))
-TINY_RUN = {"steps": "1-2", "batch_size": 4, "updates": 4, "eval_every": 100, "warmup": 0, "lr": 1e-3}
+TINY_RUN = {
+    "steps": "1-2",
+    "batch_size": 4,
+    "updates": 4,
+    "eval_every": 100,
+    "warmup": 0,
+    "lr": 1e-3,
+}
 
 
 def examples(n: int = 6, **flags):
-    return draw_examples(complete(SftConfig(batch_size=n, **flags), tiny=True), Task(), 0)
+    return draw_examples(fill_defaults(SftConfig(batch_size=n, **flags), tiny=True), Task(), 0)
 
 
 def keys(chosen: list) -> list[tuple]:
@@ -31,14 +47,18 @@ def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
     expected = [tokenizer.solution(solution) for _, solution in chosen]
     assert batch.targets.tolist() == sum(expected, [])
     read = [len(tokenizer.prompt(p)) + len(r) - 1 for (p, _), r in zip(chosen, expected)]
-    assert len(batch.tokens) == sum(read) - (len(chosen) - 1), "the word `start`, with which all begin, is there once"
+    assert len(batch.tokens) == sum(read) - (len(chosen) - 1), (
+        "the word `start`, with which all begin, is there once"
+    )
     assert loss_sum(small_model(), batch).item() / len(batch.targets) > 1
 
 
 def test_what_prompts_share_is_computed_once_and_changes_nothing(tokenizer):
     """Against prompts packed whole; gaps of less than one place are none."""
     model, chosen = small_model(), examples(5)
-    longer = [(Problem(p.field, p.parts, 7), p.solution("forward")) for p, _ in chosen[:1]] * 3 + chosen
+    longer = [
+        (Problem(p.field, p.parts, 7), p.solution("forward")) for p, _ in chosen[:1]
+    ] * 3 + chosen
     results = []
     for longest_gap in (0, 1):
         model.zero_grad()
@@ -51,7 +71,9 @@ def test_what_prompts_share_is_computed_once_and_changes_nothing(tokenizer):
 
 def test_gaps_keep_lines_together_and_order(tokenizer):
     chosen = examples(20)
-    plain = make_batch(tokenizer, chosen, torch.device("cpu"), 1, keys(chosen))  # gaps below 1 are none
+    plain = make_batch(
+        tokenizer, chosen, torch.device("cpu"), 1, keys(chosen)
+    )  # gaps below 1 are none
     gapped = make_batch(tokenizer, chosen, torch.device("cpu"), 130, keys(chosen))
     assert torch.equal(plain.tokens, gapped.tokens) and torch.equal(plain.targets, gapped.targets)
     moved = gapped.positions - plain.positions
@@ -64,7 +86,11 @@ def test_gaps_keep_lines_together_and_order(tokenizer):
         steps = moved[first : first + n].diff(prepend=torch.zeros(1, dtype=torch.long))
         assert (steps >= 0).all()
         jumps += int((steps > 0).sum())
-        assert all(word[-1] == ":" or word in ("start", "end") for word, step in zip(words, steps) if step > 0)
+        assert all(
+            word[-1] == ":" or word in ("start", "end")
+            for word, step in zip(words, steps)
+            if step > 0
+        )
         first += n
     assert jumps > 60
 
@@ -72,7 +98,9 @@ def test_gaps_keep_lines_together_and_order(tokenizer):
 def test_gaps_start_at_any_line_of_the_prompt_and_of_the_response():
     seen = set()
     for seed in range(50):
-        p, r = spread([9, 5, 9], [9, 5], torch.tensor([9]), 100, torch.Generator().manual_seed(seed))
+        p, r = random_position_gaps(
+            [9, 5, 9], [9, 5], torch.tensor([9]), 100, torch.Generator().manual_seed(seed)
+        )
         assert p[1] == p[0] + 1 and r[1] == r[0] + 1
         seen |= {("prompt", p[2] > p[1] + 1), ("response", r[0] > p[2] + 1)}
     assert {("prompt", True), ("response", True)} <= seen
@@ -80,12 +108,12 @@ def test_gaps_start_at_any_line_of_the_prompt_and_of_the_response():
 
 def test_fresh_examples_never_repeat_and_a_data_set_comes_round():
     task = Task()
-    fresh = complete(SftConfig(batch_size=8), tiny=True)
+    fresh = fill_defaults(SftConfig(batch_size=8), tiny=True)
     drawn = [draw_examples(fresh, task, update) for update in range(5)]
     assert len({p.prompt() for batch in drawn for p, _ in batch}) == 40
     assert drawn[3] == draw_examples(fresh, task, 3)
 
-    fixed = complete(SftConfig(batch_size=8, examples=20, epochs=2), tiny=True)
+    fixed = fill_defaults(SftConfig(batch_size=8, examples=20, epochs=2), tiny=True)
     rounds = [e for update in range(5) for e in draw_examples(fixed, task, update)]
     first, second = rounds[:20], rounds[20:]
     key = lambda e: e[0].prompt() + e[1]  # noqa: E731
@@ -94,21 +122,27 @@ def test_fresh_examples_never_repeat_and_a_data_set_comes_round():
     assert not any(is_validation(p) for p, _ in rounds)
 
 
-@pytest.mark.parametrize("strategy, guesses", [("forward", "inversion"), ("backward", "evaluation")])
+@pytest.mark.parametrize(
+    "strategy, guesses", [("forward", "inversion"), ("backward", "evaluation")]
+)
 def test_one_strategy_guesses_where_it_does_not_fit(strategy, guesses):
     for problem, solution in examples(40, strategy=strategy):
         assert ("guess" in solution) == (problem.kind == guesses)
 
 
 def test_learning_rate():
-    config = complete(SftConfig(lr=1.0e-3, warmup=10), tiny=True)
+    config = fill_defaults(SftConfig(lr=1.0e-3, warmup=10), tiny=True)
     rates = [learning_rate(config, u, 100) for u in range(100)]
-    assert rates[0] == pytest.approx(1e-4, rel=1e-3) and 9e-4 < max(rates) <= 1e-3 and 0 < rates[99] < 1e-6
+    assert (
+        rates[0] == pytest.approx(1e-4, rel=1e-3)
+        and 9e-4 < max(rates) <= 1e-3
+        and 0 < rates[99] < 1e-6
+    )
     assert rates.index(max(rates)) in (9, 10) and all(math.isfinite(r) for r in rates)
 
 
 def test_paper_defaults_for_a_pretrained_model():
-    config = complete(SftConfig(model="somewhere"), tiny=False)
+    config = fill_defaults(SftConfig(model="somewhere"), tiny=False)
     assert (config.examples, config.epochs, config.batch_size, config.lr) == (2048, 20, 16, 2e-4)
     assert config.updates is None and config.position_gap == 0
 
@@ -127,11 +161,16 @@ def test_resume_is_exact(tmp_path):
     """Four updates equal two, a stop, and two more: to the last bit, in weights and log."""
     main(SftConfig(out=str(tmp_path / "whole"), **TINY_RUN), ONE)
     main(SftConfig(out=str(tmp_path / "parts"), save_every=2, **TINY_RUN), ONE)
-    for path in (tmp_path / "parts" / "step-4").iterdir():  # as if it had been killed after the second update
+    for path in (
+        tmp_path / "parts" / "step-4"
+    ).iterdir():  # as if it had been killed after the second update
         path.unlink()
     (tmp_path / "parts" / "step-4").rmdir()
     main(SftConfig(out=str(tmp_path / "parts"), resume=True, **TINY_RUN), ONE)
     whole, parts = (load_model(tmp_path / name / "step-4")[0] for name in ("whole", "parts"))
     assert same_weights(whole, parts)
-    rows = [[(r["update"], r["loss"]) for r in read_log(tmp_path / n / "metrics.jsonl")] for n in ("whole", "parts")]
+    rows = [
+        [(r["update"], r["loss"]) for r in read_log(tmp_path / n / "metrics.jsonl")]
+        for n in ("whole", "parts")
+    ]
     assert rows[0] == rows[1] and [update for update, _ in rows[0]] == [1, 2, 3, 4]

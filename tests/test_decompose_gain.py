@@ -5,28 +5,29 @@ import random
 import numpy as np
 import pytest
 
-from data.finite_field import BACKWARD, EVALUATION, FITTING, FORWARD, INVERSION
-from eval import compare
-from split import CAUSES, explain
+from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION, MATCHING_STRATEGY
+from eval import CAUSES, compare, decompose_gain
 from strategies import ARITHMETIC, GUESS, NO_ANSWER, NONE, SKIPPED, Response
 
 OTHER = {FORWARD: BACKWARD, BACKWARD: FORWARD}
 
 
-def sample(fit_share, fit_accuracy, other_accuracy=1 / 11, cause=ARITHMETIC, n=600, samples=4, seed=0):
-    """Responses of a policy that takes the fitting strategy with a given chance and succeeds with another.
+def sample(
+    match_rate, fit_accuracy, other_accuracy=1 / 11, cause=ARITHMETIC, n=600, samples=4, seed=0
+):
+    """Responses of a policy that takes the matching strategy with a given chance and succeeds with another.
 
-    Problems differ: on half of them the fitting strategy is taken a fifth less often, on the others more.
+    Problems differ: on half of them the matching strategy is taken a fifth less often, on the others more.
     """
     rng, judged = random.Random(seed), []
     for i in range(n):
         kind, steps = (EVALUATION, INVERSION)[i % 2], 6 + i % 4
-        share = fit_share if fit_share in (0, 1) else fit_share * (0.8 if i % 3 else 1.4)
+        share = match_rate if match_rate in (0, 1) else match_rate * (0.8 if i % 3 else 1.4)
         group = []
         for _ in range(samples):
             fits = rng.random() < share
             right = rng.random() < (fit_accuracy if fits else other_accuracy)
-            strategy = FITTING[kind] if fits else OTHER[FITTING[kind]]
+            strategy = MATCHING_STRATEGY[kind] if fits else OTHER[MATCHING_STRATEGY[kind]]
             error = None if right else cause if fits else GUESS
             group.append(Response(kind, steps, strategy, fits, right, error, True))
         judged.append(group)
@@ -34,31 +35,42 @@ def sample(fit_share, fit_accuracy, other_accuracy=1 / 11, cause=ARITHMETIC, n=6
 
 
 def near(figure, truth, slack=0.035):
-    return abs(figure["mean"] - truth) < slack and figure["ci95"][0] - slack / 2 < truth < figure["ci95"][1] + slack / 2
+    return (
+        abs(figure["mean"] - truth) < slack
+        and figure["ci95"][0] - slack / 2 < truth < figure["ci95"][1] + slack / 2
+    )
 
 
 def gain(before, after):
-    return np.mean([r.correct for g in after for r in g]) - np.mean([r.correct for g in before for r in g])
+    return np.mean([r.correct for g in after for r in g]) - np.mean(
+        [r.correct for g in before for r in g]
+    )
 
 
 def test_pure_selection():
-    reasons = explain(sample(0.5, 0.8), sample(1.0, 0.8, seed=1))["overall"]
+    reasons = decompose_gain(sample(0.5, 0.8), sample(1.0, 0.8, seed=1))["overall"]
     assert near(reasons["selection"], 0.5 * (0.8 - 1 / 11)) and near(reasons["improvement"], 0)
 
 
 def test_pure_improvement():
-    reasons = explain(sample(0.5, 0.4), sample(0.5, 0.9, seed=1))["overall"]
+    reasons = decompose_gain(sample(0.5, 0.4), sample(0.5, 0.9, seed=1))["overall"]
     assert near(reasons["selection"], 0) and near(reasons["improvement"], 0.5 * 0.5)
-    assert near(reasons["arithmetic"], 0.25) and near(reasons["procedure"], 0) and near(reasons["guess"], 0)
+    assert (
+        near(reasons["arithmetic"], 0.25)
+        and near(reasons["procedure"], 0)
+        and near(reasons["guess"], 0)
+    )
 
 
 def test_both():
-    reasons = explain(sample(0.5, 0.6), sample(1.0, 1.0, seed=1))["overall"]
-    assert near(reasons["selection"], 0.5 * (0.8 - 1 / 11)) and near(reasons["improvement"], 0.75 * 0.4)
+    reasons = decompose_gain(sample(0.5, 0.6), sample(1.0, 1.0, seed=1))["overall"]
+    assert near(reasons["selection"], 0.5 * (0.8 - 1 / 11)) and near(
+        reasons["improvement"], 0.75 * 0.4
+    )
 
 
 def test_neither():
-    reasons = explain(sample(0.5, 0.6), sample(0.5, 0.6, seed=1))["overall"]
+    reasons = decompose_gain(sample(0.5, 0.6), sample(0.5, 0.6, seed=1))["overall"]
     for name in ("selection", "improvement", *CAUSES):
         low, high = reasons[name]["ci95"]
         assert low - 0.01 <= 0 <= high + 0.01
@@ -82,7 +94,11 @@ def test_means_and_intervals_over_many_draws(before, after, samples, coverage):
         "improvement": (share + share_after) / 2 * (skill_after - skill),
     }
     draws = [
-        explain(sample(*before, n=80, samples=samples, seed=i), sample(*after, n=80, samples=samples, seed=-i), 100)
+        decompose_gain(
+            sample(*before, n=80, samples=samples, seed=i),
+            sample(*after, n=80, samples=samples, seed=-i),
+            100,
+        )
         for i in range(1, 41)
     ]
     for name, true in truth.items():
@@ -98,14 +114,21 @@ def test_problems_on_which_strategies_fare_differently():
 
     def group(i, fit):
         right = 8 if i % 2 else 4  # of 8 fitting responses
-        fitting = [Response(EVALUATION, 6, FORWARD, True, j % 8 < right, None, True) for j in range(fit)]
-        return fitting + [Response(EVALUATION, 6, BACKWARD, False, False, GUESS, True) for _ in range(48 - fit)]
+        fitting = [
+            Response(EVALUATION, 6, FORWARD, True, j % 8 < right, None, True) for j in range(fit)
+        ]
+        return fitting + [
+            Response(EVALUATION, 6, BACKWARD, False, False, GUESS, True) for _ in range(48 - fit)
+        ]
 
     before = [group(i, 40 if i % 2 else 8) for i in range(40)]
     after = [group(i, 40) for i in range(40)]
-    overall = explain(before, after)["overall"]
+    overall = decompose_gain(before, after)["overall"]
     assert overall["improvement"]["mean"] == pytest.approx(0)
-    assert overall["selection"]["mean"] == pytest.approx(gain(before, after)) and gain(before, after) > 0.1
+    assert (
+        overall["selection"]["mean"] == pytest.approx(gain(before, after))
+        and gain(before, after) > 0.1
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -121,13 +144,18 @@ def test_the_parts_add_up_exactly(seed):
                 strategy = rng.choice(used)
                 right = rng.random() < 0.5
                 error = None if right else rng.choice((GUESS, ARITHMETIC, SKIPPED, NO_ANSWER))
-                responses.append(Response(kind, steps, strategy, strategy == FORWARD, right, error, True))
+                responses.append(
+                    Response(kind, steps, strategy, strategy == FORWARD, right, error, True)
+                )
             group.append(responses)
         return group
 
     before, after = anything((FORWARD, NONE)), anything((FORWARD, BACKWARD))
-    after = [[Response(b[0].kind, b[0].steps, *list(vars(r).values())[2:]) for r in a] for a, b in zip(after, before)]
-    reasons, differences = explain(before, after, 20), compare(before, after)
+    after = [
+        [Response(b[0].kind, b[0].steps, *list(vars(r).values())[2:]) for r in a]
+        for a, b in zip(after, before)
+    ]
+    reasons, differences = decompose_gain(before, after, 20), compare(before, after)
     pairs = [(reasons["overall"], differences["overall"])]
     for key in ("by_type", "by_steps"):
         assert reasons[key].keys() == differences[key].keys()
@@ -137,12 +165,14 @@ def test_the_parts_add_up_exactly(seed):
         assert mean["gain"] == pytest.approx(difference["pass@1"])
         assert mean["selection"] + mean["improvement"] == pytest.approx(mean["gain"])
         assert sum(mean[cause] for cause in CAUSES) == pytest.approx(mean["improvement"])
-        assert all(parts[name]["ci95"][0] <= parts[name]["ci95"][1] for name in parts if name != "gain")
+        assert all(
+            parts[name]["ci95"][0] <= parts[name]["ci95"][1] for name in parts if name != "gain"
+        )
 
 
 def test_a_strategy_that_one_side_never_takes_counts_as_selection():
     before, after = sample(0.0, 1.0), sample(1.0, 0.9, seed=1)
-    overall = explain(before, after)["overall"]
+    overall = decompose_gain(before, after)["overall"]
     assert overall["improvement"]["mean"] == pytest.approx(0)
     assert overall["selection"]["mean"] == pytest.approx(gain(before, after))
 
@@ -150,14 +180,21 @@ def test_a_strategy_that_one_side_never_takes_counts_as_selection():
 def test_what_fails_by_its_guess_fails_by_nothing_else():
     """The strategy that does not fit slips less often than before, which is no help: it still guesses wrong."""
     before, after = sample(0.0, 1.0, 0.0, n=40), sample(0.0, 1.0, 0.0, n=40, seed=1)
-    overall = explain(before, after)["overall"]
+    overall = decompose_gain(before, after)["overall"]
     assert all(overall[name]["mean"] == 0 for name in ("gain", "improvement", *CAUSES))
 
 
 def test_groups_and_causes():
     before, after = sample(0.5, 0.6, cause=SKIPPED), sample(1.0, 1.0, seed=1)
-    reasons = explain(before, after)
-    assert set(reasons["by_type"]) == {EVALUATION, INVERSION} and list(reasons["by_steps"]) == ["6", "7", "8", "9"]
+    reasons = decompose_gain(before, after)
+    assert set(reasons["by_type"]) == {EVALUATION, INVERSION} and list(reasons["by_steps"]) == [
+        "6",
+        "7",
+        "8",
+        "9",
+    ]
     mean = np.mean([reasons["by_steps"][n]["selection"]["mean"] for n in reasons["by_steps"]])
     assert mean == pytest.approx(reasons["overall"]["selection"]["mean"])
-    assert near(reasons["overall"]["procedure"], 0.3) and reasons["overall"]["arithmetic"]["mean"] == pytest.approx(0)
+    assert near(reasons["overall"]["procedure"], 0.3) and reasons["overall"]["arithmetic"][
+        "mean"
+    ] == pytest.approx(0)

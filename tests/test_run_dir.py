@@ -10,17 +10,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refusal, same_weights, small_model
+from conftest import refusal, same_weights, small_model, word_tokenizer
 
 import train_sft
-from checkpoint import load_model
-from run_folder import Log, checkpoints, fault, find_checkpoint, newest_checkpoint, open_run, read_log, save_checkpoint
-from runtime import World
-from tokenizer import word_tokenizer
+from lib.checkpoint import load_model
+from lib.distributed import World
+from lib.run_dir import (
+    Log,
+    checkpoints,
+    find_checkpoint,
+    newest_checkpoint,
+    open_run,
+    read_log,
+    save_checkpoint,
+    verify_manifest,
+)
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_sft.__file__).parent
-SHORT = {"field": 3, "steps": "1-2", "updates": 6, "batch_size": 4, "warmup": 0, "save_every": 2, "precision": "fp32"}
+SHORT = {
+    "field": 3,
+    "steps": "1-2",
+    "updates": 6,
+    "batch_size": 4,
+    "warmup": 0,
+    "save_every": 2,
+    "precision": "fp32",
+}
 
 
 def sft(out: Path, **flags) -> Path:
@@ -59,28 +75,38 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "training.json", "config.json"])
-def test_a_damaged_checkpoint_is_passed_over_and_its_updates_are_done_again(how, name, run, finished, capsys):
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "training_state.pt", "training.json", "config.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over_and_its_updates_are_done_again(
+    how, name, run, finished, capsys
+):
     DAMAGE[how](run / "step-6" / name)
     assert newest_checkpoint(run) == run / "step-4"
     line = capsys.readouterr().err
     assert "step-6 is broken" in line and name in line and len(line.splitlines()) == 1
-    assert "broken" in refusal(lambda: find_checkpoint(str(run / "step-6")), capsys), "by its own name it is refused"
+    assert "broken" in refusal(lambda: find_checkpoint(str(run / "step-6")), capsys), (
+        "by its own name it is refused"
+    )
     if name == "model.safetensors":
         sft(run, resume=True)
         assert same_weights(*(load_model(folder / "step-6")[0] for folder in (run, finished)))
         logs = [without_times(read_log(folder / "metrics.jsonl")) for folder in (run, finished)]
-        assert logs[0] == logs[1] and fault(run / "step-6") is None
+        assert logs[0] == logs[1] and verify_manifest(run / "step-6") is None
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused(run, capsys):
     for folder in checkpoints(run):
         flip(folder / "model.safetensors")
     assert "no other is there" in refusal(lambda: find_checkpoint(str(run)), capsys)
-    assert "holds a run already" in refusal(lambda: sft(run), capsys), "nor is it begun anew over what there is"
+    assert "holds a run already" in refusal(lambda: sft(run), capsys), (
+        "nor is it begun anew over what there is"
+    )
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"../../secret": "0"}', '{"/etc/passwd": "0"}', '{"config.json": 5}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"../../secret": "0"}', '{"/etc/passwd": "0"}', '{"config.json": 5}']
+)
 def test_a_manifest_that_lies_is_a_damaged_checkpoint(content, run):
     (run / "step-6" / "manifest.json").write_text(content)
     assert newest_checkpoint(run) == run / "step-4"
@@ -147,7 +173,14 @@ def test_a_file_system_without_locks_is_said(run, monkeypatch, capsys):
 
 
 def test_a_start_that_has_changed_is_noticed(tmp_path, pretrained, capsys):
-    flags = {"model": str(pretrained), "updates": 2, "lora": 2, "examples": 8, "save_every": 1, "batch_size": 2}
+    flags = {
+        "model": str(pretrained),
+        "updates": 2,
+        "lora": 2,
+        "examples": 8,
+        "save_every": 1,
+        "batch_size": 2,
+    }
     run = tmp_path / "lora"
     sft(run, **flags)
     shutil.rmtree(run / "step-2")
@@ -163,14 +196,20 @@ def test_damaged_checkpoints_do_not_push_out_sound_ones(run, monkeypatch):
     monkeypatch.setattr(train_sft, "tqdm", Interrupted(5))
     with pytest.raises(SystemExit):
         sft(run, resume=True, keep=1)
-    assert [p.name for p in checkpoints(run)] == ["step-5"] and newest_checkpoint(run) == run / "step-5"
+    assert [p.name for p in checkpoints(run)] == ["step-5"] and newest_checkpoint(
+        run
+    ) == run / "step-5"
 
 
-@pytest.mark.parametrize("what", ["a log that was replaced", "a log that is gone", "a newer checkpoint"])
+@pytest.mark.parametrize(
+    "what", ["a log that was replaced", "a log that is gone", "a newer checkpoint"]
+)
 def test_a_log_in_whose_place_something_has_happened(what, run, capsys):
     (run / "metrics.jsonl").rename(run / "other")
     if what == "a log that is gone":
-        assert "gone" in refusal(lambda: Log(run, 6), capsys) and not (run / "metrics.jsonl").exists()
+        assert (
+            "gone" in refusal(lambda: Log(run, 6), capsys) and not (run / "metrics.jsonl").exists()
+        )
         return
     shutil.copy(run / "other", run / "metrics.jsonl")
     if what == "a newer checkpoint":
@@ -185,15 +224,19 @@ def test_a_log_in_whose_place_something_has_happened(what, run, capsys):
 def test_processes_have_to_see_the_same_checkpoint(run, capsys, monkeypatch):
     two = World(0, 2, torch.device("cpu"))
     monkeypatch.setattr(World, "gather", lambda self, rows: [*rows, 4])
-    config = train_sft.complete(train_sft.SftConfig(out=str(run), resume=True, **SHORT), True)
+    config = train_sft.fill_defaults(train_sft.SftConfig(out=str(run), resume=True, **SHORT), True)
     line = refusal(lambda: open_run(run, run / "step-6", config, "sft", two), capsys)
     assert "different checkpoints" in line
 
 
 def start_sft(out: Path, *flags: str, **options) -> subprocess.Popen:
-    told = [f"--{name.replace('_', '-')}={value}" for name, value in (SHORT | {"updates": 5000}).items()]
+    told = [
+        f"--{name.replace('_', '-')}={value}" for name, value in (SHORT | {"updates": 5000}).items()
+    ]
     command = [sys.executable, str(HERE / "train_sft.py"), f"--out={out}", *told, *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_ctrl_c_ends_the_reader_of_a_pipe_too(tmp_path):
@@ -269,18 +312,34 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_where_a_checkpoint_cannot_be_written_none_is_lost(run, tmp_path):
     shutil.rmtree(run / "step-6")
     told = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
-    command = [sys.executable, "-c", LIMITED, str(HERE / "train_sft.py"), f"--out={run}", "--resume", *told]
+    command = [
+        sys.executable,
+        "-c",
+        LIMITED,
+        str(HERE / "train_sft.py"),
+        f"--out={run}",
+        "--resume",
+        *told,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     (line,) = [line for line in done.stderr.splitlines() if "cannot write the checkpoint" in line]
     assert done.returncode == 2 and "MB are free" in line, done.stderr
     assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "step-2", "step-4"]
-    assert fault(run / "step-4") is None
+    assert verify_manifest(run / "step-4") is None
 
 
-WRITERS = ["run_folder.save_file", "torch.save", "run_folder.write_json", "run_folder.sha256", "run_folder.sync"]
+WRITERS = [
+    "lib.run_dir.save_file",
+    "torch.save",
+    "lib.run_dir.write_json",
+    "lib.run_dir.sha256",
+    "lib.run_dir.fsync",
+]
 
 
-@pytest.mark.parametrize("writer", [*WRITERS, "transformers.PreTrainedTokenizerFast.save_pretrained"])
+@pytest.mark.parametrize(
+    "writer", [*WRITERS, "transformers.PreTrainedTokenizerFast.save_pretrained"]
+)
 def test_a_full_disk_is_one_line_whoever_meets_it(writer, run, monkeypatch, capsys):
     def full(*_, **__):
         raise Exception("No space left on device")  # as `tokenizers` does
@@ -302,7 +361,7 @@ def test_old_checkpoints_make_room(tmp_path):
     """Only once the new one is there, and only those of the run."""
     model, tokenizer, run = small_model(), word_tokenizer(11), tmp_path / "run"
     optimizer = torch.optim.AdamW(model.parameters())
-    (run / "step-notes").mkdir(parents=True)
+    (run / "step-notes").mkdir(prompt_index=True)
     for update in (9, 10, 11):
         save_checkpoint(run, update, model, tokenizer, optimizer, {"keep": 2})
     assert sorted(p.name for p in run.iterdir()) == ["step-10", "step-11", "step-notes"]

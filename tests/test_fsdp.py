@@ -1,4 +1,4 @@
-"""--shard on gloo processes: what FSDP splits trains as what is whole does, and its checkpoints are the same."""
+"""--fsdp on gloo processes: what FSDP splits trains as what is whole does, and its checkpoints are the same."""
 
 import os
 import shutil
@@ -9,52 +9,96 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import make_pretrained, refusal
+from conftest import make_pretrained, refusal, score_groups
 from torch.distributed.tensor import DTensor
 
-import plot
 import train_grpo
 import train_sft
-from checkpoint import load_model
-from eval import judge_groups
-from run_folder import read_log
-from runtime import World, start
+from lib.checkpoint import load_model
+from lib.distributed import World, init_distributed
+from lib.run_dir import read_log
 
 ONE = World(0, 1, torch.device("cpu"))
-SFT = {"field": 3, "steps": "1-2", "updates": 3, "batch_size": 7, "warmup": 0, "position_gap": 9, "save_every": 2}
-GRPO = {"field": 3, "steps": "1-2", "updates": 3, "prompts": 6, "group": 4, "eval_problems": 4, "lr": 1e-3}
-GRPO |= {"beta": 0.05, "micro_tokens": 60, "save_every": 2, "temperature": 1.0}  # the processes differ in passes
-PRETRAINED = {"lora": 0, "examples": 0, "precision": "bf16", "recompute": True, "no_chat_template": True, "keep": 0}
+SFT = {
+    "field": 3,
+    "steps": "1-2",
+    "updates": 3,
+    "batch_size": 7,
+    "warmup": 0,
+    "position_gap": 9,
+    "save_every": 2,
+}
+GRPO = {
+    "field": 3,
+    "steps": "1-2",
+    "updates": 3,
+    "prompts_per_update": 6,
+    "group_size": 4,
+    "eval_problems": 4,
+    "lr": 1e-3,
+}
+GRPO |= {
+    "beta": 0.05,
+    "micro_batch_tokens": 60,
+    "save_every": 2,
+    "temperature": 1.0,
+}  # the processes differ in passes
+PRETRAINED = {
+    "lora": 0,
+    "examples": 0,
+    "precision": "bf16",
+    "gradient_checkpointing": True,
+    "no_chat_template": True,
+    "keep": 0,
+}
 
 
 def judge_by_text(problems, texts, stopped):
     """Rewards that a random model gets: right is what happens to have a certain checksum."""
     right = iter([zlib.crc32(text.encode()) % 3 == 0 for text in texts])
-    return [[replace(r, correct=next(right)) for r in group] for group in judge_groups(problems, texts, stopped)]
+    return [
+        [replace(r, correct=next(right)) for r in group]
+        for group in score_groups(problems, texts, stopped)
+    ]
 
 
 def train(folder: Path, world: World, shard: bool, resume: bool = False) -> None:
-    train_grpo.judge_groups, plot.save = judge_by_text, lambda *_: None
-    given = {"precision": "fp32", "shard": shard, "resume": resume}
+    train_grpo.score_groups, plot.save = judge_by_text, lambda *_: None
+    given = {"precision": "fp32", "fsdp": shard, "resume": resume}
     train_sft.main(train_sft.SftConfig(out=str(folder / "sft"), **SFT, **given), world)
     init = folder.parent / "start" / "step-2"
-    train_grpo.main(train_grpo.GrpoConfig(init=str(init), out=str(folder / "rl"), **GRPO, **given), world)
+    train_grpo.main(
+        train_grpo.GrpoConfig(init=str(init), out=str(folder / "rl"), **GRPO, **given), world
+    )
 
 
 def _process(rank: int, size: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = start()
-    train(folder / "sharded", world, shard=True)
+    world = init_distributed()
+    train(folder / "sharded", world, fsdp=True)
     init, out = str(folder / "pretrained"), str(folder / "bf16")
-    train_grpo.main(train_grpo.GrpoConfig(init=init, out=out, shard=True, **(GRPO | PRETRAINED)), world)
+    train_grpo.main(
+        train_grpo.GrpoConfig(init=init, out=out, fsdp=True, **(GRPO | PRETRAINED)), world
+    )
 
 
 def log(folder: Path) -> list[dict]:
     """The figures of a run that do not depend on the machine."""
-    kept = ("update", "loss", "reward", "gradient_norm", "kl", "entropy", "ratio", "accuracy/evaluation")
-    return [{key: row[key] for key in kept if key in row} for row in read_log(folder / "metrics.jsonl")]
+    kept = (
+        "update",
+        "loss",
+        "reward",
+        "grad_norm",
+        "kl",
+        "entropy",
+        "ratio",
+        "accuracy/evaluation",
+    )
+    return [
+        {key: row[key] for key in kept if key in row} for row in read_log(folder / "metrics.jsonl")
+    ]
 
 
 def close(ours: list[dict], theirs: list[dict]) -> bool:
@@ -64,11 +108,14 @@ def close(ours: list[dict], theirs: list[dict]) -> bool:
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monkeypatch, undrawn):
     """The curve, the weights and the optimizer; and a sharded run goes on unsharded, on another number of processes."""
-    monkeypatch.setattr(train_grpo, "judge_groups", judge_groups)  # to be put back after `train`
+    monkeypatch.setattr(train_grpo, "score_groups", score_groups)  # to be put back after `train`
     make_pretrained(tmp_path / "pretrained", "qwen3")
-    train_sft.main(train_sft.SftConfig(out=str(tmp_path / "start"), **(SFT | {"updates": 2, "save_every": 1})), ONE)
+    train_sft.main(
+        train_sft.SftConfig(out=str(tmp_path / "start"), **(SFT | {"updates": 2, "save_every": 1})),
+        ONE,
+    )
     mp.start_processes(_process, (size, free_port, tmp_path), nprocs=size, start_method="spawn")
-    train(tmp_path / "whole", ONE, shard=False)
+    train(tmp_path / "whole", ONE, fsdp=False)
     for stage in ("sft", "rl"):
         assert close(log(tmp_path / "sharded" / stage), log(tmp_path / "whole" / stage)), stage
         last = [tmp_path / name / stage / "step-3" for name in ("sharded", "whole")]
@@ -79,11 +126,15 @@ def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monke
         assert ours.keys() == theirs.keys()
         for i in ours:
             assert not isinstance(ours[i]["exp_avg"], DTensor)
-            torch.testing.assert_close(ours[i]["exp_avg"], theirs[i]["exp_avg"], rtol=1e-2, atol=1e-5)
-    assert all(row["gradient_norm"] > 0 for row in log(tmp_path / "whole" / "rl")), "the test needs gradients"
+            torch.testing.assert_close(
+                ours[i]["exp_avg"], theirs[i]["exp_avg"], rtol=1e-2, atol=1e-5
+            )
+    assert all(row["grad_norm"] > 0 for row in log(tmp_path / "whole" / "rl")), (
+        "the test needs gradients"
+    )
     for stage in ("sft", "rl"):
         shutil.rmtree(tmp_path / "sharded" / stage / "step-3")
-    train(tmp_path / "sharded", ONE, shard=False, resume=True)
+    train(tmp_path / "sharded", ONE, fsdp=False, resume=True)
     for stage in ("sft", "rl"):
         assert close(log(tmp_path / "sharded" / stage), log(tmp_path / "whole" / stage)), stage
     init, out = str(tmp_path / "pretrained"), str(tmp_path / "bf16 whole")
@@ -94,7 +145,9 @@ def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monke
 
 def test_sharding_is_refused_where_it_makes_no_sense(tmp_path, monkeypatch, capsys, pretrained):
     monkeypatch.chdir(tmp_path)
-    assert "--shard needs several" in refusal(lambda: train_sft.main(train_sft.SftConfig(shard=True), ONE), capsys)
-    config = train_grpo.GrpoConfig(init=str(pretrained), shard=True)
+    assert "--fsdp needs several" in refusal(
+        lambda: train_sft.main(train_sft.SftConfig(fsdp=True), ONE), capsys
+    )
+    config = train_grpo.GrpoConfig(init=str(pretrained), fsdp=True)
     two = World(0, 2, torch.device("cpu"))
     assert "--lora 0" in refusal(lambda: train_grpo.main(config, two), capsys)

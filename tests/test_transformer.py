@@ -8,20 +8,20 @@ from conftest import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from checkpoint import hf_config, load_model
-from model import ModelConfig, RopeScaling, Transformer, init_weights, plain_weights, refresh, split_heads, working_copy
-from packed import (
-    pack,
-    pack_prompts,
-    packed_attention,
-    pad,
-    padded_attention,
-    response_log_probs,
-    torch_varlen,
-    varlen_attention,
+from lib.attention import packed_attention, padded_attention, torch_varlen, varlen_attention
+from lib.checkpoint import hf_config, load_model
+from lib.packing import pack, pack_prompts, pad, response_logps
+from lib.policy import make_policy, sync_weights
+from lib.run_dir import save_checkpoint
+from lib.transformer import (
+    ModelConfig,
+    RopeScaling,
+    Transformer,
+    hf_weights,
+    init_weights,
+    split_heads,
 )
-from rollout import Batch, Sampler
-from run_folder import save_checkpoint
+from rollout import DecodeBatch, Sampler
 
 SHAPES = {
     "grouped keys": {"num_key_value_heads": 2},
@@ -31,7 +31,11 @@ SHAPES = {
     "theta 1e4": {"rope_theta": 1e4},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "llama": {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1},
-    "llama 3.1": {"model_type": "llama", "rope_theta": 1e3, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)},
+    "llama 3.1": {
+        "model_type": "llama",
+        "rope_theta": 1e3,
+        "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32),
+    },
 }
 
 
@@ -39,8 +43,11 @@ def twin(model, tokenizer) -> PreTrainedModel:
     """transformers' model with the same weights."""
     config = AutoConfig.for_model(**hf_config(model.config, tokenizer))
     reference = AutoModelForCausalLM.from_config(config).float().eval()
-    missing, unexpected = reference.load_state_dict(dict(plain_weights(model)), strict=False)
-    assert set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set()) and not unexpected
+    missing, unexpected = reference.load_state_dict(dict(hf_weights(model)), strict=False)
+    assert (
+        set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+        and not unexpected
+    )
     return reference
 
 
@@ -72,17 +79,17 @@ def test_prefill_and_decode_equal_transformers(shape, tokenizer):
     reference = twin(model, tokenizer)
     prompts = random_rows(model.config.vocab_size, [5, 1, 9])
     responses = random_rows(model.config.vocab_size, [6] * 6, seed=2)
-    batch = Batch(Sampler(model, [], 2, 6), 3, 9)
+    batch = DecodeBatch(Sampler(model, [], 2, 6), 3, 9)
     batch.P, seen = 3, []
-    batch.draw = lambda hidden: seen.append(model.logits(hidden))
-    batch.draw(batch.prefill(prompts).repeat_interleave(2, 0))
+    batch.write_token = lambda hidden: seen.append(model.logits(hidden))
+    batch.write_token(batch.prefill(*pad(prompts)).repeat_interleave(2, 0))
     for t in range(5):
-        batch.tokens[: len(responses)] = torch.tensor([r[t] for r in responses])
-        batch.t.fill_(t)
-        batch.read(t)
+        batch.last_tokens[: len(responses)] = torch.tensor([r[t] for r in responses])
+        batch.cache.t.fill_(t)
+        batch.decode_step(t)
         if t == 2:  # the second group leaves
-            batch.running[:] = torch.tensor([1, 1, 0, 0, 1, 1])
-            assert batch.shrink() and batch.P == 2
+            batch.active[:] = torch.tensor([1, 1, 0, 0, 1, 1])
+            assert batch.drop_finished(t) and batch.P == 2
             responses = [r for i, r in enumerate(responses) if i not in (2, 3)]
             prompts = [prompts[0], prompts[2]]
             seen = [s[[0, 1, 4, 5]] for s in seen]
@@ -109,12 +116,15 @@ def test_saved_checkpoint_loads_in_transformers_and_here(shape, tmp_path, tokeni
     assert reference.generation_config.eos_token_id == tokenizer.stops
 
 
-def one_by_one(model, reference, prompts, responses, parents, temperature):
+def one_by_one(model, reference, prompts, responses, prompt_index, temperature):
     """Log-probs of the responses from whole sequences, by transformers."""
     values = []
-    for response, parent in zip(responses, parents):
+    for response, parent in zip(responses, prompt_index):
         prompt = prompts[parent]
-        logits = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        logits = (
+            reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            / temperature
+        )
         values.append(logits.log_softmax(-1)[range(len(response)), response])
     return torch.cat(values)
 
@@ -127,11 +137,11 @@ def test_response_log_probs_equal_transformers(shape, tokenizer, temperature):
     reference = twin(model, tokenizer)
     prompts = random_rows(model.config.vocab_size, [4, 9, 1])
     responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
-    parents = [0, 0, 2, 1, 2]
-    batch = pack(*pad(prompts), *pad(responses), torch.tensor(parents))
+    prompt_index = [0, 0, 2, 1, 2]
+    batch = pack(*pad(prompts), *pad(responses), torch.tensor(prompt_index))
     chunk = 4 * model.config.vocab_size
-    log_probs, entropy = response_log_probs(model, batch, temperature, entropy=True, largest=chunk)
-    expected = one_by_one(model, reference, prompts, responses, parents, temperature)
+    log_probs, entropy = response_logps(model, batch, temperature, entropy=True, max_logits=chunk)
+    expected = one_by_one(model, reference, prompts, responses, prompt_index, temperature)
     torch.testing.assert_close(log_probs, expected, atol=2e-5, rtol=0)
     assert entropy.shape == log_probs.shape and not entropy.requires_grad
 
@@ -142,7 +152,7 @@ def test_response_log_probs_equal_transformers(shape, tokenizer, temperature):
     for weight, of in zip(gradient.parameters(), model.parameters()):
         weight.data = of.grad
     theirs = {name: weight.grad for name, weight in reference.named_parameters()}
-    torch.testing.assert_close(dict(plain_weights(gradient)), theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dict(hf_weights(gradient)), theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
@@ -151,7 +161,7 @@ def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
     for chunk in (1, 3, 100):
         model.zero_grad()
         largest = chunk * model.config.vocab_size
-        log_probs, entropy = response_log_probs(model, batch, entropy=True, largest=largest)
+        log_probs, entropy = response_logps(model, batch, entropy=True, max_logits=largest)
         log_probs.sum().backward()
         results.append((log_probs.detach(), entropy, model.lm_head.weight.grad.clone()))
     for other in results[1:]:
@@ -171,7 +181,9 @@ def test_logits_are_never_all_there():
             return out
 
     def keep(x):
-        kept[size] = kept.get(size, 0) + x.numel() * (x.shape != (size, 32))  # the weights themselves do not count
+        kept[size] = kept.get(size, 0) + x.numel() * (
+            x.shape != (size, 32)
+        )  # the weights themselves do not count
         return x
 
     batch = pack(*pad([[3, 4, 5]] * 4), *pad([[6] * 50] * 16), torch.arange(16) % 4)
@@ -179,18 +191,20 @@ def test_logits_are_never_all_there():
         model = Transformer(ModelConfig(size, 32, 48, 1))
         with Largest():
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                log_probs, _ = response_log_probs(model, batch, entropy=True, largest=20 * size)
+                log_probs, _ = response_logps(model, batch, entropy=True, max_logits=20 * size)
             log_probs.sum().backward()
     assert kept[100] == kept[10_000] > 0
-    assert largest[10_000] <= 32 * 10_000, "no tensor is larger than the embedding or a chunk, 20 x vocabulary"
+    assert largest[10_000] <= 32 * 10_000, (
+        "no tensor is larger than the embedding or a chunk, 20 x vocabulary"
+    )
 
 
 def test_recomputed_activations_leave_the_gradient_as_it_is(model):
     batch = pack(*pad([[3, 4, 5], [4]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 1]))
     gradients = []
-    for model.recompute in (False, True):
+    for model.gradient_checkpointing in (False, True):
         model.zero_grad()
-        response_log_probs(model, batch)[0].sum().backward()
+        response_logps(model, batch)[0].sum().backward()
         gradients.append([w.grad.clone() for w in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
@@ -198,17 +212,20 @@ def test_recomputed_activations_leave_the_gradient_as_it_is(model):
 
 def test_a_working_copy_in_bf16(model):
     """It follows the fp32 weights when refreshed, and its log-probs theirs to the precision of bf16."""
-    copy = working_copy(model, "bf16")
+    copy = make_policy(model, "bf16")
     assert copy.dtype == torch.bfloat16 and model.dtype == torch.float32
-    assert copy.lm_head.weight is copy.model.embed_tokens.weight and copy.model.norm.weight.dtype == torch.float32
+    assert (
+        copy.lm_head.weight is copy.model.embed_tokens.weight
+        and copy.model.norm.weight.dtype == torch.float32
+    )
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    refresh(copy, model)
+    sync_weights(copy, model)
     batch = pack(*pad([[3, 4, 5], [4]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 1]))
-    exact, rounded = (response_log_probs(m, batch)[0] for m in (model, copy))
+    exact, rounded = (response_logps(m, batch)[0] for m in (model, copy))
     assert 0 < (exact - rounded).abs().max() < 0.1
-    assert working_copy(model, "fp32") is model
+    assert make_policy(model, "fp32") is model
 
 
 @pytest.mark.parametrize("which", ["flash-attn's", "PyTorch's"])
@@ -222,16 +239,22 @@ def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
         assert starts_q[-1] == len(q) and starts_k[-1] == len(k) == len(v)
         for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]):
             assert b - a <= longest_q and d - c <= longest_k
-            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(int((d - c) - (b - a)))  # aligned to the end
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(
+                int((d - c) - (b - a))
+            )  # aligned to the end
             heads = (x.transpose(0, 1)[None].float() for x in (q[a:b], k[c:d], v[c:d]))
             one = torch.nn.functional.scaled_dot_product_attention(*heads, mask, enable_gqa=True)
             out[a:b] = one[0].transpose(0, 1)
         return out
 
     torchs_options = torch_varlen()[1]
-    assert torchs_options.items() & {("window_size", (-1, 0)), ("is_causal", True)}, "by the release that is installed"
-    monkeypatch.setattr("packed.flash_attn_varlen_func", kernel if which == "flash-attn's" else None)
-    monkeypatch.setattr("packed.torch_varlen", lambda: (kernel, torchs_options))
+    assert torchs_options.items() & {("window_size", (-1, 0)), ("is_causal", True)}, (
+        "by the release that is installed"
+    )
+    monkeypatch.setattr(
+        "lib.attention.flash_attn_varlen_func", kernel if which == "flash-attn's" else None
+    )
+    monkeypatch.setattr("lib.attention.torch_varlen", lambda: (kernel, torchs_options))
     prompts = random_rows(model.config.vocab_size, [4, 9, 1])
     responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
     batch = pack(*pad(prompts), *pad(responses), torch.tensor([0, 0, 2, 1, 2]))
@@ -243,10 +266,10 @@ def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
 
 def test_positions_are_consecutive_unless_given(model):
     prompts, responses = pad([[3, 4], [5]]), pad([[6, 1], [7, 8]])
-    parents = torch.arange(2)
-    assert pack(*prompts, *responses, parents).positions.tolist() == [0, 1, 0, 2, 1]
+    prompt_index = torch.arange(2)
+    assert pack(*prompts, *responses, prompt_index).positions.tolist() == [0, 1, 0, 2, 1]
     given = torch.tensor([[0, 3], [2, 9]]), torch.tensor([[7, 9], [4, 9]])
-    assert pack(*prompts, *responses, parents, given).positions.tolist() == [0, 3, 2, 7, 4]
+    assert pack(*prompts, *responses, prompt_index, given).positions.tolist() == [0, 3, 2, 7, 4]
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-import plot
-from eval import behaviour
-from plot import PANELS, PlotConfig, plot_training, smooth
-from runtime import parse_flags
+from eval import rollout_metrics
+from lib import plots
+from lib.flags import parse_flags
+from lib.plots import PANELS, PlotConfig, plot_training, smooth
 from strategies import Response
 
 
@@ -19,8 +19,14 @@ def log(n: int, kl: bool) -> list[dict]:
     for update in range(1, n + 1):
         kind = ("evaluation", "inversion")[update % 2]
         judged = [[Response(kind, 6, "forward", kind == "evaluation", True, None, True)] * 2]
-        row = {"update": update, "reward": 0.5, "groups_without_signal": 0.1, "entropy": 0.1, "response_length": 9.0}
-        rows.append(row | behaviour(judged) | ({"kl": 0.01} if kl else {}))
+        row = {
+            "update": update,
+            "reward": 0.5,
+            "frac_reward_zero_std": 0.1,
+            "entropy": 0.1,
+            "response_length": 9.0,
+        }
+        rows.append(row | rollout_metrics(judged) | ({"kl": 0.01} if kl else {}))
     return rows
 
 
@@ -34,11 +40,22 @@ def test_bars_of_the_split_are_its_figures_one_on_the_other():
     def part(mean):
         return {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]}
 
-    parts = {"gain": 0.3, "selection": 0.2, "improvement": 0.1, "arithmetic": -0.1, "procedure": 0.15, "guess": 0.05}
+    parts = {
+        "gain": 0.3,
+        "selection": 0.2,
+        "improvement": 0.1,
+        "arithmetic": -0.1,
+        "procedure": 0.15,
+        "guess": 0.05,
+    }
     overall = {name: part(mean) for name, mean in parts.items()}
-    _, (axis,) = plot.new_figure(4, 4, 1, 1)
-    plot.draw_reasons(axis, {"overall": overall, "by_type": {"evaluation": overall}, "by_steps": {}})
-    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in axis.patches]
+    _, (axis,) = plots.new_figure(4, 4, 1, 1)
+    plots.draw_reasons(
+        axis, {"overall": overall, "by_type": {"evaluation": overall}, "by_steps": {}}
+    )
+    bars = [
+        (bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in axis.patches
+    ]
     for x in (0, 1):
         here = [(y, height) for at, y, height in bars if at == pytest.approx(x + 0.2)]
         assert here == [pytest.approx(bar) for bar in ((0, -0.1), (0, 0.15), (0.15, 0.05))]
@@ -59,22 +76,29 @@ def test_one_run_or_many(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, rows in (("a", log(30, True)), ("b", log(3, False))):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     for runs in (["a"], ["a", "b"]):
         monkeypatch.setattr(sys, "argv", ["plot.py", *runs, "--out", "p.png"])
-        plot.main(parse_flags(PlotConfig, "", "runs"))
+        plots.main(parse_flags(PlotConfig, "", "runs"))
         assert (tmp_path / "p.png").stat().st_size > 20_000
     assert "a (30 updates), b (3 updates)" in capsys.readouterr().out
     plot_training({"one": log(1, False)}, tmp_path / "short.png")
 
 
 @pytest.mark.parametrize(
-    "written, says", [(None, "no run folder"), ('{"update": 1}\n', "not the log"), ("", "not the log")]
+    "written, says",
+    [(None, "no run folder"), ('{"update": 1}\n', "not the log"), ("", "not the log")],
 )
 def test_what_is_no_log_is_refused(written, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     if written is not None:
         (tmp_path / "run" / "metrics.jsonl").write_text(written)
     with pytest.raises(SystemExit) as stop:
-        plot.main(PlotConfig([str(tmp_path / "run")], str(tmp_path / "p.png")))
-    assert stop.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "p.png").exists()
+        plots.main(PlotConfig([str(tmp_path / "run")], str(tmp_path / "p.png")))
+    assert (
+        stop.value.code == 2
+        and says in capsys.readouterr().err
+        and not (tmp_path / "p.png").exists()
+    )

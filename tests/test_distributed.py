@@ -8,7 +8,9 @@ from typing import Literal
 import pytest
 import torch
 
-from runtime import World, in_threads, parse_flags, stream, torch_stream
+from lib.distributed import World, in_threads
+from lib.flags import parse_flags
+from lib.rng import rng, torch_rng
 
 
 @dataclass
@@ -34,24 +36,37 @@ def test_flags_have_the_types_and_defaults_of_the_fields(monkeypatch):
 
 
 def test_streams_repeat_by_key_and_differ_between_keys():
-    keys = [(0, "a", 1, 0), (0, "a", 1, 1), (0, "a", 2, 0), (0, "b", 1, 0), (1, "a", 1, 0), (0, "a1", 0)]
-    draws = [stream(*key).random() for key in keys]
-    assert draws == [stream(*key).random() for key in keys] and len(set(draws)) == len(keys)
-    noise = [torch.rand(3, generator=torch_stream(*key)) for key in keys]
-    assert torch.equal(noise[0], torch.rand(3, generator=torch_stream(*keys[0])))
+    keys = [
+        (0, "a", 1, 0),
+        (0, "a", 1, 1),
+        (0, "a", 2, 0),
+        (0, "b", 1, 0),
+        (1, "a", 1, 0),
+        (0, "a1", 0),
+    ]
+    draws = [rng(*key).random() for key in keys]
+    assert draws == [rng(*key).random() for key in keys] and len(set(draws)) == len(keys)
+    noise = [torch.rand(3, generator=torch_rng(*key)) for key in keys]
+    assert torch.equal(noise[0], torch.rand(3, generator=torch_rng(*keys[0])))
     assert not torch.equal(noise[0], noise[1])
 
 
 def test_one_process_sums_to_itself():
     world = World(0, 1, torch.device("cpu"))
-    assert world.leads and world.sum(1, 2.5) == [1, 2.5] and world.gather([1, 2]) == [1, 2]
+    assert (
+        world.is_master
+        and world.all_reduce(1, 2.5) == [1, 2.5]
+        and world.all_gather([1, 2]) == [1, 2]
+    )
 
 
 def test_pieces_of_work_side_by_side(monkeypatch):
     """Results in order, errors not lost, and PyTorch's threads as before in the thread that asked."""
-    monkeypatch.setattr("runtime.n_threads", lambda device: 3)
+    monkeypatch.setattr("lib.distributed.n_threads", lambda device: 3)
     before, cpu = torch.get_num_threads(), torch.device("cpu")
-    names = in_threads(lambda i: (i, threading.current_thread().name, torch.get_num_threads()), range(7), cpu)
+    names = in_threads(
+        lambda i: (i, threading.current_thread().name, torch.get_num_threads()), range(7), cpu
+    )
     assert [i for i, *_ in names] == list(range(7)) and {n for *_, n in names} == {1}
     assert threading.main_thread().name not in {name for _, name, _ in names}
     assert torch.get_num_threads() == before
