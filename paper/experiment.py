@@ -1,27 +1,32 @@
-"""The commands of an experiment, run once and in parallel, and the results that they leave."""
+"""Run an experiment's commands, each once and several side by side, and report their results."""
 
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
 
+from data.finite_field import EVALUATION, INVERSION
 from lib.checkpoint import load_meta
-from lib.flags import read_json, require, user_errors, write_json
-from lib.plots import save
+from lib.flags import flag_name, read_json, require, user_errors, write_json
+from lib.plots import draw_smoothly, new_figure, save
 from lib.run_dir import check_start, newest_checkpoint, read_log
 
-HERE = Path(__file__).parent.parent  # where the scripts lie
-MODELS = {"B": "backward", "F": "forward", "FB": "mixed"}  # what an SFT model was shown
-Claim = tuple[
-    str, str, list[bool]
-]  # what the paper says, what was found, and whether it holds for each seed
+ROOT = Path(__file__).parent.parent  # where the scripts lie
+SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")  # each needs what those before it wrote
+MODELS = {"B": "backward", "F": "forward", "FB": "mixed"}  # strategies in the SFT data
+
+ACCURACIES = ("all", INVERSION, EVALUATION)  # keys of a row's pass@1
+Labels = dict[str, object]  # what tells rows apart, such as {"model": "FB", "stage": "SFT"}
+Series = tuple[str, str, Labels]  # a name, a key of rows (of logs for curves), labels of the rows
 
 
 @dataclass
@@ -30,57 +35,49 @@ class ReproduceConfig:
     scale: Literal["tiny"] = "tiny"  # the model made here from scratch, where no --model is named
     model: str = ""  # a pretrained model's folder or hub name, with the paper's recipe
     seeds: int = 1  # runs of each cell, with seeds 0, 1, ...
-    jobs: int = 0  # commands side by side [0: one a core on the CPU, else one]
-    list: bool = False  # say what there is
+    jobs: int = 0  # commands side by side [0: one per core on the CPU, else one]
+    list: bool = False  # list the experiments
 
 
 @dataclass(frozen=True)
 class Run:
-    """A command, and the folder or file in which it leaves its result."""
+    """A command, and the folder or JSON file that holds its result."""
 
     script: str
     arguments: tuple[str, ...]
     flags: dict[str, str]
-    place: Path
+    output: Path
 
     def command(self) -> list[str]:
-        told = [
-            word
-            for name, value in self.flags.items()
-            for word in (f"--{name.replace('_', '-')}", value)
-        ]
-        return [self.script, *self.arguments, *told]
+        flags = [word for name, value in self.flags.items() for word in (flag_name(name), value)]
+        return [self.script, *self.arguments, *flags]
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command()])
 
     def finished(self) -> bool:
-        """Whether its result is there, whole. Refuses a run that was made with other flags or from another start."""
-        if self.place.suffix == ".json":
-            return self.place.exists() and self.place.read_text().endswith(
-                "\n}\n"
-            )  # not cut off while it was written
-        found = newest_checkpoint(self.place)
-        training = load_meta(found) if found else {}
-        for name, value in self.flags.items():
-            then = str(training.get(name, value))
-            require(
-                then == value,
-                f"{self.place} was made with --{name} {then}, not {value}: move it away",
-            )
-        check_start(self.place, training)
-        return bool(found) and training["update"] == training["total"]
+        """Return whether its result is complete. Refuse one of other flags or another start."""
+        if self.output.suffix == ".json":
+            return self.output.exists() and self.output.read_text().endswith("\n}\n")  # not cut off
+        newest = newest_checkpoint(self.output)
+        meta = load_meta(newest) if newest else {}
+        for name, now in self.flags.items():
+            then = str(meta.get(name, now))
+            message = f"{self.output} was made with {flag_name(name)} {then}, not {now}"
+            require(then == now, f"{message}: move it away")
+        check_start(self.output, meta)
+        return bool(newest) and meta["update"] == meta["total"]
 
     @property
-    def minutes(self) -> Path:
-        """Where the time that it has taken so far is kept."""
-        return self.place.with_name(f"{self.place.name}.minutes")
+    def minutes_file(self) -> Path:
+        """The file that keeps how many minutes it has taken so far."""
+        return self.output.with_name(f"{self.output.name}.minutes")
 
     def result(self) -> dict:
-        return read_json(self.place)
+        return read_json(self.output)
 
     def log(self) -> list[dict]:
-        return read_log(self.place / "metrics.jsonl")
+        return read_log(self.output / "metrics.jsonl")
 
 
 def name_of(what: str, flags: dict) -> str:
@@ -89,106 +86,189 @@ def name_of(what: str, flags: dict) -> str:
 
 @dataclass
 class Experiment:
-    """The runs of an experiment: first they are named, then `run` does them, then their results are read."""
+    """The runs of an experiment: `add` all that it needs, `run` them, then read their results."""
 
     name: str
     config: ReproduceConfig
     runs: dict[Path, Run] = field(default_factory=dict)
 
     @property
-    def seeds(self) -> range:
-        return range(self.config.seeds)
-
-    @property
-    def jobs(self) -> int:
-        return self.config.jobs or (
-            1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-        )
-
-    def add(self, script: str, place: Path, *arguments: str, **flags) -> Run:
-        told = {name: str(value) for name, value in flags.items()}
-        return self.runs.setdefault(place, Run(script, arguments, told, place))
-
-    def sft(self, model: str, seed: int, **flags) -> Run:
-        """An SFT model that was shown the strategies of B, F or FB."""
-        scale = Path(self.config.model).name or self.config.scale
-        place = Path("ckpt") / "reproduce" / scale / name_of(f"sft-{model}-{seed}", flags)
-        given = {"model": self.config.model} if self.config.model else {}
-        return self.add(
-            "train_sft.py", place, strategy=MODELS[model], seed=seed, **given, **flags, out=place
-        )
-
-    def rl(self, start: Run, seed: int, **flags) -> Run:
-        place = start.place.with_name(name_of(f"{start.place.name}-rl", flags))
-        return self.add("train_grpo.py", place, init=start.place, seed=seed, **flags, out=place)
-
-    def compare(self, before: Run, after: Run, **flags) -> Run:
-        """Both on the same validation problems, at the temperature of RL."""
-        flags |= {"temperature": 0.7} if self.config.model else {}
-        place = after.place / f"{name_of('compared', flags)}.json"
-        return self.add("eval.py", place, str(before.place), str(after.place), **flags, json=place)
-
-    def cell(self, model: str, sft: dict, rl: dict, *compared: dict) -> list[tuple[Run, ...]]:
-        """Of each seed: SFT, RL from it, and both on the same problems, once for each set of eval.py's flags."""
-        cells = []
-        for seed in self.seeds:
-            start = self.sft(model, seed, **sft)
-            run = self.rl(start, seed, **rl)
-            cells.append((start, run, *(self.compare(start, run, **flags) for flags in compared)))
-        return cells
-
-    def run(self) -> None:
-        """Do what has not been done, in the order SFT, RL, evaluation."""
-        threads = str(max(1, len(os.sched_getaffinity(0)) // self.jobs))
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-
-        def do(run: Run) -> None:
-            begun = newest_checkpoint(run.place) if run.place.suffix != ".json" else None
-            script, *rest = run.command()
-            command = [sys.executable, HERE / script, *rest, *(["--resume"] if begun else [])]
-            clock = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            minutes = (time.perf_counter() - clock) / 60
-            if run.minutes.parent.exists():
-                before = float(run.minutes.read_text()) if begun and run.minutes.exists() else 0.0
-                run.minutes.write_text(f"{before + minutes:.2f}\n")
-            require(done.returncode == 0, f"{run} failed: {done.stderr.strip()[-400:]}")
-            print(f"{minutes:5.1f} min  {run}", flush=True)
-
-        for script in ("train_sft.py", "train_grpo.py", "eval.py"):
-            waiting = [
-                run for run in self.runs.values() if run.script == script and not run.finished()
-            ]
-            with ThreadPoolExecutor(self.jobs) as pool:
-                list(pool.map(do, waiting))
-
-    @property
     def folder(self) -> Path:
-        """Of the results."""
+        """The folder of the results."""
         model = Path(self.config.model).name
         return Path("paper/results") / (f"{self.name}-{model}" if model else self.name)
 
-    def report(self, rows: list[dict], table: str, claims: list[Claim], figure) -> None:
-        """Print the table and the verdicts, and write paper/results/NAME."""
-        took = [
-            float(run.minutes.read_text()) for run in self.runs.values() if run.minutes.exists()
-        ]
-        minutes = round(sum(took), 1)
+    def add(self, script: str, output: Path, *arguments: str, **flags) -> Run:
+        """Return the run that writes `output`: one run serves all the cells that need it."""
+        texts = {name: str(value) for name, value in flags.items()}
+        return self.runs.setdefault(output, Run(script, arguments, texts, output))
+
+    def sft(self, model: str, seed: int, **flags) -> Run:
+        """Add SFT on the strategies of B, F or FB."""
+        scale = Path(self.config.model).name or self.config.scale
+        out = Path("ckpt/reproduce") / scale / name_of(f"sft-{model}-{seed}", flags)
+        if self.config.model:
+            flags = {"model": self.config.model} | flags
+        return self.add("train_sft.py", out, strategy=MODELS[model], seed=seed, **flags, out=out)
+
+    def rl(self, init: Run, seed: int, **flags) -> Run:
+        """Add RL from an SFT run."""
+        out = init.output.with_name(name_of(f"{init.output.name}-rl", flags))
+        return self.add("train_grpo.py", out, init=init.output, seed=seed, **flags, out=out)
+
+    def compare(self, before: Run, after: Run, **flags) -> Run:
+        """Add an evaluation of both on the same validation problems, at RL's temperature."""
+        if self.config.model:
+            flags["temperature"] = 0.7
+        out = after.output / f"{name_of('compared', flags)}.json"
+        return self.add("eval.py", out, str(before.output), str(after.output), **flags, json=out)
+
+    def run(self) -> None:
+        """Do what has not been done: all SFT, then all RL, then all evaluations."""
+        n_cores = len(os.sched_getaffinity(0))
+        jobs = self.config.jobs or (1 if torch.cuda.is_available() else n_cores)
+        threads = str(max(1, n_cores // jobs))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        for script in SCRIPTS:
+            of_script = [run for run in self.runs.values() if run.script == script]
+            unfinished = [run for run in of_script if not run.finished()]
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(lambda run: execute(run, environment), unfinished))
+
+    def report(self, rows: list[dict], table: str, verdicts: list[list], figure) -> None:
+        """Print the table and the verdicts, and write them with the rows and the figure."""
+        minutes_files = [run.minutes_file for run in self.runs.values()]
+        minutes = sum(float(file.read_text()) for file in minutes_files if file.exists())
+        summary = f"The commands, which took {minutes:.0f} minutes in all"
         commands = "\n".join(map(str, self.runs.values()))
-        head = f"<details><summary>The commands, which took {minutes:.0f} minutes in all</summary>"
-        text = "\n\n".join([table, verdicts(claims), head, f"```\n{commands}\n```", "</details>\n"])
+        details = f"<details><summary>{summary}</summary>\n\n```\n{commands}\n```\n\n</details>\n"
+        text = "\n\n".join([table, verdict_table(verdicts), details])
+        result = {"seeds": self.config.seeds, "minutes": round(minutes, 1)}
         with user_errors():
-            self.folder.mkdir(prompt_index=True, exist_ok=True)
-            figures = {
-                "seeds": self.config.seeds,
-                "minutes": minutes,
-                "rows": rows,
-                "claims": claims,
-            }
-            write_json(self.folder / f"{self.name}.json", figures)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self.folder / f"{self.name}.json", result | {"rows": rows, "claims": verdicts}
+            )
             (self.folder / f"{self.name}.md").write_text(text)
         save(figure, self.folder / f"{self.name}.png")
         print(f"\n{text}\n{self.folder}")
+
+
+def execute(run: Run, environment: dict[str, str]) -> None:
+    """Run a command to its end, from its newest checkpoint if it was interrupted."""
+    resumed = run.output.suffix != ".json" and newest_checkpoint(run.output) is not None
+    script, *rest = run.command()
+    command = [sys.executable, ROOT / script, *rest, *(["--resume"] if resumed else [])]
+    start = time.perf_counter()
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    minutes = (time.perf_counter() - start) / 60
+    if run.minutes_file.parent.exists():
+        earlier = resumed and run.minutes_file.exists()
+        before = float(run.minutes_file.read_text()) if earlier else 0.0
+        run.minutes_file.write_text(f"{before + minutes:.2f}\n")
+    require(process.returncode == 0, f"{run} failed: {process.stderr.strip()[-400:]}")
+    print(f"{minutes:5.1f} min  {run}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# What an experiment consists of
+
+
+@dataclass(frozen=True)
+class Cell:
+    """SFT, RL from it, and an evaluation of both. They give one row for each seed."""
+
+    labels: Labels
+    model: str  # B, F or FB
+    rl: dict  # flags of train_grpo.py
+    evaluation: dict | None = None  # flags of eval.py; None: the row is made of the logs
+    side: Literal["before", "after"] = "after"  # RL: the model that the row is about
+    sft: dict = field(default_factory=dict)  # flags of train_sft.py
+    sft_tiny: dict = field(default_factory=dict)  # more of them, without --model
+
+    @property
+    def name(self) -> str:
+        return ", ".join(map(str, self.labels.values()))
+
+
+def evaluated(cell: Cell, sft: Run, rl: Run, evaluation: Run) -> dict[str, float]:
+    """Return a row from eval.py's metrics; 0 for an accuracy over no responses."""
+    summary = evaluation.result()[cell.side]
+    overall, groups = summary["overall"], {"all": summary["overall"], **summary["by_type"]}
+    row = {name: 100 * groups[name]["pass@1"] for name in ACCURACIES if name in groups}
+    others = ("match_rate", "accuracy_given_match", "forward_share", "backward_share")
+    return row | {name: 100 * (overall[name] or 0.0) for name in others}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment: what it trains, the paper's claims about it, and its table and figure."""
+
+    about: str
+    cells: list[Cell]
+    title: str  # of the table, which has a line for each cell
+    claims: list["Claim"]
+    columns: dict[str, str] = field(default_factory=lambda: {key: key for key in ACCURACIES})
+    paper: dict[str, tuple] = field(default_factory=dict)  # by cell: its first columns
+    measure: Callable[..., dict] = evaluated  # returns a cell's row; takes it and its runs
+    curves: dict | None = None  # draw curves of the logs, not bars of the table
+    figure: Callable | None = None  # or something else
+
+    def table(self, rows: list[dict]) -> str:
+        """Return means and ranges over the seeds as Markdown, then the paper's numbers."""
+        head = [*self.columns]
+        of_paper = max(map(len, self.paper.values()), default=0)
+        head = ["", *head, *(f"paper: {heading}" for heading in head[:of_paper])]
+        lines = []
+        for cell in self.cells:
+            found = (values(rows, key, **cell.labels) for key in self.columns.values())
+            paper = map(str, self.paper.get(cell.name, ()))
+            lines.append([cell.name, *map(mean_and_range, found), *paper])
+        return f"{self.title}\n\n{markdown(head, lines)}"
+
+    def draw(self, rows: list[dict]):
+        """Draw the rows, each of which has the `log` of its RL run."""
+        if self.figure:
+            return self.figure(rows)
+        if self.curves:
+            return curve_figure(rows, self.curves)
+        groups = {cell.name: cell.labels for cell in self.cells}
+        return bar_figure(rows, groups, list(self.columns.values()), self.paper, "pass@1, %")
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows hold one seed's numbers, in percent, and labels to find them by
+
+
+def values(rows: list[dict], key: str, **labels) -> list:
+    """Return what the rows with these labels hold under `key`: one value for each seed."""
+    return [row[key] for row in rows if labels.items() <= row.items()]
+
+
+def series(key: str, varying: str, names, **labels) -> list[Series]:
+    """Return `key` of the rows whose label `varying` has each name, the other labels alike."""
+    return [(str(name), key, labels | {varying: name}) for name in names]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, or ours, which holds or does not hold for each seed by itself."""
+
+    text: str
+    holds: Callable[..., bool]  # takes one seed's numbers
+    numbers: list[Series]
+
+    def verdict(self, rows: list[dict]) -> list:
+        """Return the text, what was found, and for each seed whether the claim holds."""
+        found = [values(rows, key, **labels) for _, key, labels in self.numbers]
+        names = [name for name, *_ in self.numbers]
+        shown = ", ".join(f"{name}: {mean_and_range(x)}" for name, x in zip(names, found))
+        return [self.text, shown, [self.holds(*of_seed) for of_seed in zip(*found, strict=True)]]
+
+
+def mean_and_range(of_seeds: list[float]) -> str:
+    low, high = min(of_seeds), max(of_seeds)
+    return f"{fmean(of_seeds):.1f}" + (f" ({low:.1f}-{high:.1f})" if len(of_seeds) > 1 else "")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -196,19 +276,58 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def verdicts(claims: list[Claim]) -> str:
-    """Return a Markdown table of claims; "in k of n seeds" where one holds only in some."""
+def verdict_table(verdicts: list[list]) -> str:
+    """Format verdicts as Markdown; "in k of n seeds" where a claim holds for some seeds only."""
+    rows = []
+    for claim, found, held in verdicts:
+        answer = f"**in {sum(held)} of {len(held)} seeds**" if any(held) else "**no**"
+        rows.append([claim, found, "yes" if all(held) else answer])
+    return markdown(["the paper says", "found", "holds"], rows)
 
-    def verdict(held: list[bool]) -> str:
-        return (
-            "yes"
-            if all(held)
-            else f"**in {sum(held)} of {len(held)} seeds**"
-            if any(held)
-            else "**no**"
-        )
 
-    return markdown(
-        ["the paper says", "found", "holds"],
-        [[claim, found, verdict(held)] for claim, found, held in claims],
-    )
+# ------------------------------------------------------------------------------------------------
+# Figures
+
+
+def bar_figure(rows: list[dict], groups: dict[str, Labels], keys, paper: dict, ylabel: str):
+    """Draw bars of `keys` for each group of rows: means, a dot for each seed, the paper's lines.
+
+    paper: by group, the paper's numbers for the first keys
+    """
+    figure, (axis,) = new_figure(3 + len(groups), 4, 1, 1)
+    distance = 0.8 / len(keys)
+    half = 0.45 * distance
+    for i, key in enumerate(keys):
+        for j, (name, labels) in enumerate(groups.items()):
+            x = j + distance * (i - (len(keys) - 1) / 2)
+            found = values(rows, key, **labels)
+            label = key if j == 0 else None
+            axis.bar(x, fmean(found), 2 * half, color=f"C{i}", alpha=0.75, label=label)
+            axis.plot([x] * len(found), found, "k.", markersize=4)
+            for height in paper.get(name, ())[i : i + 1]:
+                axis.plot([x - half, x + half], [height, height], "k-")
+    if paper:
+        axis.plot([], [], "k-", label="paper")
+    axis.plot([], [], "k.", label="a seed")
+    axis.set(xticks=range(len(groups)), ylim=(0, 102), ylabel=ylabel)
+    axis.set_xticklabels([name.replace(", ", "\n") for name in groups], fontsize=9)
+    legend_above(axis)
+    return figure
+
+
+def curve_figure(rows: list[dict], panels: dict[str, list[Series]]):
+    """Draw metrics of the logs, panels by title: a curve for each seed, in one colour."""
+    figure, axes = new_figure(4.5 * len(panels), 4, 1, len(panels))
+    for axis, (title, curves) in zip(axes, panels.items()):
+        for color, (name, metric, labels) in enumerate(curves):
+            for i, log in enumerate(values(rows, "log", **labels)):
+                style = {"color": f"C{color}", "label": name if i == 0 else None}
+                draw_smoothly(axis, log, metric, linewidth=1.3, **style)
+        axis.set(ylabel=title, ylim=(0, 1.02))
+        legend_above(axis)
+    return figure
+
+
+def legend_above(axis) -> None:
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
+    axis.legend(frameon=False, ncols=5, fontsize=9, **place)

@@ -1,4 +1,4 @@
-"""The experiments' tables and verdicts on made-up results, and that what is finished is not run again."""
+"""Tables and verdicts of the experiments on made-up results; finished commands do not run again."""
 
 import json
 import sys
@@ -9,8 +9,8 @@ import pytest
 from data.finite_field import EVALUATION, INVERSION, MATCHING_STRATEGY
 from eval import rollout_metrics, summarise
 from lib.flags import parse_flags, write_json
-from paper import reproduce
-from paper.experiment import Experiment, ReproduceConfig, verdicts
+from paper import experiment, reproduce
+from paper.experiment import Experiment, ReproduceConfig, verdict_table
 from paper.reproduce import EXPERIMENTS, main
 from strategies import Response
 
@@ -18,60 +18,54 @@ OTHER = {"forward": "backward", "backward": "forward"}
 
 
 def responses(
-    shown: str, share: float, skill: float, kinds=(EVALUATION, INVERSION) * 10
+    shown: str, match_rate: float, accuracy: float, kinds=(EVALUATION, INVERSION) * 10
 ) -> list[list[Response]]:
-    """Ten responses to each problem of a model that was shown one strategy or both, in fixed proportions."""
-    judged = []
+    """Return ten responses to each problem, in fixed proportions.
+
+    shown: the strategy, or "mixed", that the model was shown
+    """
+    scored = []
     for i, kind in enumerate(kinds):
-        fitting, group = MATCHING_STRATEGY[kind], []
+        matching, group = MATCHING_STRATEGY[kind], []
         for j in range(10):
-            strategy = shown if shown != "mixed" else fitting if j < 10 * share else OTHER[fitting]
-            right = j % 5 < 5 * skill if strategy == fitting else j == 5
-            group.append(
-                Response(
-                    kind,
-                    6 + i % 4,
-                    strategy,
-                    strategy == fitting,
-                    right,
-                    None if right else "order",
-                    True,
-                )
-            )
-        judged.append(group)
-    return judged
+            mixed = matching if j < 10 * match_rate else OTHER[matching]
+            strategy = shown if shown != "mixed" else mixed
+            matches = strategy == matching
+            right = j % 5 < 5 * accuracy if matches else j == 5
+            error = None if right else "order"
+            group.append(Response(kind, 6 + i % 4, strategy, matches, right, error, True))
+        scored.append(group)
+    return scored
 
 
-class FakeLab(Experiment):
+def write_log(folder: Path, rows: list[dict]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class FakeExperiment(Experiment):
     """Instead of running commands, writes what they would leave where the paper's claims hold."""
 
     def run(self) -> None:
         for run in self.runs.values():
-            place = str(run.place)
-            shown = next(
-                (s for s in ("forward", "backward") if f"-{s[0].upper()}-" in place), "mixed"
-            )
-            harder = "-rl-difficulty-easy" not in place or "parts-3-5" in place
-            seeded = "parts-1-" in place or "parts" not in place
-            run.place.parent.mkdir(prompt_index=True, exist_ok=True)
-            run.minutes.write_text("3.0")
+            name = str(run.output)
+            strategies = ("forward", "backward")
+            shown = next((s for s in strategies if f"-{s[0].upper()}-" in name), "mixed")
+            harder = "-rl-difficulty-easy" not in name or "parts-3-5" in name
+            seeded = "parts-1-" in name or "parts" not in name
+            run.output.parent.mkdir(parents=True, exist_ok=True)
+            run.minutes_file.write_text("3.0")
             if run.script == "train_sft.py":
-                run.place.mkdir(exist_ok=True)
-                (run.place / "metrics.jsonl").write_text(
-                    json.dumps({"update": 1, "accuracy_given_match": 0.9}) + "\n"
-                )
+                write_log(run.output, [{"update": 1, "accuracy_given_match": 0.9}])
             elif run.script == "train_grpo.py":
-                run.place.mkdir(exist_ok=True)
                 n = round(20 * float(run.flags.get("evaluation_share", 0.5)))
                 after = responses(shown, 1.0, 1.0, [EVALUATION] * n + [INVERSION] * (20 - n))
-                rows = [{"update": u, "reward": 0.9} | rollout_metrics(after) for u in range(1, 31)]
-                (run.place / "metrics.jsonl").write_text(
-                    "".join(json.dumps(row) + "\n" for row in rows)
-                )
+                metrics = rollout_metrics(after) | {"reward": 0.9}
+                write_log(run.output, [{"update": u} | metrics for u in range(1, 31)])
             else:
                 before = responses(shown, 0.5, 0.6 if seeded else 0.0)
                 after = responses(shown, 1.0, (1.0 if harder else 0.6) if seeded else 0.0)
-                write_json(run.place, {"before": summarise(before), "after": summarise(after)})
+                write_json(run.output, {"before": summarise(before), "after": summarise(after)})
 
 
 NOT_IN_THIS_WORLD = ("on balanced validation data", "at least on the way", "70-80%", "alike")
@@ -80,10 +74,10 @@ NOT_IN_THIS_WORLD = ("on balanced validation data", "at least on the way", "70-8
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeLab)
+    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
     main(ReproduceConfig([name], seeds=2, jobs=2))
-    result = json.loads((tmp_path / "results" / name / f"{name}.json").read_text())
-    text = (tmp_path / "results" / name / f"{name}.md").read_text()
+    result = json.loads((tmp_path / "paper/results" / name / f"{name}.json").read_text())
+    text = (tmp_path / "paper/results" / name / f"{name}.md").read_text()
     commands = [line for line in text.splitlines() if line.startswith("python ")]
     assert result["seeds"] == 2 and {row["seed"] for row in result["rows"]} == {0, 1}
     assert result["minutes"] == 3.0 * len(commands)
@@ -91,20 +85,18 @@ def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeyp
     for text, _, held in result["claims"]:
         if not any(part in text for part in NOT_IN_THIS_WORLD):
             assert held == [True, True], text
-    assert (tmp_path / "results" / name / f"{name}.png").stat().st_size > 5_000
+    assert (tmp_path / "paper/results" / name / f"{name}.png").stat().st_size > 5_000
 
 
 def test_table1_has_the_rows_that_others_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeLab)
+    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
     main(ReproduceConfig(["table1"], seeds=1))
-    rows = json.loads(Path("results/table1/table1.json").read_text())["rows"]
+    rows = json.loads(Path("paper/results/table1/table1.json").read_text())["rows"]
     assert len(rows) == 9
-    assert {(r["model"], r["stage"]) for r in rows} == set(reproduce.PAPER_TABLE1)
-    best, sft, easy = (
-        next(r for r in rows if (r["model"], r["stage"]) == metrics_of)
-        for metrics_of in (("FB", "RL 6-9"), ("F", "SFT"), ("FB", "RL 2-5"))
-    )
+    by_name = {f"{row['model']}, {row['stage']}": row for row in rows}
+    assert set(by_name) == set(reproduce.PAPER_TABLE1)
+    best, sft, easy = (by_name[name] for name in ("FB, RL 6-9", "F, SFT", "FB, RL 2-5"))
     assert (best["all"], best["inversion"], best["evaluation"], best["seed"]) == (100, 100, 100, 0)
     assert sft["evaluation"] == pytest.approx(60) and sft["inversion"] == pytest.approx(10)
     assert (sft["forward_share"], sft["backward_share"], sft["match_rate"]) == (100, 0, 50)
@@ -113,15 +105,15 @@ def test_table1_has_the_rows_that_others_read(tmp_path, monkeypatch):
 
 def test_amplification_reads_the_stream_as_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeLab)
+    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
     main(ReproduceConfig(["amplification"]))
-    rows = json.loads(Path("results/amplification/amplification.json").read_text())["rows"]
+    rows = json.loads(Path("paper/results/amplification/amplification.json").read_text())["rows"]
     found = [(row["evaluation_share"], row["stream"], row["learning"]) for row in rows]
     assert found == [pytest.approx((share, 100 * share, 50)) for share in (0.5, 0.75, 0.9)]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Verdicts: of rows in which every claim holds, one figure of one seed is moved across a bound
+# ------------------------------------------------------------------------------------------------
+# Verdicts: in rows for which every claim holds, move one number of one seed across a bound
 
 SINGLE = {"match_rate": 50.0, "accuracy_given_match": 60.0}
 KNOWN = {"F": ("evaluation", "inversion", "forward"), "B": ("inversion", "evaluation", "backward")}
@@ -130,39 +122,29 @@ KNOWN = {"F": ("evaluation", "inversion", "forward"), "B": ("inversion", "evalua
 def table1_rows() -> list[dict]:
     rows = []
     for seed in range(2):
-        for model, (fitting, other, known) in KNOWN.items():
+        for model, (matching, other, known) in KNOWN.items():
             shares = {"forward_share": 0.0, "backward_share": 0.0, f"{known}_share": 100.0}
             for stage, right in (("SFT", 60.0), ("RL 2-5", 60.0), ("RL 6-9", 96.0)):
-                row = {
-                    "model": model,
-                    "stage": stage,
-                    "seed": seed,
-                    "all": right / 2,
-                    fitting: right,
-                    other: 9.0,
-                }
-                rows.append(row | SINGLE | shares)
-        for stage, right, fit, given in (
+                accuracies = {"all": right / 2, matching: right, other: 9.0}
+                rows.append({"model": model, "stage": stage, "seed": seed} | accuracies)
+                rows[-1] |= SINGLE | shares
+        for stage, right, match_rate, given_match in (
             ("SFT", 33.0, 50, 60),
             ("RL 2-5", 60.0, 100, 60),
             ("RL 6-9", 99.0, 100, 99),
         ):
-            row = {
-                "model": "FB",
-                "stage": stage,
-                "seed": seed,
-                "forward_share": 50.0,
-                "backward_share": 50.0,
-            }
-            row |= dict.fromkeys(("all", "inversion", "evaluation"), right)
-            rows.append(row | {"match_rate": fit, "accuracy_given_match": given})
+            accuracies = dict.fromkeys(("all", "inversion", "evaluation"), right)
+            rows.append({"model": "FB", "stage": stage, "seed": seed} | accuracies)
+            rows[-1] |= {"match_rate": match_rate, "accuracy_given_match": given_match}
+            rows[-1] |= {"forward_share": 50.0, "backward_share": 50.0}
     return rows
 
 
-def rows_of(experiment: str) -> list[dict]:
-    if experiment == "table1":
+def rows_of(name: str) -> list[dict]:
+    """Return rows of two seeds for which every claim of an experiment holds."""
+    if name == "table1":
         return table1_rows()
-    cells = {
+    rows = {
         "dynamics": [
             {"model": model, "updates": "last tenth", "evaluation": x, "inversion": y}
             for model, x, y in (("B", 9, 97), ("F", 99, 9), ("FB", 99, 99))
@@ -172,8 +154,8 @@ def rows_of(experiment: str) -> list[dict]:
             for share, x, y in ((0.5, 50, 50), (0.75, 75, 53), (0.9, 90, 58))
         ],
         "composition": [
-            {"sft": name, "parts": parts, "stage": stage, "all": 9 if stage == "SFT" else after}
-            for name, after in (("single parts", 9), ("1-2 parts", 60), ("1-3 parts", 90))
+            {"sft": sft, "parts": parts, "stage": stage, "all": 9 if stage == "SFT" else after}
+            for sft, after in (("single parts", 9), ("1-2 parts", 60), ("1-3 parts", 90))
             for parts in ("3-5", "4-5")
             for stage in ("SFT", "RL")
         ],
@@ -182,24 +164,23 @@ def rows_of(experiment: str) -> list[dict]:
             for model, easy, hard in (("B", 74, 54), ("F", 73, 53), ("FB", 72, 98))
             for stage, right in (("SFT, on 2-5", easy), ("SFT", 40), ("RL 6-9", hard))
         ],
-        "extreme": [
-            {"stage": stage, "all": right} for stage, right in (("SFT", 20), ("RL 6-15", 90))
-        ],
+        "extreme": [{"stage": "SFT", "all": 20}, {"stage": "RL 6-15", "all": 90}],
         "robustness": [
             {"rl": rl, "model": model, "all": right}
-            for rl in reproduce.ROBUSTNESS
+            for rl in reproduce.SETTINGS
             for model, right in (("B", 50), ("F", 55), ("FB", 97))
         ],
     }
-    return [metrics_of | {"seed": seed} for seed in range(2) for metrics_of in cells[experiment]]
+    return [row | {"seed": seed} for seed in range(2) for row in rows[name]]
 
 
 def of(model: str, stage: str) -> dict:
     return {"model": model, "stage": stage}
 
 
-BOUNDS = [  # experiment, the row and the figure that is moved, to where all holds, to where a claim fails, and which
-    ("table1", of("FB", "RL 6-9"), "inversion", 90.1, 89.9, "best of the nine"),
+# experiment, row, key, a value for which all claims hold, one for which a claim fails, that claim
+BOUNDS = [
+    ("table1", of("FB", "RL 6-9"), "inversion", 90.1, 89.9, "above 90%"),
     ("table1", of("F", "RL 6-9"), "all", 98.9, 99.1, "best of the nine"),
     ("table1", of("FB", "RL 6-9"), "match_rate", 95.1, 94.9, "selection"),
     ("table1", of("FB", "SFT"), "match_rate", 64.9, 65.1, "selection"),
@@ -259,54 +240,51 @@ BOUNDS = [  # experiment, the row and the figure that is moved, to where all hol
 ]
 
 
-@pytest.mark.parametrize("experiment, where, key, inside, outside, claim", BOUNDS)
-def test_each_claim_fails_where_it_should_and_alone(experiment, where, key, inside, outside, claim):
-    score_response = getattr(reproduce, f"{experiment}_claims")
+def verdicts(name: str, rows: list[dict]) -> list[list]:
+    return [claim.verdict(rows) for claim in EXPERIMENTS[name].claims]
+
+
+@pytest.mark.parametrize("name, where, key, inside, outside, claim", BOUNDS)
+def test_each_claim_fails_where_it_should_and_alone(name, where, key, inside, outside, claim):
     for value, expected in ((inside, []), (outside, [claim])):
-        rows = rows_of(experiment)
+        rows = rows_of(name)
         moved = [row for row in rows if row["seed"] == 1 and where.items() <= row.items()]
         assert len(moved) == 1
         moved[0][key] = value
-        claims = score_response(rows)
-        assert all(held[0] for _, _, held in claims), "the other seed is judged by itself"
-        failed = [text for text, _, held in claims if not held[1]]
-        assert len(failed) == len(expected) and all(
-            part in text for part, text in zip(expected, failed)
-        ), failed
+        found = verdicts(name, rows)
+        assert all(held[0] for _, _, held in found), "the other seed is judged by itself"
+        failed = [text for text, _, held in found if not held[1]]
+        assert len(failed) == len(expected), failed
+        assert all(part in text for part, text in zip(expected, failed)), failed
 
 
 def test_every_claim_is_put_to_the_test():
-    for experiment in EXPERIMENTS:
-        tested = [claim for name, *_, claim in BOUNDS if name == experiment]
-        for text, _, _ in getattr(reproduce, f"{experiment}_claims")(rows_of(experiment)):
+    for name in EXPERIMENTS:
+        tested = [claim for experiment_name, *_, claim in BOUNDS if experiment_name == name]
+        for text, _, _ in verdicts(name, rows_of(name)):
             assert any(part in text for part in tested), text
 
 
 def test_verdicts_in_words():
-    words = verdicts(
-        [("a", "1", [True, True]), ("b", "2", [True, False]), ("c", "3", [False, False])]
-    )
-    assert [line.split(" | ")[-1] for line in words.splitlines()[2:]] == [
-        "yes |",
-        "**in 1 of 2 seeds** |",
-        "**no** |",
-    ]
+    held = {"a": [True, True], "b": [True, False], "c": [False, False]}
+    words = verdict_table([[claim, "1", of_seeds] for claim, of_seeds in held.items()])
+    answers = [line.split(" | ")[-1] for line in words.splitlines()[2:]]
+    assert answers == ["yes |", "**in 1 of 2 seeds** |", "**no** |"]
 
 
-def test_the_papers_figures_stand_at_their_bars():
-    rows = [
-        {"model": model, "stage": stage, "seed": 0}
-        | dict(zip(("all", INVERSION, EVALUATION), figures))
-        for (model, stage), figures in reproduce.PAPER_TABLE1.items()
-    ]
-    for axis in reproduce.table1_figure(rows).axes:
-        bars = {
-            round(bar.get_x() + bar.get_width() / 2, 3): bar.get_height() for bar in axis.patches
-        }
-        lines = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
-        assert len(bars) == len(lines) == 6
-        for (left, height), (right, _) in lines:
-            assert bars[round((left + right) / 2, 3)] == pytest.approx(height)
+@pytest.mark.parametrize("name", ["table1", "robustness"])
+def test_the_papers_numbers_stand_at_their_bars(name):
+    plan, rows = EXPERIMENTS[name], []
+    keys = list(plan.columns.values())
+    for cell in plan.cells:
+        rows.append(cell.labels | {"seed": 0, "log": []} | dict(zip(keys, plan.paper[cell.name])))
+    (axis,) = plan.draw(rows).axes
+    middles = [round(bar.get_x() + bar.get_width() / 2, 3) for bar in axis.patches]
+    bars = dict(zip(middles, (bar.get_height() for bar in axis.patches)))
+    lines = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
+    assert len(bars) == len(lines) == len(keys) * len(plan.cells)
+    for (left, height), (right, _) in lines:
+        assert bars[round((left + right) / 2, 3)] == pytest.approx(height)
 
 
 SCRIPT = """
@@ -316,54 +294,52 @@ flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 Path("calls").open("a").write(" ".join(sys.argv[1:]) + "\\n")
 if flags.get("--seed") == "7": sys.exit("out of luck")
 step = Path(flags["--out"]) / "step-3"
-step.mkdir(prompt_index=True)
+step.mkdir(parents=True)
 (step / "training.json").write_text(json.dumps({"update": 3, "total": 3}))
 """
 
 
 def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lab, "HERE", tmp_path)
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
     (tmp_path / "train_sft.py").write_text(SCRIPT)
-    bench = Experiment("x", ReproduceConfig(jobs=2))
-    runs = [bench.sft("F", seed) for seed in range(2)]
-    assert bench.sft("F", 0) is runs[0], "one run for two cells"
-    begun = runs[1].place / "step-1"
-    begun.mkdir(prompt_index=True)
-    (begun / "training.json").write_text('{"update": 1, "total": 3}')
-    bench.run()
+    lab = Experiment("x", ReproduceConfig(jobs=2))
+    runs = [lab.sft("F", seed) for seed in range(2)]
+    assert lab.sft("F", 0) is runs[0], "one run for two cells"
+    interrupted = runs[1].output / "step-1"
+    interrupted.mkdir(parents=True)
+    (interrupted / "training.json").write_text('{"update": 1, "total": 3}')
+    lab.run()
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sorted("--resume" in call for call in calls) == [False, True]
-    bench.run()
+    lab.run()
     assert len((tmp_path / "calls").read_text().splitlines()) == 2, "nothing is done twice"
     assert str(runs[0]) in capsys.readouterr().out
-    assert all(0 <= float(run.minutes.read_text()) < 1 for run in runs)
+    assert all(0 <= float(run.minutes_file.read_text()) < 1 for run in runs)
 
-    cut = bench.compare(runs[0], runs[1])
-    cut.place.write_text('{\n  "first": {\n    "pass@1": 1.0\n  }\n')  # as a full disk leaves it
+    cut = lab.compare(runs[0], runs[1])
+    cut.output.write_text('{\n  "first": {\n    "pass@1": 1.0\n  }\n')  # as a full disk leaves it
     assert not cut.finished()
-    cut.place.write_text('{\n  "first": 1.0\n}\n')
+    cut.output.write_text('{\n  "first": 1.0\n}\n')
     assert cut.finished()
 
-    (runs[0].place / "step-3" / "training.json").write_text(
-        '{"update": 3, "total": 3, "model": "org/a"}'
-    )
-    other = Experiment("x", ReproduceConfig(model="b/a")).add(
-        "train_sft.py", runs[0].place, model="b/a", out=runs[0].place
-    )
+    of_another_model = '{"update": 3, "total": 3, "model": "org/a"}'
+    (runs[0].output / "step-3" / "training.json").write_text(of_another_model)
+    other = Experiment("x", ReproduceConfig(model="b/a"))
+    other = other.add("train_sft.py", runs[0].output, model="b/a", out=runs[0].output)
     with pytest.raises(SystemExit):
         other.finished()
     assert "--model org/a, not b/a" in capsys.readouterr().err
 
-    bench.sft("F", 7)
+    lab.sft("F", 7)
     with pytest.raises(SystemExit) as stop:
-        bench.run()
+        lab.run()
     assert stop.value.code == 2 and "out of luck" in capsys.readouterr().err
 
 
 def test_list_and_refusals(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["paper.reproduce.py", "--list"])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--list"])
     main(parse_flags(ReproduceConfig, "", "experiment"))
     out = capsys.readouterr().out
     assert all(name in out for name in EXPERIMENTS) and "not run yet" in out
@@ -372,7 +348,7 @@ def test_list_and_refusals(tmp_path, monkeypatch, capsys):
         (["table9"], "table9"),
         (["table1", "--seeds", "0"], "--seeds"),
     ):
-        monkeypatch.setattr(sys, "argv", ["paper.reproduce.py", *flags])
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
         with pytest.raises(SystemExit) as stop:
             main(parse_flags(ReproduceConfig, "", "experiment"))
         assert stop.value.code == 2 and says in capsys.readouterr().err
