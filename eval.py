@@ -12,7 +12,6 @@ the same amount; for the parts of the gain a bootstrap. paper/README.md explains
 """
 
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +23,10 @@ import numpy as np
 from data.finite_field import Problem, Task, validation_problems, vocabulary
 from lib.checkpoint import choose_dtype, load_meta, load_model, read_config
 from lib.distributed import World, distributed
-from lib.flags import (
-    parse_flags,
-    require,
-    require_min,
-    require_writable,
-    user_errors,
-    warn,
-    write_json,
-)
+from lib.flags import parse_flags, require, require_min, require_writable, user_errors, write_json
 from lib.policy import DTYPES
 from lib.rng import rng
-from lib.run_dir import find_checkpoint, newest_run
+from lib.run_dir import choose_checkpoints
 from lib.stats import contributions, paired_interval, pass_at_k, wilson
 from lib.tokenizer import Tokenizer
 from lib.transformer import Transformer
@@ -91,8 +82,9 @@ def pass_rate(responses: list[Response]) -> float:
     return fmean(r.correct for r in responses)
 
 
-def mean_or_none(values: list) -> float | None:
-    return fmean(values) if values else None
+def accuracy(responses: list[Response]) -> float | None:
+    """Return the share of right responses; None if there is no response."""
+    return pass_rate(responses) if responses else None
 
 
 def metrics_of(scored: Scored) -> dict:
@@ -105,11 +97,10 @@ def metrics_of(scored: Scored) -> dict:
     for k in (2**i for i in range(1, samples.bit_length())):
         metrics[f"pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in right)
     strategies = Counter(r.strategy for r in responses)
-    for strategy in STRATEGIES:
-        metrics[f"{strategy}_share"] = strategies[strategy] / len(responses)
-    matching = [r.correct for r in responses if r.matches]
+    metrics |= {f"{s}_share": strategies[s] / len(responses) for s in STRATEGIES}
+    matching = [r for r in responses if r.matches]
     metrics["match_rate"] = len(matching) / len(responses)
-    metrics["accuracy_given_match"] = mean_or_none(matching)
+    metrics["accuracy_given_match"] = accuracy(matching)
     metrics["frac_stopped"] = fmean(r.stopped for r in responses)
     metrics["errors"] = dict(Counter(r.error for r in responses if r.error))
     return metrics
@@ -123,22 +114,19 @@ def group_by(scored: Scored, key: str) -> dict[str, Scored]:
 
 def summarise(scored: Scored) -> dict:
     """Return metrics overall, by type, by steps, by both, and accuracy by strategy."""
-    by_type, by_strategy = group_by(scored, "kind"), {}
+    by_strategy = {}
     for strategy in STRATEGIES:
-        correct = [r.correct for group in scored for r in group if r.strategy == strategy]
-        if correct:
-            by_strategy[strategy] = {"responses": len(correct), "accuracy": fmean(correct)}
+        if taken := [r for group in scored for r in group if r.strategy == strategy]:
+            by_strategy[strategy] = {"responses": len(taken), "accuracy": pass_rate(taken)}
 
-    def by_steps(some: Scored) -> dict:
-        return {steps: metrics_of(groups) for steps, groups in group_by(some, "steps").items()}
+    def metrics_by(some: Scored, key: str) -> dict:
+        return {value: metrics_of(groups) for value, groups in group_by(some, key).items()}
 
-    return {
-        "overall": metrics_of(scored),
-        "by_type": {kind: metrics_of(groups) for kind, groups in by_type.items()},
-        "by_steps": by_steps(scored),
-        "by_type_and_steps": {kind: by_steps(groups) for kind, groups in by_type.items()},
-        "by_strategy": by_strategy,
-    }
+    kinds = group_by(scored, "kind")
+    both = {kind: metrics_by(of_kind, "steps") for kind, of_kind in kinds.items()}
+    summary = {"overall": metrics_of(scored), "by_type": metrics_by(scored, "kind")}
+    summary |= {"by_steps": metrics_by(scored, "steps"), "by_type_and_steps": both}
+    return summary | {"by_strategy": by_strategy}
 
 
 def rollout_metrics(scored: Scored) -> dict[str, float | None]:
@@ -151,12 +139,12 @@ def rollout_metrics(scored: Scored) -> dict[str, float | None]:
     for kind, groups in group_by(scored, "kind").items():
         of_kind = metrics_of(groups)
         metrics[f"accuracy/{kind}"] = of_kind["pass@1"]
-        metrics[f"accuracy_given_match/{kind}"] = of_kind["accuracy_given_match"]
-        metrics[f"match_rate/{kind}"] = of_kind["match_rate"]
+        for key in ("accuracy_given_match", "match_rate"):
+            metrics[f"{key}/{kind}"] = of_kind[key]
         for strategy in STRATEGIES:
-            right = [r.correct for group in groups for r in group if r.strategy == strategy]
+            taken = [r for group in groups for r in group if r.strategy == strategy]
             metrics[f"{strategy}/{kind}"] = of_kind[f"{strategy}_share"]
-            metrics[f"accuracy_given_{strategy}/{kind}"] = mean_or_none(right)
+            metrics[f"accuracy_given_{strategy}/{kind}"] = accuracy(taken)
     for steps, groups in group_by(scored, "steps").items():
         metrics[f"accuracy_at_steps/{steps}"] = metrics_of(groups)["pass@1"]
     return metrics
@@ -165,8 +153,8 @@ def rollout_metrics(scored: Scored) -> dict[str, float | None]:
 def paired_difference(before: Scored, after: Scored) -> dict:
     """Return the change of pass@1 on the same problems, with its interval."""
     changes = [pass_rate(b) - pass_rate(a) for a, b in zip(before, after, strict=True)]
-    metrics = {"pass@1": fmean(changes), "ci95": paired_interval(changes)}
-    return metrics | {"problems": len(changes)}
+    interval = paired_interval(changes)
+    return {"pass@1": fmean(changes), "ci95": interval, "problems": len(changes)}
 
 
 def compare(before: Scored, after: Scored) -> dict:
@@ -185,19 +173,14 @@ CAUSES = ("arithmetic", "procedure", "guess")
 OUTCOMES = ("right", *CAUSES)
 
 
-def outcome(response: Response) -> str:
-    if response.correct:
-        return "right"
-    return {ARITHMETIC: "arithmetic", GUESS: "guess"}.get(response.error, "procedure")
-
-
 def count_outcomes(scored: Scored, strategies: list[tuple[str, bool]]) -> np.ndarray:
     """Count how often each strategy came to each outcome on each problem: (X, S, 4)."""
     counts = np.zeros((len(scored), len(strategies), len(OUTCOMES)))
     for x, responses in enumerate(scored):
         for r in responses:
-            s = strategies.index((r.strategy, r.matches))
-            counts[x, s, OUTCOMES.index(outcome(r))] += 1
+            cause = {ARITHMETIC: "arithmetic", GUESS: "guess"}.get(r.error, "procedure")
+            outcome = OUTCOMES.index("right" if r.correct else cause)
+            counts[x, strategies.index((r.strategy, r.matches)), outcome] += 1
     return counts
 
 
@@ -236,10 +219,10 @@ def decompose_gain(before: Scored, after: Scored, resamples: int = 1000) -> dict
 
     result: dict = {"overall": {}, "by_type": {}, "by_steps": {}}
     for i, (name, value) in enumerate(groups):
-        parts: dict = {"gain": {"mean": float(means[i, 0])}}
+        parts = result[name].setdefault(value, {}) if value else result[name]
+        parts["gain"] = {"mean": float(means[i, 0])}
         for j, part in enumerate(("selection", "improvement", *CAUSES), 1):
             parts[part] = {"mean": float(means[i, j]), "ci95": intervals[:, i, j].tolist()}
-        result[name] = result[name] | ({value: parts} if value else parts)
     return result
 
 
@@ -264,10 +247,6 @@ def signed(part: dict, key: str = "mean") -> str:
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in values))
 
 
-def largest_k(metrics: dict) -> int:
-    return max(int(key[5:]) for key in metrics if key.startswith("pass@"))
-
-
 def format_table(rows: list[list[str]]) -> str:
     """Align columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -280,9 +259,8 @@ def format_table(rows: list[list[str]]) -> str:
 
 def table(summary: dict) -> str:
     """Format the metrics of one checkpoint."""
-    k = largest_k(summary["overall"])
-    shares = {"forward": "forward_share", "backward": "backward_share", "matching": "match_rate"}
-    columns = {"pass@1": "pass@1", f"pass@{k}": f"pass@{k}"} | shares
+    columns = {key: key for key in summary["overall"] if key.startswith("pass@")}
+    columns |= {"forward": "forward_share", "backward": "backward_share", "matching": "match_rate"}
     columns["right if matching"] = "accuracy_given_match"
     rows = [["", *columns, "95% interval", "problems"]]
     for name, metrics in rows_of(summary).items():
@@ -294,32 +272,35 @@ def table(summary: dict) -> str:
 
 def comparison_table(before: dict, after: dict, difference: dict, reasons: dict) -> str:
     """Format two checkpoints, what changed, and why."""
+
+    def change_of(a: dict, b: dict, key: str) -> str:
+        return f"{percent(a[key])} -> {percent(b[key])}"
+
     columns = {"pass@1": "pass@1", "matching": "match_rate"}
     columns["right if matching"] = "accuracy_given_match"
     rows = [["", *columns, "change", "= selection", "+ improvement"]]
     tables = [rows_of(x) for x in (before, after, difference, reasons)]
     for name, a, b, change, why in zip(tables[0], *(table.values() for table in tables)):
-        cells = [f"{percent(a[key])} -> {percent(b[key])}" for key in columns.values()]
         parts = [signed(change, "pass@1"), signed(why["selection"]), signed(why["improvement"])]
-        rows.append([name, *cells, *parts])
+        rows.append([name, *(change_of(a, b, key) for key in columns.values()), *parts])
     a, b, why = before["overall"], after["overall"], reasons["overall"]
     causes = ", ".join(f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in CAUSES)
-    key = f"pass@{largest_k(a)}"
-    note = f"all problems: {key} {percent(a[key])} -> {percent(b[key])}; improvement by {causes}"
+    last = [key for key in a if key.startswith("pass@")][-1]  # the largest k
+    note = f"all problems: {last} {change_of(a, b, last)}; improvement by {causes}"
     return f"{format_table(rows)}\n{note}"
 
 
 def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> None:
     """Print the metrics of one checkpoint, or of two and why they differ; write and draw them."""
     summaries, reasons = [summarise(of_one) for of_one in scored.values()], None
-    named, metrics = {"": summaries[0]}, summaries[0]
-    if len(scored) == 2:
+    if len(scored) == 1:
+        named, metrics = {"": summaries[0]}, summaries[0]
+        print(table(metrics))
+    else:
         reasons, difference = decompose_gain(*scored.values()), compare(*scored.values())
         named = dict(zip(("before", "after"), summaries))
         metrics = named | {"difference": difference, "reasons": reasons}
         print(comparison_table(*summaries, difference, reasons))
-    else:
-        print(table(summaries[0]))
     if json:
         with user_errors():
             write_json(json, {"checkpoints": list(scored), **metrics})
@@ -327,28 +308,6 @@ def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> N
         from lib.plots import plot_evaluation  # matplotlib takes a second to import
 
         plot_evaluation(named, plot, reasons)
-
-
-# ------------------------------------------------------------------------------------------------
-
-
-def choose_checkpoints(names: list[str]) -> list[Path]:
-    """Return one or two checkpoints; of a folder of runs the newest run's, beside its start."""
-    require(len(names) <= 2, "name one checkpoint, or two to compare")
-    folder = Path(names[0] if names else "ckpt")
-    if len(names) < 2 and folder.is_dir() and (run := newest_run(folder)):
-        paths = [find_checkpoint(str(run))]
-        start = Path(load_meta(paths[0]).get("init_from", ""))
-        if start.name and start.is_dir():
-            paths.insert(0, find_checkpoint(os.path.relpath(start)))
-        elif start.name:
-            warn(f"{start}, where {run} started, is gone: evaluating {run} alone")
-        return paths
-    require(bool(names), "there is no run in ckpt/: name a checkpoint, or train one first")
-    paths = [find_checkpoint(name) for name in names]
-    same = len({path.resolve() for path in paths}) < len(paths)
-    require(not same, f"both names mean the checkpoint {paths[0]}")
-    return paths
 
 
 def main(config: EvalConfig, world: World) -> None:
@@ -364,8 +323,7 @@ def main(config: EvalConfig, world: World) -> None:
     message = "the two checkpoints were trained on different fields or namings"
     require(fields[0] == fields[-1], message)
     with user_errors():
-        task = Task.from_flags(config.difficulty, config.steps, *fields[0], config.parts)
-        stream = rng(config.seed, "validation problems")
+        task, stream = Task.from_flags(config, *fields[0]), rng(config.seed, "validation problems")
         problems = validation_problems(task, config.problems, stream)
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 

@@ -22,7 +22,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import eval
 import train_sft
@@ -31,17 +30,17 @@ from lib import checkpoint
 from lib.checkpoint import load_meta, load_model, read_config
 from lib.diagnose import diagnose
 from lib.distributed import Signals, World, distributed, is_fsdp, peak_memory_gb
-from lib.flags import parse_flags, require, require_min, user_errors, warn
-from lib.lora import dropout_key, validate_lora, without_adapters
+from lib.flags import parse_flags, require, require_min, set_missing, user_errors, warn
+from lib.lora import dropout_key, without_adapters
 from lib.packing import micro_batches, response_logps
 from lib.policy import DTYPES, accumulate_gradients
 from lib.rng import epoch_indices, rng
 from lib.run_dir import newest_checkpoint, open_run
 from lib.tokenizer import load_tokenizer, word_tokenizer
-from lib.training import Run, end_update, load_run, optimizer_step, validate_processes
+from lib.training import Run, end_update, load_run, optimizer_step, progress_bar, validate_training
 from lib.transformer import Transformer
 from rollout import Rollout, Sampler
-from strategies import Response, score_rollout
+from strategies import score_rollout
 
 
 @dataclass
@@ -89,26 +88,21 @@ class GrpoConfig:
     fsdp: bool = False  # shard weights, gradients and optimizer over all processes
 
 
+TINY = {"examples": 0, "updates": 300, "lr": 3e-4, "beta": 0.0, "temperature": 1.0}
+TINY |= {"lora": 0, "keep": 0}
+PRETRAINED = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "temperature": 0.7}
+PRETRAINED |= {"lora": 64, "keep": 2}  # the paper's
+
+
 def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:
     """Fill in the defaults that depend on the model, and refuse impossible flags."""
-    defaults = {"examples": 0, "updates": 300, "lr": 3e-4, "beta": 0.0, "temperature": 1.0}
-    defaults |= {"lora": 0, "keep": 0}
-    if not tiny:  # the paper's
-        defaults = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "temperature": 0.7}
-        defaults |= {"lora": 64, "keep": 2}
-    for name, value in defaults.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-    require_min(config, updates=1, prompts_per_update=1, eval_problems=1, save_every=1)
-    require_min(config, keep=0, examples=0, warmup=0, beta=0, eval_every=0)
+    set_missing(config, TINY if tiny else PRETRAINED)
+    require_min(config, prompts_per_update=1, eval_problems=1, beta=0, eval_every=0)
     require_min(config, max_new_tokens=0, micro_batch_tokens=0)
-    validate_lora(config)
     message = "--group-size must be at least 2: a response is compared with the others of its group"
     require(config.group_size >= 2, message)
-    require(0 < config.lr < 1, "--lr must lie between 0 and 1")
     require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
     require(config.clip_high > 0, "--clip-high must be above 0")
-    require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
     require(0 < config.temperature < math.inf, "--temperature must be above 0, and finite")
     return config
 
@@ -203,18 +197,16 @@ def grpo_backward(
     if is_fsdp(master):  # every rank needs as many passes: pad with dummy batches of weight 0
         dummy = torch.zeros(1, dtype=torch.long, device=active.device)
         batches += [dummy] * (max(world.all_gather([n_micro])) - n_micro)
-    metrics = accumulate_gradients(master, policy, loss_fn, batches)[:n_micro]
+    metrics = world.all_gather(accumulate_gradients(master, policy, loss_fn, batches)[:n_micro])
 
     names = ["loss", "tokens", "entropy", "ratio", "clip_ratio"] + ["kl"] * (reference is not None)
-    sums = world.all_reduce(*(sum(of_batch[name] for of_batch in metrics) for name in names))
-    total = dict(zip(names, sums))
+    total = {name: sum(of_batch[name] for of_batch in metrics) for name in names}
     loss, trained_tokens = total.pop("loss") / n_tokens, total.pop("tokens")
-    differences = world.all_gather([of_batch["logp_diff_max"] for of_batch in metrics])
     return {
         "loss": math.nan if n_broken else loss,
         "frac_reward_zero_std": 1 - n_active / n_groups,
         "trained_tokens": trained_tokens,
-        "logp_diff_max": max(differences, default=0.0),
+        "logp_diff_max": max((of_batch["logp_diff_max"] for of_batch in metrics), default=0.0),
         **{name: x / trained_tokens if trained_tokens else None for name, x in total.items()},
     }
 
@@ -227,12 +219,12 @@ def learning_rate(config: GrpoConfig, update: int) -> float:
 
 def draw_problems(config: GrpoConfig, task: Task, update: int) -> list[Problem]:
     """Return the problems of an update, for all processes together."""
-    n = config.prompts_per_update
+    n, seed = config.prompts_per_update, config.seed
     if config.examples == 0:
-        stream = rng(config.seed, "problems", update)
+        stream = rng(seed, "problems", update)
         return [task.sample(stream, "train") for _ in range(n)]
-    indices = epoch_indices(config.seed, config.examples, update * n, n)
-    return [task.sample(rng(config.seed, "RL data set", i), "train") for i in indices]
+    indices = epoch_indices(seed, config.examples, update * n, n)
+    return [task.sample(rng(seed, "RL data set", i), "train") for i in indices]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -246,14 +238,11 @@ def main(config: GrpoConfig, world: World) -> None:
     sampling = (config.group_size, max_new_tokens, config.temperature)
     sampler = Sampler(policy, tokenizer.stops, *sampling)
 
-    def evaluate(model: Transformer, samples: int) -> list[list[Response]]:
+    def evaluate(model: Transformer, samples: int) -> eval.Scored:
         how = (max_new_tokens, samples, config.temperature, config.seed)
         return eval.evaluate(model, tokenizer, problems, *how)
 
-    updates = range(run.first_update, config.updates)
-    bar = {"initial": run.first_update, "total": config.updates, "disable": not world.is_master}
-    bar = tqdm(updates, desc="GRPO", **bar)
-    signals, warned = Signals(), set()
+    signals, bar, warned = Signals(), progress_bar(run, "GRPO", world), set()
     for update in signals.during(bar):
         start = time.perf_counter()
 
@@ -318,11 +307,9 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, Task, list[Problem], 
         now, then = getattr(config, name), meta.get(name, getattr(config, name))
         require(then == now, f"{init} was trained with --{name} {then}, not {now}")
     tokenizer.require_vocabulary(words)
-    validate_processes(config, "prompts_per_update", world)
+    validate_training(config, "prompts_per_update", world)
     with user_errors():
-        flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts)
-        task = Task.from_flags(*flags, config.evaluation_share)
-        stream = rng(config.seed, "validation problems")
+        task, stream = Task.from_flags(config), rng(config.seed, "validation problems")
         problems = validation_problems(task, config.eval_problems, stream)
     shape = read_config(init) if init else checkpoint.TINY
     limits = (shape.max_position_embeddings, config.max_new_tokens)
@@ -346,9 +333,7 @@ def initial_policy(run: Run, config: GrpoConfig) -> Transformer:
     return load_model(run.init, run.master.device, DTYPES[run.meta["compute_dtype"]])[0]
 
 
-def log_row(
-    update: int, rollout: Rollout, metrics: dict, seconds: tuple[float, float], world: World
-) -> dict:
+def log_row(update: int, rollout: Rollout, metrics: dict, seconds: tuple, world: World) -> dict:
     """Return the log's row; `seconds` are those of the rollout and of the rest."""
     scored = world.all_gather(rollout.scored)
     (n_tokens,) = world.all_reduce(int(rollout.lengths.sum()))
@@ -368,12 +353,12 @@ def progress(row: dict) -> dict[str, str]:
     return {name: f"{value:.2f}" for name, value in shown.items()}
 
 
-def closing_report(run: Run, scored: dict[str, list[list[Response]]]) -> None:
+def closing_report(run: Run, scored: dict[str, eval.Scored]) -> None:
     """Print, write and draw the evaluation of the start and of the end of the run."""
     from lib.plots import plot_training  # matplotlib takes a second to import
 
-    folder, temperature = run.folder, run.meta["temperature"]
-    print(f"\n4 samples each at temperature {temperature}; metrics in %")
+    folder = run.folder
+    print(f"\n4 samples each at temperature {run.meta['temperature']}; metrics in %")
     eval.report(scored, folder / "evaluation.json", folder / "evaluation.png")
     plot_training({folder.name: run.log.rows}, folder / "training.png")
     print(f"checkpoint  {folder / f'step-{run.updates}'}\nlog         {run.log.path}")

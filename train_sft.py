@@ -18,21 +18,20 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import eval
 from data.finite_field import Problem, Task, choose_strategies, validation_problems, vocabulary
 from lib import checkpoint
 from lib.checkpoint import load_meta, read_config
 from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
-from lib.flags import parse_flags, require, require_min, user_errors
-from lib.lora import dropout_key, validate_lora
+from lib.flags import parse_flags, require, require_min, set_missing, user_errors
+from lib.lora import dropout_key
 from lib.packing import Packed, pack, pad, random_position_gaps, response_logps
 from lib.policy import accumulate_gradients
 from lib.rng import epoch_indices, rng, torch_rng
 from lib.run_dir import changed_flags, checkpoints, find_checkpoint, newest_checkpoint, open_run
 from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
-from lib.training import Run, end_update, load_run, optimizer_step, validate_processes
+from lib.training import Run, end_update, load_run, optimizer_step, progress_bar, validate_training
 from lib.transformer import Transformer
 
 
@@ -72,40 +71,34 @@ class SftConfig:
     fsdp: bool = False  # shard weights, gradients and optimizer over all processes
 
 
+TINY = {"examples": 0, "batch_size": 32, "lr": 3e-3, "position_gap": 130, "lora": 0, "keep": 0}
+PRETRAINED = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "lora": 64}  # the paper's
+PRETRAINED |= {"position_gap": 0, "keep": 2}
+
+
 def default_out(strategy: str, field: int, relabel: str) -> Path:
     return Path("ckpt") / f"sft-{strategy}-gf{field}{'-shown' * (relabel == 'shown')}"
 
 
 def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     """Fill in the defaults that depend on the model, and refuse impossible flags."""
-    defaults = {"examples": 0, "batch_size": 32, "lr": 3e-3, "position_gap": 130}
-    defaults |= {"lora": 0, "keep": 0}
-    if not tiny:  # the paper's
-        defaults = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "position_gap": 0}
-        defaults |= {"lora": 64, "keep": 2}
+    set_missing(config, TINY if tiny else PRETRAINED)
     if config.epochs is None and config.updates is None:
-        defaults |= {"updates": 1600} if tiny else {"epochs": 20}
-    for name, value in defaults.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
+        set_missing(config, {"updates": 1600} if tiny else {"epochs": 20})
     out = default_out(config.strategy, config.field, config.relabel)
     if config.model != "tiny":  # not where train_grpo.py looks for the tiny one
         out = out.with_name(f"{out.name}-{Path(config.model).name}")
     config.out = config.out or str(out)
 
-    require_min(config, batch_size=1, epochs=1, updates=1, eval_every=1, save_every=1)
-    require_min(config, examples=0, weight_decay=0, warmup=0, position_gap=0, keep=0)
-    validate_lora(config)
+    require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
     both = config.epochs is not None and config.updates is not None
     require(not both, "give --epochs or --updates, not both")
     with_data = config.epochs is None or config.examples > 0
     require(with_data, "--epochs needs a number of --examples; with fresh ones give --updates")
-    require(0 < config.lr < 1, "--lr must lie between 0 and 1")
-    require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
-    message = "--position-gap needs the word-level tokenizer of the tiny model"
-    require(tiny or config.position_gap == 0, message)
-    message = "--lora needs a trained --model: the tiny one is random"
-    require(config.model != "tiny" or config.lora == 0, message)
+    word_level = tiny or config.position_gap == 0
+    require(word_level, "--position-gap needs the word-level tokenizer of the tiny model")
+    trained = config.model != "tiny" or config.lora == 0
+    require(trained, "--lora needs a trained --model: the tiny one is random")
     return config
 
 
@@ -115,17 +108,17 @@ def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
 
 def draw_examples(config: SftConfig, task: Task, update: int) -> list[tuple[Problem, str]]:
     """Return the problems and solutions of an update, for all processes together."""
-
-    def example(key: int | str, i: int) -> tuple[Problem, str]:
+    first, n, key = update * config.batch_size, config.batch_size, "fresh"
+    indices = range(first, first + n)
+    if config.examples:
+        key, indices = "data set", epoch_indices(config.seed, config.examples, first, n)
+    examples = []
+    for i in indices:
         stream = rng(config.seed, "sft", key, i)
         problem = task.sample(stream, "train")
-        return problem, problem.solution(choose_strategies(problem, config.strategy, stream))
-
-    n = config.batch_size
-    first = update * n
-    if config.examples == 0:
-        return [example("fresh", i) for i in range(first, first + n)]
-    return [example("data set", i) for i in epoch_indices(config.seed, config.examples, first, n)]
+        strategies = choose_strategies(problem, config.strategy, stream)
+        examples.append((problem, problem.solution(strategies)))
+    return examples
 
 
 def make_batch(
@@ -142,6 +135,7 @@ def make_batch(
     """
     prompts = [tokenizer.prompt(problem) for problem, _ in examples]
     solutions = [tokenizer.solution(solution) for _, solution in examples]
+    index = torch.arange(len(examples), device=device)
     if position_gap:
         starts = torch.tensor(tokenizer.line_starts())
         positions = [
@@ -149,16 +143,13 @@ def make_batch(
             for prompt, solution, key in zip(prompts, solutions, keys)
         ]
         positions = tuple(pad(list(rows), device)[0] for rows in zip(*positions))
-        index = torch.arange(len(examples), device=device)
         return pack(*pad(prompts, device), *pad(solutions, device), index, positions)
 
     differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
     shared = next(differ, min(map(len, prompts)))
     rests = [prompt[shared:] + solution for prompt, solution in zip(prompts, solutions)]
-    rests, lengths = pad(rests, device)
-    scored = torch.tensor([len(solution) for solution in solutions], device=device)
-    index = torch.zeros_like(lengths)
-    return pack(*pad([prompts[0][:shared]], device), rests, lengths, index, scored=scored)
+    prefix, scored = pad([prompts[0][:shared]], device), torch.tensor([*map(len, solutions)])
+    return pack(*prefix, *pad(rests, device), torch.zeros_like(index), scored=scored.to(device))
 
 
 def loss_sum(model: Transformer, batch: Packed, dropout_key: int | None = None) -> Tensor:
@@ -195,13 +186,11 @@ def validate(run: Run, config: SftConfig, problems: list[Problem], max_new_token
     strategies = [choose_strategies(problem, config.strategy, stream) for problem in problems]
     examples = [(problem, problem.solution(s)) for problem, s in zip(problems, strategies)]
     batch = make_batch(run.tokenizer, examples, run.policy.device)
+    loss = loss_sum(run.policy, batch).item() / len(batch.targets)
     sampling = (problems, max_new_tokens, 1, 1.0, config.seed)
-    metrics = eval.summarise(eval.evaluate(run.policy, run.tokenizer, *sampling))["overall"]
-    return {
-        "validation_loss": loss_sum(run.policy, batch).item() / len(batch.targets),
-        "accuracy": metrics["pass@1"],
-        "accuracy_given_match": metrics["accuracy_given_match"],
-    }
+    metrics = eval.metrics_of(eval.evaluate(run.policy, run.tokenizer, *sampling))
+    accuracies = {"accuracy": "pass@1", "accuracy_given_match": "accuracy_given_match"}
+    return {"validation_loss": loss} | {name: metrics[key] for name, key in accuracies.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,11 +200,8 @@ def validate(run: Run, config: SftConfig, problems: list[Problem], max_new_token
 def main(config: SftConfig, world: World) -> Path:
     """Train, and return the final checkpoint."""
     run, task, problems, max_new_tokens = set_up(config, world)
-    n_parts = 1 if config.fsdp else n_threads(world.device)
-    updates = range(run.first_update, run.updates)
-    bar = {"initial": run.first_update, "total": run.updates, "disable": not world.is_master}
-    bar = tqdm(updates, desc="SFT", **bar)
-    signals, accuracy = Signals(), {}
+    n_batches = 1 if config.fsdp else n_threads(world.device)
+    signals, bar, accuracy = Signals(), progress_bar(run, "SFT", world), {}
     for update in signals.during(bar):
         start = time.perf_counter()
 
@@ -223,11 +209,9 @@ def main(config: SftConfig, world: World) -> Path:
         examples = draw_examples(config, task, update)
         mine = torch.arange(world.rank, config.batch_size, world.world_size)
         batches = []
-        for indices in mine.tensor_split(min(n_parts, len(mine))):
-            indices = indices.tolist()
-            keys = [(config.seed, "gaps", update, i) for i in indices]
+        for indices in mine.tensor_split(min(n_batches, len(mine))):
             chosen = [examples[i] for i in indices]
-            gaps = (config.position_gap, keys)
+            gaps = config.position_gap, [(config.seed, "gaps", update, int(i)) for i in indices]
             batches.append(make_batch(run.tokenizer, chosen, world.device, *gaps))
 
         # 2. Compute the loss and its gradient
@@ -240,12 +224,9 @@ def main(config: SftConfig, world: World) -> Path:
         row["tokens_per_second"] = n_tokens / (time.perf_counter() - start)
         if world.is_master:
             if (update + 1) % config.eval_every == 0 or update + 1 == run.updates:
-                metrics = validate(run, config, problems, max_new_tokens)
-                row |= metrics
-                accuracy = {
-                    "right": eval.percent(metrics["accuracy"]),
-                    "right if matching": eval.percent(metrics["accuracy_given_match"]),
-                }
+                row |= validate(run, config, problems, max_new_tokens)
+                accuracy = {"right": eval.percent(row["accuracy"])}
+                accuracy["right if matching"] = eval.percent(row["accuracy_given_match"])
             run.log.write(row)
             bar.set_postfix({"loss": f"{loss:.3f}"} | accuracy)
         end_update(run, update, config.save_every, signals, world)
@@ -260,27 +241,25 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], i
     words = vocabulary(config.field)
     tokenizer, init, shape = word_tokenizer(words), None, checkpoint.TINY
     if config.model != "tiny":
-        init = find_checkpoint(config.model)
+        init = find_checkpoint(config.model).resolve()
         tokenizer = load_tokenizer(init, not config.no_chat_template)
         shape = read_config(init)
     fill_defaults(config, tokenizer.word_level)
     tokenizer.require_vocabulary(words)
     with user_errors():
-        flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts)
-        task = Task.from_flags(*flags)
+        task = Task.from_flags(config)
         problems = validation_problems(task, 128, rng(config.seed, "validation problems"))
     longest = task.longest_examples(rng("token budget"))
     max_new_tokens = tokenizer.max_response_tokens(*longest, shape.max_position_embeddings)
-    validate_processes(config, "batch_size", world)
+    validate_training(config, "batch_size", world)
     folder = Path(config.out)
     resume_from = newest_checkpoint(folder) if config.resume else None
     first_update = open_run(folder, resume_from, config, "sft", world)
 
     if init and resume_from:
         init = Path(load_meta(resume_from)["init_from"])
-    n_batches = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
-    updates = config.updates or n_batches
-    where = (updates, first_update, init and init.resolve(), resume_from, words, world)
+    in_epochs = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
+    where = (config.updates or in_epochs, first_update, init, resume_from, words, world)
     run = load_run(config, "sft", *where, weight_decay=config.weight_decay)
     return run, task, problems, max_new_tokens
 
@@ -294,12 +273,10 @@ def find_start(config) -> Path | None:
     if config.init:
         return find_checkpoint(config.init)
     folder = default_out("mixed", config.field, config.relabel)
-    newest = newest_checkpoint(folder)
-    if newest is None:
+    if (newest := newest_checkpoint(folder)) is None:
         return None
-    meta = load_meta(newest)
-    usual = fill_defaults(SftConfig(field=config.field, relabel=config.relabel), True)
-    for flag, then, _ in changed_flags(meta, usual):
+    meta, usual = load_meta(newest), SftConfig(field=config.field, relabel=config.relabel)
+    for flag, then, _ in changed_flags(meta, fill_defaults(usual, tiny=True)):
         message = f"{folder} was trained with {flag} {then}: name it by --init if meant"
         require(flag == "--precision", message)
     return newest if meta.get("update") == meta.get("total") else None

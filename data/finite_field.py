@@ -239,12 +239,11 @@ class Task:
         return problems, [p.solution(way) for p in problems for way in (FORWARD, BACKWARD)]
 
     @staticmethod
-    def from_flags(
-        difficulty: str, steps: str, p: int, relabel: str, parts: str, evaluation_share: float = 0.5
-    ) -> "Task":
-        """Return the task that flags describe: ranges as text; `steps` replaces `difficulty`."""
-        n_steps = parse_range(steps) if steps else DIFFICULTY[difficulty]
-        return Task(n_steps, p, relabel, evaluation_share, parse_range(parts))
+    def from_flags(config, p: int | None = None, relabel: str = "") -> "Task":
+        """Return the task that a script's flags describe, in the field that it or they name."""
+        steps = parse_range(config.steps) if config.steps else DIFFICULTY[config.difficulty]
+        share, parts = getattr(config, "evaluation_share", 0.5), parse_range(config.parts)
+        return Task(steps, p or config.field, relabel or config.relabel, share, parts)
 
     def sample(self, rng: random.Random, split: str) -> Problem:
         """Draw a problem of the split "train" or "validation". Raises ValueError if it is empty."""
@@ -336,8 +335,7 @@ def main(config: PrintConfig) -> None:
     require_min(config, n=1)
     rng = random.Random(config.seed)
     with user_errors():
-        flags = (config.difficulty, config.steps, config.field, config.relabel, config.parts)
-        task = Task.from_flags(*flags)
+        task = Task.from_flags(config)
         problems = [task.sample(rng, "train") for _ in range(config.n)]
     for i, problem in enumerate(problems, 1):
         print(f"--- {i}: {problem.kind}, {problem.steps} steps, answer {problem.answer}")

@@ -46,6 +46,13 @@ def require_min(config, **minima: float) -> None:
         require(value is None or value >= low, message)
 
 
+def set_missing(config, defaults: dict) -> None:
+    """Set the fields that are None, which flags have not set, to these defaults."""
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+
 def require_writable(json_file: str, plot: str) -> None:
     """Refuse --json and --plot files that cannot be written, before any work is done."""
     for name in (json_file, plot):

@@ -288,6 +288,27 @@ def find_checkpoint(name: str) -> Path:
     return newest
 
 
+def choose_checkpoints(names: list[str]) -> list[Path]:
+    """Return one or two checkpoints; of a folder of runs the newest run's, beside its start."""
+    require(len(names) <= 2, "name one checkpoint, or two to compare")
+    folder = Path(names[0] if names else "ckpt")
+    with user_errors():  # names that no file system takes
+        run = newest_run(folder) if len(names) < 2 else None
+    if run:
+        paths = [find_checkpoint(str(run))]
+        start = Path(load_meta(paths[0]).get("init_from", ""))
+        if start.name and start.is_dir():
+            return [find_checkpoint(os.path.relpath(start)), *paths]
+        if start.name:
+            warn(f"{start}, where {run} started, is gone: evaluating {run} alone")
+        return paths
+    require(any(names), "name one checkpoint, or train one: there is no run in ckpt/")
+    paths = [find_checkpoint(name) for name in names]
+    same = len({path.resolve() for path in paths}) < len(paths)
+    require(not same, f"both names mean the checkpoint {paths[0]}")
+    return paths
+
+
 # ------------------------------------------------------------------------------------------------
 # The log
 

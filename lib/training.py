@@ -4,11 +4,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
 from lib.distributed import Signals, World
-from lib.flags import flag_name, require
+from lib.flags import flag_name, require, require_min
+from lib.lora import validate_lora
 from lib.policy import (
     clip_grad_norm,
     count_nonfinite,
@@ -37,8 +39,12 @@ class Run:
     nonfinite: int = 0  # updates in a row whose loss or gradient was not finite
 
 
-def validate_processes(config, per_update: str, world: World) -> None:
-    """Refuse fewer items per update than processes, and --fsdp where it makes no sense."""
+def validate_training(config, per_update: str, world: World) -> None:
+    """Refuse impossible flags that both scripts have; `per_update` names the size of a batch."""
+    require_min(config, updates=1, save_every=1, keep=0, examples=0, warmup=0)
+    require(0 < config.lr < 1, "--lr must lie between 0 and 1")
+    require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
+    validate_lora(config)
     enough = getattr(config, per_update) >= world.world_size
     flag = flag_name(per_update)
     require(enough, f"{flag} must be at least the number of processes, {world.world_size}")
@@ -87,6 +93,13 @@ def load_run(
         log = run_dir.Log(Path(config.out), first_update)
     place = (Path(config.out), updates, first_update, init)
     return Run(*place, meta, tokenizer, master, policy, optimizer, log)
+
+
+def progress_bar(run: Run, name: str, world: World) -> tqdm:
+    """Return a bar over the numbers of the updates that are still to do."""
+    updates = range(run.first_update, run.updates)
+    bar = {"initial": run.first_update, "total": run.updates, "disable": not world.is_master}
+    return tqdm(updates, desc=name, **bar)
 
 
 def optimizer_step(

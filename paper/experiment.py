@@ -192,12 +192,15 @@ class Cell:
 
 
 def evaluated(cell: Cell, sft: Run, rl: Run, evaluation: Run) -> dict[str, float]:
-    """Return a row from eval.py's metrics; 0 for an accuracy over no responses."""
-    summary = evaluation.result()[cell.side]
+    """Return a row from eval.py's metrics, and SFT's last; 0 for an accuracy over no responses."""
+    summary, by_steps = evaluation.result()[cell.side], {}
+    for steps, metrics in summary["by_steps"].items():
+        by_steps[steps] = 100 * metrics["pass@1"]
     overall, groups = summary["overall"], {"all": summary["overall"], **summary["by_type"]}
     row = {name: 100 * groups[name]["pass@1"] for name in ACCURACIES if name in groups}
     others = ("match_rate", "accuracy_given_match", "forward_share", "backward_share")
-    return row | {name: 100 * (overall[name] or 0.0) for name in others}
+    row |= {name: 100 * (overall[name] or 0.0) for name in others} | {"by_steps": by_steps}
+    return row | {"sft_accuracy_given_match": 100 * (sft.log()[-1]["accuracy_given_match"] or 0.0)}
 
 
 @dataclass(frozen=True)

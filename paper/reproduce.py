@@ -81,14 +81,10 @@ PAPER_TABLE1 = {  # pass@1 on 6-9 steps: all, inversion, evaluation
 
 def table1_claims() -> list[Claim]:
     to_easy, to_hard = ("SFT", "RL 2-5"), ("SFT", "RL 6-9")
-    nine = [
-        (f"{model}, {stage}", "all", {"model": model, "stage": stage})
-        for model in MODELS
-        for stage in STAGES
-    ]
+    nine = [x for model in MODELS for x in series("all", "stage", STAGES, model=model)]
     best = [(kind, kind, {"model": "FB", "stage": "RL 6-9"}) for kind in TYPES]
     claims = [
-        Claim("FB with RL on 6-9 steps is the best of the nine",
+        Claim("FB with RL on 6-9 steps is the best of the nine (B, F, FB)",
               lambda *found: found[-1] == max(found), nine),
         Claim("and above 90% on both types", lambda *found: min(found) > 90, best),
         Claim("selection: the share of the matching strategy goes from about half to above 95%",
@@ -234,13 +230,6 @@ AMPLIFICATION = Plan(
 
 SFT_PARTS = {"single parts": {}, "1-2 parts": {"parts": "1-2"}, "1-3 parts": {"parts": "1-3"}}
 SIDES = {"SFT": "before", "RL": "after"}
-
-
-def with_sft_accuracy(cell: Cell, sft: Run, rl: Run, evaluation: Run) -> dict[str, float]:
-    accuracy = sft.log()[-1]["accuracy_given_match"] or 0.0
-    return evaluated(cell, sft, rl, evaluation) | {"sft_accuracy_given_match": 100 * accuracy}
-
-
 COMPOSITION = Plan(
     "RL on compositions of 3-5 parts, SFT on single parts, up to two (the paper's) or three",
     [
@@ -265,7 +254,6 @@ COMPOSITION = Plan(
         "every part takes the matching strategy": "match_rate",
         "SFT's accuracy given the matching strategy, on its own data": "sft_accuracy_given_match",
     },
-    measure=with_sft_accuracy,
     curves={"reward on 3-5 parts": series("reward", "sft", SFT_PARTS, parts="3-5", stage="RL")},
 )  # fmt: skip
 
@@ -300,12 +288,6 @@ GF13 = Plan(
 EXTREME_SIDES = {"SFT": "before", "RL 6-15": "after"}
 
 
-def with_steps(cell: Cell, sft: Run, rl: Run, evaluation: Run) -> dict:
-    by_steps = evaluation.result()[cell.side]["by_steps"]
-    accuracies = {steps: 100 * metrics["pass@1"] for steps, metrics in by_steps.items()}
-    return evaluated(cell, sft, rl, evaluation) | {"by_steps": accuracies}
-
-
 def accuracy_by_steps(rows: list[dict]):
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for stage, color in zip(EXTREME_SIDES, ("0.6", "C0")):
@@ -326,7 +308,6 @@ EXTREME_PLAN = Plan(
         Claim("FB still improves clearly on 6-15 steps", grows(10),
               series("all", "stage", EXTREME_SIDES))
     ],
-    measure=with_steps,
     figure=accuracy_by_steps,
 )  # fmt: skip
 

@@ -117,7 +117,7 @@ INVOCATIONS = [
     ("grpo", "--field 2 --steps 1 --evaluation-share 1", "no validation problems"),
     ("grpo", "--init good --out good --resume", "no checkpoint of this script"),
     ("eval", "nowhere", "nowhere"),
-    ("eval", ".", "no checkpoint"),
+    ("eval", "log", "no checkpoint"),
     ("eval", "", "name one checkpoint"),
     ("eval", "good good good", "one checkpoint, or two"),
     ("eval", "good --problems 0", "--problems"),

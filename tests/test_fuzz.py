@@ -1,6 +1,7 @@
 """Properties that hold for any input: hypothesis tries some (requirements-dev.txt), tests/fuzz_tagger.py for longer."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from fuzz_tagger import check, mutated, problem_number
@@ -44,8 +45,9 @@ def test_any_change_of_a_solution_can_be_tagged(data, number):
 @many
 @given(st.text(max_size=8), st.text(max_size=8), st.integers(-5, 30) | st.integers(), st.floats())
 def test_any_flags_make_a_task_or_a_value_error(steps, parts, p, share):
+    flags = {"difficulty": "easy", "steps": steps, "parts": parts, "field": p, "relabel": "fixed"}
     try:
-        Task.from_flags("easy", steps, p, "fixed", parts, share)
+        Task.from_flags(SimpleNamespace(**flags, evaluation_share=share))
     except ValueError as error:
         assert str(error)
 
