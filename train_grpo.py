@@ -358,7 +358,8 @@ def closing_report(run: Run, scored: dict[str, eval.Scored]) -> None:
     from lib.plots import plot_training  # matplotlib takes a second to import
 
     folder = run.folder
-    print(f"\n4 samples each at temperature {run.meta['temperature']}; metrics in %")
+    how = f"4 samples each at temperature {run.meta['temperature']}; metrics in %"
+    print(f"\nbefore -> after RL, {how}")
     eval.report(scored, folder / "evaluation.json", folder / "evaluation.png")
     plot_training({folder.name: run.log.rows}, folder / "training.png")
     print(f"checkpoint  {folder / f'step-{run.updates}'}\nlog         {run.log.path}")

@@ -63,4 +63,4 @@ def test_an_update_moves_the_weights():
     before = ours.model.lm_head.weight.clone()
     ours.update()
     assert not torch.equal(before, ours.model.lm_head.weight)
-    assert torch.equal(ours.copy.lm_head.weight, ours.model.lm_head.weight.bfloat16())
+    assert torch.equal(ours.policy.lm_head.weight, ours.model.lm_head.weight.bfloat16())

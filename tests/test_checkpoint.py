@@ -103,7 +103,7 @@ def test_loading_holds_the_weights_once(dtype, tmp_path, pretrained):
     }
     folder = make_pretrained(tmp_path / "large", shard_size="40MB", **sizes)
     command = [sys.executable, "-c", MEASURE, str(folder), str(pretrained), dtype]
-    here = Path(checkpoint.__file__).parent
+    here = Path(checkpoint.__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=here)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) < 1.2
@@ -177,25 +177,19 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch, capsys)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     monkeypatch.chdir(tmp_path)
-    script = (
-        "from run_folder import find_checkpoint; import sys; print(find_checkpoint(sys.argv[1]))"
-    )
-    here = Path(checkpoint.__file__).parent
+    script = "from lib.run_dir import find_checkpoint as find; import sys; print(find(sys.argv[1]))"
+    here = Path(checkpoint.__file__).parent.parent
     environment = {"PYTHONPATH": str(here), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     for name, found in (("someone/small", True), ("someone/large", False)):
         command = [sys.executable, "-c", script, name]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=tmp_path
-        )
+        options = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path}
+        done = subprocess.run(command, **options)
         if found:
             assert done.stdout.strip() == str(folder)
         else:
-            assert (
-                done.returncode == 2
-                and len(done.stderr.splitlines()) == 1
-                and "someone/large" in done.stderr
-            )
-    (tmp_path / "runs").mkdir()
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+            assert "someone/large" in done.stderr
+    (tmp_path / "ckpt").mkdir()
     assert "there is no folder ckpt/mistyped" in refusal(
         lambda: find_checkpoint("ckpt/mistyped"), capsys
     )

@@ -202,7 +202,7 @@ def test_the_table_says_what_was_gained_and_why():
     judged = [score_groups(problems, some, [True] * len(some)) for some in (texts, right)]
     summaries = map(summarise, judged)
     text = comparison_table(*summaries, compare(*judged), decompose_gain(*judged))
-    (cells,) = (re.split("  +", line) for line in text.splitlines() if line.startswith("all "))
+    (cells,) = (re.split("  +", line) for line in text.splitlines() if line.startswith("all  "))
     assert cells[1:4] == ["50.0 -> 100.0", "50.0 -> 100.0", "100.0 -> 100.0"]
     assert cells[4].startswith("+50.0 (") and cells[5].startswith("+50.0 (")
     assert cells[6].startswith("+0.0 (")

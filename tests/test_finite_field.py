@@ -64,7 +64,7 @@ def follow(problem) -> list[str]:
     steps, given, asked = [], None, None
     for line in problem.prompt().splitlines():
         words = line.split()
-        if words[0] == "init_from":
+        if words[0] == "start":
             steps = []
             given = words[1]
         elif words[0] == "end":

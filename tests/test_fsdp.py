@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import make_pretrained, refusal, score_groups
+from conftest import make_pretrained, refusal
 from torch.distributed.tensor import DTensor
 
+import strategies
 import train_grpo
 import train_sft
+from lib import plots
 from lib.checkpoint import load_model
 from lib.distributed import World, init_distributed
 from lib.run_dir import read_log
+from strategies import Response, score_response
 
 ONE = World(0, 1, torch.device("cpu"))
 SFT = {
@@ -53,18 +56,15 @@ PRETRAINED = {
 }
 
 
-def judge_by_text(problems, texts, stopped):
-    """Rewards that a random model gets: right is what happens to have a certain checksum."""
-    right = iter([zlib.crc32(text.encode()) % 3 == 0 for text in texts])
-    return [
-        [replace(r, correct=next(right)) for r in group]
-        for group in score_groups(problems, texts, stopped)
-    ]
+def score_by_checksum(problem, text: str, stopped: bool) -> Response:
+    """Reward what a random model can write: texts that happen to have a certain checksum."""
+    right = zlib.crc32(text.encode()) % 3 == 0
+    return replace(score_response(problem, text, stopped), correct=right, reward=float(right))
 
 
-def train(folder: Path, world: World, shard: bool, resume: bool = False) -> None:
-    train_grpo.score_groups, plot.save = judge_by_text, lambda *_: None
-    given = {"precision": "fp32", "fsdp": shard, "resume": resume}
+def train(folder: Path, world: World, fsdp: bool, resume: bool = False) -> None:
+    strategies.score_response, plots.save = score_by_checksum, lambda *_: None
+    given = {"precision": "fp32", "fsdp": fsdp, "resume": resume}
     train_sft.main(train_sft.SftConfig(out=str(folder / "sft"), **SFT, **given), world)
     init = folder.parent / "start" / "step-2"
     train_grpo.main(
@@ -108,7 +108,8 @@ def close(ours: list[dict], theirs: list[dict]) -> bool:
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monkeypatch, undrawn):
     """The curve, the weights and the optimizer; and a sharded run goes on unsharded, on another number of processes."""
-    monkeypatch.setattr(train_grpo, "score_groups", score_groups)  # to be put back after `train`
+    for module, name in ((strategies, "score_response"), (plots, "save")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back what `train` patches
     make_pretrained(tmp_path / "pretrained", "qwen3")
     train_sft.main(
         train_sft.SftConfig(out=str(tmp_path / "start"), **(SFT | {"updates": 2, "save_every": 1})),

@@ -84,7 +84,7 @@ def test_one_line_says_what_computes(monkeypatch):
     assert describe(small_model()) == "Computing on cpu in fp32, attention by kernels.c."
     monkeypatch.setattr("lib.kernels.available", lambda: False)
     said = describe(make_policy(small_model(), "bf16"))
-    assert said == "Computing on cpu in bf16, attention by PyTorch on a padded layout."
+    assert said == "Computing on cpu in bf16, attention by torch padded."
 
 
 def test_no_compiler_is_no_error(monkeypatch):

@@ -193,7 +193,7 @@ def test_a_start_that_has_changed_is_noticed(tmp_path, pretrained, capsys):
 def test_damaged_checkpoints_do_not_push_out_sound_ones(run, monkeypatch):
     """With --keep 1: a run that goes on from 4 because 6 is damaged, and is stopped at 5."""
     flip(run / "step-6" / "model.safetensors")
-    monkeypatch.setattr(train_sft, "tqdm", Interrupted(5))
+    monkeypatch.setattr("lib.training.tqdm", Interrupted(5))
     with pytest.raises(SystemExit):
         sft(run, resume=True, keep=1)
     assert [p.name for p in checkpoints(run)] == ["step-5"] and newest_checkpoint(
@@ -223,7 +223,7 @@ def test_a_log_in_whose_place_something_has_happened(what, run, capsys):
 
 def test_processes_have_to_see_the_same_checkpoint(run, capsys, monkeypatch):
     two = World(0, 2, torch.device("cpu"))
-    monkeypatch.setattr(World, "gather", lambda self, rows: [*rows, 4])
+    monkeypatch.setattr(World, "all_gather", lambda self, rows: [*rows, 4])
     config = train_sft.fill_defaults(train_sft.SftConfig(out=str(run), resume=True, **SHORT), True)
     line = refusal(lambda: open_run(run, run / "step-6", config, "sft", two), capsys)
     assert "different checkpoints" in line
@@ -270,7 +270,7 @@ def test_a_signal_saves_and_stops(number, tmp_path, monkeypatch, capsys):
     # A second stop shortly after, so that the test need not run to the end.
     for name in ("stopped", "straight"):
         rest = Interrupted(done + 3)
-        monkeypatch.setattr(train_sft, "tqdm", rest)
+        monkeypatch.setattr("lib.training.tqdm", rest)
         with pytest.raises(SystemExit) as stop:
             sft(tmp_path / name, resume=name == "stopped", updates=5000, save_every=10000)
         assert stop.value.code == 128 + signal.SIGTERM
@@ -361,7 +361,7 @@ def test_old_checkpoints_make_room(tmp_path):
     """Only once the new one is there, and only those of the run."""
     model, tokenizer, run = small_model(), word_tokenizer(11), tmp_path / "run"
     optimizer = torch.optim.AdamW(model.parameters())
-    (run / "step-notes").mkdir(prompt_index=True)
+    (run / "step-notes").mkdir(parents=True)
     for update in (9, 10, 11):
         save_checkpoint(run, update, model, tokenizer, optimizer, {"keep": 2})
     assert sorted(p.name for p in run.iterdir()) == ["step-10", "step-11", "step-notes"]

@@ -15,7 +15,7 @@ from lib.checkpoint import load_model
 from lib.packing import pack_prompts, pad
 from rollout import Sampler
 
-HERE = Path(checkpoint.__file__).parent
+HERE = Path(checkpoint.__file__).parent.parent
 QUESTION = [{"role": "user", "content": "Tell me, in a few sentences, how a tree grows."}]
 
 
