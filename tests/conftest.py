@@ -39,7 +39,7 @@ def small_model(seed: int = 0, **shape) -> Transformer:
 
 
 def with_large_biases(model: Transformer, size: float = 30.0) -> Transformer:
-    """Attention scores of more than a hundred in the first layer, as Qwen2's and Qwen2.5's key biases make them."""
+    """Raise attention scores above 100 in the first layer, as Qwen2's key biases do."""
     c = model.config
     biases = model.model.layers[0].self_attn.qkv_proj.bias.view(-1, c.head_dim)
     with (
@@ -58,7 +58,7 @@ CHAT = (
 def make_pretrained(
     folder: Path, model_type: str = "llama", shard_size: str = "5GB", **shape
 ) -> Path:
-    """A checkpoint as transformers writes them: random weights, a tokenizer of bytes, a chat template, two stops."""
+    """Write a random checkpoint as transformers does: byte tokenizer, chat template, two stops."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     letters = {
         letter: i + 3 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))

@@ -1,6 +1,6 @@
-"""What holds of the tagger and the reward for any text, and a fuzzer that looks for texts of which it does not.
+"""Properties of the tagger and the reward for any text, and a fuzzer that looks for exceptions.
 
-pip install -r requirements-dev.txt && python tests/fuzz_tagger.py -max_total_time=600
+pip install -r .ci/requirements-dev.txt && python tests/fuzz_tagger.py -max_total_time=600
 """
 
 import random
@@ -50,7 +50,7 @@ def check(problem: Problem, text: str) -> None:
 
 
 def mutated(problem: Problem, choose) -> str:
-    """A solution with some words changed, left out, said twice or moved; `choose(n)` gives a number below n."""
+    """Change, drop, repeat or move words of a solution; `choose(n)` gives a number below n."""
     words = problem.solution([(FORWARD, BACKWARD)[choose(2)] for _ in problem.parts]).split(" ")
     known = [
         *vocabulary(problem.field.p),

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong ends in one line on stderr and status 2, before any work, with nothing overwritten."""
+"""User errors end in one line on stderr and status 2, before any work, and overwrite nothing."""
 
 import json
 import shutil
@@ -33,8 +33,7 @@ FILES = {"sft": "train_sft.py", "grpo": "train_grpo.py"}  # others are named as 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A working folder with a checkpoint in `good/step-3`, one with a flipped bit in `broken/step-3`, a log with a
-    broken line and a pretrained model."""
+    """A working folder: checkpoints good/step-3 and broken/step-3, a broken log, a real model."""
     monkeypatch.chdir(tmp_path)
     make_pretrained(tmp_path / "pretrained")
     model = small_model()

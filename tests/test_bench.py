@@ -38,14 +38,14 @@ def test_rows_and_plot(tmp_path, capsys):
 
 
 def test_matrix_weights():
-    """All weights but norms and biases; the embedding, which is only looked up, where it is not the head as well."""
+    """All weights but norms and biases; the embedding counts only where it is also the head."""
     model = Ours(SMALL, machine("fp32")).model
     matrices = sum(w.numel() for w in model.parameters() if w.ndim == 2)
     assert matrix_weights(SMALL.shape) == matrices - model.model.embed_tokens.weight.numel()
 
 
 def test_decoding_is_limited_by_memory_or_by_arithmetic():
-    """Written out step by step: weights once, each group's prompt once, each response's tokens so far."""
+    """Step by step: weights once, each group's prompt once, each response's tokens so far."""
     per_token = 2 * 2 * 2 * 8  # keys and values, layers, key heads, head size
     numbers = 0
     for step in range(1, SMALL.new):

@@ -1,4 +1,4 @@
-"""Real checkpoints in: shards, types, memory, the hub's cache; what is not supported or not whole is refused."""
+"""Loading checkpoints: shards, dtypes, memory, the hub's cache; refusal of broken ones."""
 
 import json
 import subprocess
@@ -79,7 +79,9 @@ import re, sys, threading, time, torch
 from pathlib import Path
 from lib.checkpoint import load_model
 
-def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+def resident():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\\s+(\\d+)", status)[1]) / 1e3
 def watch():
     global peak
     while True: peak = max(peak, resident()); time.sleep(0.0005)
@@ -94,7 +96,7 @@ print((peak - before) * 1e6 / sum(w.numel() * w.element_size() for w in model.pa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_holds_the_weights_once(dtype, tmp_path, pretrained):
-    """At most a fifth more than the weights, though they are converted, joined and, by the file system, mapped."""
+    """At most a fifth more than the weights, though they are mapped, converted and joined."""
     sizes = {
         "hidden_size": 512,
         "intermediate_size": 2048,

@@ -15,9 +15,9 @@ OTHER = {FORWARD: BACKWARD, BACKWARD: FORWARD}
 def sample(
     match_rate, fit_accuracy, other_accuracy=1 / 11, cause=ARITHMETIC, n=600, samples=4, seed=0
 ):
-    """Responses of a policy that takes the matching strategy with a given chance and succeeds with another.
+    """Return responses of a policy that takes the matching strategy with a given chance.
 
-    Problems differ: on half of them the matching strategy is taken a fifth less often, on the others more.
+    On half of the problems it takes that strategy a fifth less often, on the others more.
     """
     rng, judged = random.Random(seed), []
     for i in range(n):
@@ -86,8 +86,11 @@ def test_neither():
     ],
 )
 def test_means_and_intervals_over_many_draws(before, after, samples, coverage):
-    """The split is right on average; its intervals hold the truth as often as they say, or, where a strategy was taken
-    a few times in all, nearly so. (Of 40 draws, 95 in 100 may look like 85.)"""
+    """The split is right on average, and its intervals hold the truth as often as they say.
+
+    Nearly as often where a strategy was taken a few times in all. (With 40 draws 95% may look
+    like 85%.)
+    """
     (share, skill), (share_after, skill_after), other = before, after, 1 / 11
     truth = {
         "selection": (share_after - share) * ((skill + skill_after) / 2 - other),
@@ -109,8 +112,10 @@ def test_means_and_intervals_over_many_draws(before, after, samples, coverage):
 
 
 def test_problems_on_which_strategies_fare_differently():
-    """Where every strategy was taken on every problem, its accuracy there counts and not that of problems alike: the
-    fitting one is taken rather where it works, yet nothing but selection changes."""
+    """Where every strategy was taken on every problem, nothing is imputed.
+
+    The matching strategy is taken more often where it works, yet only selection changes.
+    """
 
     def group(i, fit):
         right = 8 if i % 2 else 4  # of 8 fitting responses
@@ -178,7 +183,7 @@ def test_a_strategy_that_one_side_never_takes_counts_as_selection():
 
 
 def test_what_fails_by_its_guess_fails_by_nothing_else():
-    """The strategy that does not fit slips less often than before, which is no help: it still guesses wrong."""
+    """The other strategy slips less often than before, which is no help: it still guesses wrong."""
     before, after = sample(0.0, 1.0, 0.0, n=40), sample(0.0, 1.0, 0.0, n=40, seed=1)
     overall = decompose_gain(before, after)["overall"]
     assert all(overall[name]["mean"] == 0 for name in ("gain", "improvement", *CAUSES))

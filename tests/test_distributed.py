@@ -61,7 +61,7 @@ def test_one_process_sums_to_itself():
 
 
 def test_pieces_of_work_side_by_side(monkeypatch):
-    """Results in order, errors not lost, and PyTorch's threads as before in the thread that asked."""
+    """Results keep their order, errors are raised, and the caller keeps its number of threads."""
     monkeypatch.setattr("lib.distributed.n_threads", lambda device: 3)
     before, cpu = torch.get_num_threads(), torch.device("cpu")
     names = in_threads(

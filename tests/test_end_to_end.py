@@ -68,9 +68,8 @@ def test_sft_learns(sft):
 def test_grpo_improves_and_reports(sft, tmp_path, capsys, monkeypatch):
     """Reward rises because the matching strategy is taken more often; all files are written."""
     monkeypatch.undo()  # this one draws
-    rows = grpo(
-        tmp_path / "run", sft, updates=30, prompts_per_update=16, group_size=8, lr=3e-4, eval_problems=64
-    )
+    flags = {"updates": 30, "prompts_per_update": 16, "group_size": 8, "lr": 3e-4}
+    rows = grpo(tmp_path / "run", sft, eval_problems=64, **flags)
     first, last = rows[:5], rows[-5:]
 
     def mean(some, key):
@@ -102,7 +101,7 @@ def test_grpo_improves_and_reports(sft, tmp_path, capsys, monkeypatch):
 
 
 def test_resume_is_exact(sft, tmp_path):
-    """Four updates equal two, a stop, and two more; with a KL term, so that the reference is found again."""
+    """Four updates equal two, a stop and two more; the KL term needs the reference again."""
     flags = {"updates": 4, "beta": 0.05, "save_every": 2, "eval_every": 2}
     whole = grpo(tmp_path / "whole", sft, **flags)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -179,7 +178,7 @@ def test_sft_skips_such_updates_too(tmp_path, monkeypatch):
 
 
 def test_a_policy_of_nan_is_noticed(sft, tmp_path, capsys):
-    """Though none of its responses is right, so that no group has a signal and no gradient is computed."""
+    """Although no response is right, so no group has signal and no gradient is computed."""
     start = shutil.copytree(find_checkpoint(str(sft)), tmp_path / "start")
     (start / "manifest.json").unlink()
     weights = load_file(start / "model.safetensors")
@@ -222,7 +221,7 @@ def test_two_processes(sft, tmp_path):
     """torchrun with two processes trains and reports; one of them writes and prints."""
     flags = "--field=3 --steps=1-2 --prompts-per-update=4 --group-size=4 --eval-problems=8"
     flags += " --updates=2 --beta=0.05 --precision=fp32"
-    command = [sys.executable, *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(HERE / "train_grpo.py"), "--init", str(sft), "--out", str(tmp_path / "two")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}

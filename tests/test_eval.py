@@ -75,7 +75,7 @@ def test_paired_intervals_hold_the_truth(n, gained, lost):
 
 
 def responses(seed: int = 0, n: int = 60, samples: int = 4):
-    """Half the problems solved in the matching strategy, the others in the other with a wrong guess."""
+    """Half the problems solved in the matching strategy, the others by a wrong guess."""
     rng = random.Random(seed)
     problems = [Task().sample(rng, "validation") for _ in range(n)]
     texts = []
@@ -223,7 +223,7 @@ def test_validation_problems_are_distinct_and_of_their_stream():
 
 
 def test_every_solution_fits_the_token_budget(model, tokenizer):
-    """That of the task, whichever problems come up; the longest solution and its stop token leave less than a line."""
+    """Whichever problems come up: the longest solution leaves less than a line of room."""
     for task in (Task((6, 9)), Task((2, 4), parts=(1, 4)), Task((6, 15))):
         budget = tokenizer.max_response_tokens(*task.longest_examples(rng("token budget")), 2048)
         problems = [task.longest().sample(random.Random(i), "train") for i in range(50)]

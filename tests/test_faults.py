@@ -1,4 +1,4 @@
-"""What happens to machines: kills at any moment, a full disk, a process that dies, two hosts; pytest -m slow."""
+"""Faults: kills at any moment, a full disk, a process that dies, two hosts; pytest -m slow."""
 
 import os
 import random
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 HERE = Path(train_sft.__file__).parent
 TASK = "--field=3 --steps=1-2 --precision=fp32 --save-every=1"
 SFT = f"train_sft.py {TASK} --updates=80 --keep=2 --batch-size=8 --warmup=0 --eval-every=20"
-GRPO = f"train_grpo.py {TASK} --updates=60 --prompts_per_update=4 --group=4 --eval-problems=8 --beta=0.05 --examples=10"
+GRPO = f"train_grpo.py {TASK} --updates=60 --prompts-per-update=4 --group-size=4"
+GRPO += " --eval-problems=8 --beta=0.05 --examples=10"
 ENVIRONMENT = os.environ | {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
@@ -109,7 +110,7 @@ def without_times(run: Path) -> list[dict]:
 
 
 def figures(run: Path) -> list[dict]:
-    """The log's numbers, but for the largest rounding difference, which is itself of rounding alone."""
+    """Return the log's numbers, without the largest rounding difference, which may differ."""
     return [
         {key: value for key, value in row.items() if value is not None and key != "logp_diff_max"}
         for row in without_times(run)
@@ -117,7 +118,7 @@ def figures(run: Path) -> list[dict]:
 
 
 def same_end(a: Path, b: Path) -> bool:
-    """Equal weights, optimizer, log and data order (which the log's figures follow from), bit for bit."""
+    """Compare weights, optimizer and log (which follows the order of the data), bit for bit."""
     last = [newest_checkpoint(run) for run in (a, b)]
     assert last[0].name == last[1].name
     states = [torch.load(folder / "training_state.pt") for folder in last]
@@ -139,7 +140,7 @@ MOMENTS = ("starting", "training", "saving")
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     command, processes, kills, start, tmp_path
 ):
-    """30 kills of single processes, 6 of torchrun with two; a third of them while a checkpoint is being written."""
+    """30 kills of single processes, 6 of torchrun with two; a third during a save."""
     if command is GRPO:
         command += f" --init={start}"
     straight, killed, rng = tmp_path / "straight", tmp_path / "killed", random.Random(kills)
@@ -160,7 +161,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
 
 
 def test_a_full_disk(tmp_path):
-    """A file system of 40 MB: the run ends in one line, its last good checkpoint goes on elsewhere."""
+    """A file system of 40 MB: the run ends in one line, and its checkpoint resumes elsewhere."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -185,7 +186,7 @@ def test_a_full_disk(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_dies_ends_the_others(number, tmp_path):
-    """Killed: within a minute, with its rank in the report. Asked to leave: all save and leave together."""
+    """Killed: within a minute, its rank reported. On SIGTERM all save and leave together."""
     process = begin(
         SFT.replace("80", "100000").replace("save-every=1", "save-every=50"), tmp_path / "run", 2
     )
@@ -238,8 +239,9 @@ def test_two_hosts(two_hosts, start, tmp_path):
     for each in (1, 2):
         launched = []
         for i, host in enumerate(two_hosts):
-            run = f"{host} {sys.executable} -m torch.distributed.run --nnodes=2 --node-rank={i} --master-addr=10.77.0.1"
-            run += f" --master-port=29511 --nproc-per-node={each} {HERE}/train_grpo.py --out={tmp_path}/two-{each}"
+            run = f"{host} {sys.executable} -m torch.distributed.run --nnodes=2 --node-rank={i}"
+            run += f" --master-addr=10.77.0.1 --master-port=29511 --nproc-per-node={each}"
+            run += f" {HERE}/train_grpo.py --out={tmp_path}/two-{each}"
             words = [*run.split(), *flags]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             launched.append(subprocess.Popen(words, env=ENVIRONMENT, **pipes))

@@ -1,4 +1,4 @@
-"""The task: arithmetic against sympy's GF, solutions against their problems, streams that do not overlap."""
+"""The task: arithmetic against sympy's GF, solutions, rewards, splits that do not overlap."""
 
 import random
 import subprocess
@@ -161,7 +161,7 @@ def test_reward_takes_the_last_word_only():
     "task", [Task((2, 2)), Task((2, 5)), Task((6, 9))], ids=["2", "2-5", "6-9"]
 )
 def test_training_and_validation_never_overlap(task):
-    """Content, labels left out: not even by another label does a validation problem come up in training."""
+    """No validation problem comes up in training, not even under other labels."""
     rng = random.Random(0)
     seen = {split: set() for split in ("train", "validation")}
     for split, contents in seen.items():

@@ -1,4 +1,4 @@
-"""--fsdp on gloo processes: what FSDP splits trains as what is whole does, and its checkpoints are the same."""
+"""--fsdp on gloo processes: sharded training equals unsharded training, checkpoints included."""
 
 import os
 import shutil
@@ -107,7 +107,7 @@ def close(ours: list[dict], theirs: list[dict]) -> bool:
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monkeypatch, undrawn):
-    """The curve, the weights and the optimizer; and a sharded run goes on unsharded, on another number of processes."""
+    """Log, weights and optimizer; and a sharded run resumes unsharded on fewer processes."""
     for module, name in ((strategies, "score_response"), (plots, "save")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back what `train` patches
     make_pretrained(tmp_path / "pretrained", "qwen3")

@@ -1,4 +1,4 @@
-"""Properties that hold for any input: hypothesis tries some (requirements-dev.txt), tests/fuzz_tagger.py for longer."""
+"""Properties that hold for any input, by hypothesis; tests/fuzz_tagger.py tries for longer."""
 
 import json
 from types import SimpleNamespace

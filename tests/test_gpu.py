@@ -1,4 +1,4 @@
-"""On a GPU: the same tokens, log-probs and gradient as on the CPU, through graphs and the kernels of a GPU."""
+"""On a GPU, with its kernels and graphs: the CPU's tokens, log-probs and gradient."""
 
 import pytest
 import torch

@@ -40,7 +40,7 @@ def log_probs(model, **options):
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_adapters_add_what_they_say(family):
-    """At first nothing; later the policy is the base with its weights changed by `updates`, and the base stays."""
+    """At first nothing; later they equal changed weights, and the base stays as it is."""
     base = small_model(model_type=family)
     before = log_probs(base).detach()
     fresh = add_lora(base, 4, 8, 0.05, torch.Generator().manual_seed(0))
@@ -112,7 +112,7 @@ def test_dropout_is_the_same_when_activations_are_computed_again():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_peft_loads_what_is_saved(family, tmp_path):
-    """Adapters on the base by PEFT, and the merged model by transformers: the same logits and the same gradients."""
+    """PEFT's adapters on the base, and the merged model in transformers: same logits, gradients."""
     peft = pytest.importorskip("peft")
     start = make_pretrained(tmp_path / "start", family)
     base, tokenizer = load_model(start)
@@ -164,7 +164,7 @@ def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The whole road with a pretrained model
 
 SFT = {
@@ -194,7 +194,7 @@ GRPO = {
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.usefixtures("undrawn")
 def test_from_pretrained_to_reinforced_and_resumed(precision, tmp_path, pretrained):
-    """Each stage leaves a plain checkpoint and adapters; a run that resumes ends as if it had not stopped."""
+    """Each stage writes a plain checkpoint and adapters; resuming is exact."""
     flags = {"model": str(pretrained), "precision": precision, **SFT}
     sft = train_sft.main(train_sft.SftConfig(out=str(tmp_path / "sft"), **flags), ONE)
     (tmp_path / "sft" / "step-2").rename(tmp_path / "later")

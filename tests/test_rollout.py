@@ -1,4 +1,4 @@
-"""The sampler against sampling one whole sequence at a time, and its log-probs against the trainer's."""
+"""The sampler against sampling one sequence at a time, and its log-probs against the trainer's."""
 
 import gc
 import weakref
@@ -58,7 +58,7 @@ def naive(model, prompts, noise, group, max_new_tokens, temperature) -> Rollout:
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, return_softmax_lse=False
 ):
-    """What flash-attn documents of its kernel, which needs a GPU: stores k and v at cache_seqlens, then attends."""
+    """Do what flash-attn documents of its kernel: store k and v at cache_seqlens, then attend."""
     assert cache_seqlens.dtype == torch.int32 and return_softmax_lse
     lengths = cache_seqlens.long()
     if k is not None:
@@ -92,7 +92,7 @@ PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3, 3, 3]]
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
 @pytest.mark.parametrize("group", [1, 3])
 def test_equals_sampling_one_sequence_at_a_time(model, way, temperature, group):
-    """Ragged prompts, rows that stop at different times, groups that leave: the same tokens, the same log-probs."""
+    """With ragged prompts, rows that stop at different times, and groups that leave the batch."""
     rollout = Sampler(model, STOP, group, 12, temperature).sample(PROMPTS, keys(PROMPTS))
     noise = noise_of(PROMPTS, group, 12)
     expected = naive(model, PROMPTS, noise, group, 12, temperature)
@@ -168,7 +168,7 @@ def test_log_probs_in_bf16_equal_the_trainers_in_bf16(way, bias):
 
 
 class Recording(TorchDispatchMode):
-    """Stands in for a CUDA graph: operations between tensors of fixed place, recorded once and then repeated."""
+    """Stand in for a CUDA graph: record operations at fixed addresses, then repeat them."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +195,7 @@ class Recording(TorchDispatchMode):
 
 @pytest.mark.parametrize("way", ["matmul", "flash"], indirect=True)
 def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
-    """As CUDA graphs do: for any number of updates, with other prompts and in place other weights."""
+    """As CUDA graphs are: for any number of updates, with new prompts and synced weights."""
 
     captured = []
 
@@ -327,7 +327,7 @@ def test_a_batch_goes_when_it_is_done_with(model, monkeypatch):
 
 
 def test_logits_that_are_not_finite_do_not_stop_the_sampler():
-    """On a GPU a token beyond the vocabulary would take the whole process down; the loss shows what has happened."""
+    """On a GPU a token beyond the vocabulary would end the process; here the loss becomes NaN."""
     logits = torch.zeros(3, 5)
     logits[0], logits[1, 2] = torch.nan, torch.inf
     for temperature in (0.0, 1.0):

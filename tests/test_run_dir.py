@@ -1,4 +1,4 @@
-"""Run folders: what is written whole or not at all, what is noticed when it was damaged later, who may write."""
+"""Run folders: atomic checkpoints, damage that is detected, exact resume, one writer at a time."""
 
 import json
 import shutil
@@ -302,7 +302,7 @@ class Interrupted:
 
 LIMITED = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # as a full disk: no file grows beyond 1 MB
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # files of at most 1 MB
 sys.argv = sys.argv[1:]
 import runpy
 runpy.run_path(sys.argv[0], run_name="__main__")

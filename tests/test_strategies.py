@@ -81,7 +81,7 @@ def test_a_wrong_guess_carried_through_is_no_error():
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_one_changed_symbol_is_found_where_it_is(task):
-    """Change each symbol of each step to another word of the vocabulary, and to another of its own kind."""
+    """Change each symbol of each step to any other word, and to another word of its kind."""
     words = vocabulary(task.p)
     for problem in problems(task, 8)[0]:
         for strategy in (FORWARD, BACKWARD):

@@ -76,7 +76,8 @@ def test_every_stop_token_of_the_generation_config_counts(pretrained):
 
 def test_a_prompt_does_not_depend_on_the_day(pretrained):
     """Llama's template writes today's date."""
-    dated = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%s %N') %}{%- endif %}"
+    dated = "{%- if not date_string is defined %}"
+    dated += "{%- set date_string = strftime_now('%s %N') %}{%- endif %}"
     (pretrained / "chat_template.jinja").write_text(
         dated + "{{ date_string }} {{ messages[0]['content'] }}"
     )

@@ -40,7 +40,7 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Batch:
-    """Six ragged prompts, groups of four sampled from a slightly different model, rewards at odds with each other."""
+    """Six ragged prompts, groups of four sampled from a slightly different model, mixed rewards."""
 
     def __init__(self):
         self.model = small_model(0)
@@ -63,7 +63,7 @@ class Batch:
     def gradient(
         self, config=CONFIG, world=ONE, order=range(6), groups=slice(None)
     ) -> torch.Tensor:
-        """The gradient with the groups in another order, or of some groups alone (as a process has them)."""
+        """Return the gradient with the groups in another order, or of some groups (a rank's)."""
         order = list(order)[groups]
         rows = torch.arange(24).view(6, 4)[order].flatten()
         r = self.rollout
@@ -84,7 +84,7 @@ def batch() -> Batch:
 
 
 def plain_gradient(batch: Batch) -> torch.Tensor:
-    """The loss written out: one response at a time, padded by nothing, normalised by all response tokens."""
+    """Write the loss out: one response at a time, no padding, normalised by all tokens."""
     batch.model.zero_grad()
     total = sum(batch.rollout.lengths.tolist())
     advantages = (batch.rewards - batch.rewards.mean(1, keepdim=True)) / (
@@ -129,7 +129,7 @@ def test_micro_batches_leave_the_gradient_as_it_is(batch, micro_batch_tokens):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_packing_order_leaves_the_gradient_as_it_is(batch, seed):
-    """Bug: rewards lined up with the wrong prompt (nanoGRPO): a group must keep its advantages wherever it lies."""
+    """Bug: rewards of the wrong prompt (nanoGRPO). A group keeps its advantages in any order."""
     order = random.Random(seed).sample(range(6), 6)
     assert relative_difference(batch.gradient(order=order), batch.gradient()) < 1e-6
 
@@ -165,7 +165,7 @@ def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, s
 
 
 def test_what_was_not_measured_is_not_logged_as_zero(batch):
-    """No group with a signal: nothing is forwarded, so there is no entropy, ratio or KL divergence."""
+    """Without a group with signal nothing is forwarded: no entropy, no ratio, no KL."""
     rollout = dataclasses.replace(
         batch.rollout, rewards=torch.ones(6, 4), advantages=torch.zeros(6, 4)
     )
@@ -211,7 +211,7 @@ def test_the_stop_token_and_every_other_gets_a_gradient(batch):
 
 
 def test_a_token_equal_to_the_padding_counts(batch):
-    """The mask is made from lengths: a response full of token 0, the padding's, is trained on like any other."""
+    """Masks come from lengths: a response of token 0, the padding's, is trained on too."""
     tokens = torch.zeros(2, 5, dtype=torch.long)
     rollout = Rollout(
         *pad([[0, 0, 3]]),
@@ -266,7 +266,7 @@ def test_micro_batches_cover_the_chosen_groups_in_order_within_the_budget():
 
 
 def test_rewards_belong_to_their_prompt():
-    """Every response answers its own problem: all are right. Among shuffled problems hardly any is."""
+    """Responses to their own problems are all right; to shuffled problems hardly any is."""
     rng = random.Random(0)
     problems = [Task().sample(rng, "train") for _ in range(20)]
     texts = [problem.solution("forward") for problem in problems for _ in range(4)]
@@ -279,7 +279,7 @@ def test_rewards_belong_to_their_prompt():
 
 
 def test_small_updates_move_the_weights():
-    """Bug: weights in bf16 swallow small updates (tiny-grpo, AReaL #1369): master weights are fp32."""
+    """Bug: bf16 weights swallow small updates (tiny-grpo, AReaL #1369). Master weights are fp32."""
     model = small_model()
     before = [w.clone() for w in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
@@ -380,11 +380,11 @@ def test_a_graded_reward_trains_as_graded(graded):
 
 
 def test_a_line_changed_in_the_loss_changes_the_gradient(batch, monkeypatch):
-    """grpo_loss holds the whole objective: without its KL term there is none, without its clip none."""
+    """grpo_loss holds the whole objective: what is changed there changes the gradient."""
     whole = batch.gradient()
 
     def changed(*args, **kwargs):
-        logps, old_logps, ref_logps, advantages, n_tokens, *_ = args
+        logps, old_logps, _, advantages, n_tokens, *_ = args
         ratio = (logps - old_logps).exp()
         _, per_token = grpo_loss(*args, **kwargs)
         return -(ratio * advantages).sum() / n_tokens, per_token

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which tokens count, which problems come, positions with gaps, and exact resume."""
+"""SFT: which tokens count, which problems come, position gaps, and exact resume."""
 
 import math
 

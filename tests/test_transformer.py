@@ -1,4 +1,4 @@
-"""The transformer against that of transformers, all families, and packing against one sequence at a time."""
+"""All families against transformers, and packed batches against one sequence at a time."""
 
 from copy import deepcopy
 
@@ -132,7 +132,7 @@ def one_by_one(model, reference, prompts, responses, prompt_index, temperature):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_response_log_probs_equal_transformers(shape, tokenizer, temperature):
-    """Ragged prompts shared by groups of any size, a response of one token among them; and their gradients."""
+    """Ragged prompts, groups of any size, a response of one token; and their gradients."""
     model = small_model(**shape)
     reference = twin(model, tokenizer)
     prompts = random_rows(model.config.vocab_size, [4, 9, 1])
@@ -170,7 +170,7 @@ def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
 
 
 def test_logits_are_never_all_there():
-    """Bug: 152,000 logits a token, kept for the backward pass (trl #3678): what is kept ignores the vocabulary."""
+    """Bug: logits kept for the backward pass (trl #3678). Memory ignores the vocabulary."""
     kept, largest = {}, {}
 
     class Largest(TorchDispatchMode):
@@ -211,7 +211,7 @@ def test_recomputed_activations_leave_the_gradient_as_it_is(model):
 
 
 def test_a_working_copy_in_bf16(model):
-    """It follows the fp32 weights when refreshed, and its log-probs theirs to the precision of bf16."""
+    """It follows the fp32 weights when synced, its log-probs to the precision of bf16."""
     copy = make_policy(model, "bf16")
     assert copy.dtype == torch.bfloat16 and model.dtype == torch.float32
     assert (
@@ -230,7 +230,7 @@ def test_a_working_copy_in_bf16(model):
 
 @pytest.mark.parametrize("which", ["flash-attn's", "PyTorch's"])
 def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
-    """The kernels need a GPU; here stands what their documentation says of them, a segment at a time."""
+    """The kernels need a GPU; a stand-in does what their documentation says, segment by segment."""
 
     def kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, **options):
         assert options == ({"causal": True} if which == "flash-attn's" else torchs_options)
