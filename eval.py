@@ -333,9 +333,7 @@ def main(config: EvalConfig, world: World) -> None:
         template = not config.no_chat_template
         model, tokenizer = load_model(path, world.device, DTYPES[precision], template)
         tokenizer.require_vocabulary(vocabulary(task.p))
-        longest = task.longest_examples(rng("token budget"))
-        limit = model.config.max_position_embeddings
-        budget = tokenizer.max_response_tokens(*longest, limit)
+        budget = tokenizer.max_response_tokens(task, model.config.max_position_embeddings)
         return evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
 
     scored = {str(path): score_checkpoint(path) for path in paths}  # one model in memory at a time

@@ -122,10 +122,6 @@ def score_response(problem: Problem, text: str, stopped: bool) -> Response:
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# The tagger
-
-
 def tag(problem: Problem, response: str) -> Tag:
     """Tag any text. A wrong guess that is carried through correctly is a guess, not an error."""
     lines = parse_lines(response)

@@ -7,9 +7,9 @@
 Without an SFT checkpoint at its default place, one is trained first. Read `main` for the loop and
 `grpo_loss` for the objective. Differences from DeepSeekMath (arXiv 2402.03300):
 
-1. The loss is the mean over the tokens of the whole batch, not of each response (DAPO, arXiv
-   2503.14476): no bias towards short answers.
-2. Clipping bounds may differ below and above (DAPO).
+1. The loss is the mean over the tokens of the whole batch, not of each response (DAPO,
+   arXiv 2503.14476). Clipping bounds may differ below and above (DAPO).
+2. Advantages may do without the standard deviation (Dr. GRPO, arXiv 2503.20783).
 3. A group whose rewards are all equal has no advantage and is not trained on, not even by the KL.
 4. There is one step per rollout, so ratios differ from 1 only by rounding, or by LoRA's dropout.
 """
@@ -26,18 +26,18 @@ from torch import Tensor
 import eval
 import train_sft
 from data.finite_field import Problem, Task, validation_problems, vocabulary
-from lib import checkpoint
-from lib.checkpoint import load_meta, load_model, read_config
+from lib import checkpoint, training
+from lib.checkpoint import load_meta, read_config
 from lib.diagnose import diagnose
 from lib.distributed import Signals, World, distributed, is_fsdp, peak_memory_gb
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors, warn
-from lib.lora import dropout_key, without_adapters
+from lib.lora import dropout_key
 from lib.packing import micro_batches, response_logps
-from lib.policy import DTYPES, accumulate_gradients
+from lib.policy import accumulate_gradients
 from lib.rng import epoch_indices, rng
 from lib.run_dir import newest_checkpoint, open_run
 from lib.tokenizer import load_tokenizer, word_tokenizer
-from lib.training import Run, end_update, load_run, optimizer_step, progress_bar, validate_training
+from lib.training import Run
 from lib.transformer import Transformer
 from rollout import Rollout, Sampler
 from strategies import score_rollout
@@ -99,16 +99,11 @@ def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:
     set_missing(config, TINY if tiny else PRETRAINED)
     require_min(config, prompts_per_update=1, eval_problems=1, beta=0, eval_every=0)
     require_min(config, max_new_tokens=0, micro_batch_tokens=0)
-    message = "--group-size must be at least 2: a response is compared with the others of its group"
-    require(config.group_size >= 2, message)
+    require(config.group_size >= 2, "--group-size must be at least 2: its responses are compared")
     require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
     require(config.clip_high > 0, "--clip-high must be above 0")
     require(0 < config.temperature < math.inf, "--temperature must be above 0, and finite")
     return config
-
-
-# ------------------------------------------------------------------------------------------------
-# The algorithm
 
 
 def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
@@ -211,12 +206,6 @@ def grpo_backward(
     }
 
 
-def learning_rate(config: GrpoConfig, update: int) -> float:
-    """Return linear warm-up to the peak, then linear decay to zero."""
-    remaining = (config.updates - update) / max(1, config.updates - config.warmup)
-    return config.lr * min(1.0, (update + 1) / (config.warmup + 1), remaining)
-
-
 def draw_problems(config: GrpoConfig, task: Task, update: int) -> list[Problem]:
     """Return the problems of an update, for all processes together."""
     n, seed = config.prompts_per_update, config.seed
@@ -227,14 +216,10 @@ def draw_problems(config: GrpoConfig, task: Task, update: int) -> list[Problem]:
     return [task.sample(rng(seed, "RL data set", i), "train") for i in indices]
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop
-
-
 def main(config: GrpoConfig, world: World) -> None:
     run, task, problems, max_new_tokens = set_up(config, world)
     tokenizer, master, policy = run.tokenizer, run.master, run.policy
-    reference = initial_policy(run, config) if config.beta else None
+    reference = training.initial_policy(run) if config.beta else None
     sampling = (config.group_size, max_new_tokens, config.temperature)
     sampler = Sampler(policy, tokenizer.stops, *sampling)
 
@@ -242,7 +227,7 @@ def main(config: GrpoConfig, world: World) -> None:
         how = (max_new_tokens, samples, config.temperature, config.seed)
         return eval.evaluate(model, tokenizer, problems, *how)
 
-    signals, bar, warned = Signals(), progress_bar(run, "GRPO", world), set()
+    signals, bar, warned = Signals(), training.progress_bar(run, "GRPO", world), set()
     for update in signals.during(bar):
         start = time.perf_counter()
 
@@ -266,8 +251,8 @@ def main(config: GrpoConfig, world: World) -> None:
 
         # 6. Step, sync the sampler's weights, log
         loss, has_signal = metrics["loss"], metrics["frac_reward_zero_std"] < 1
-        lr = learning_rate(config, update)
-        metrics |= optimizer_step(run, loss, lr, config.max_grad_norm, world, has_signal)
+        lr = training.linear_decay(config, update, run.updates)
+        metrics |= training.optimizer_step(run, loss, lr, config.max_grad_norm, world, has_signal)
         seconds = (sampled - start, time.perf_counter() - sampled)
         row = log_row(update, rollout, metrics, seconds, world)
         if world.is_master:
@@ -275,24 +260,32 @@ def main(config: GrpoConfig, world: World) -> None:
                 by_type = eval.summarise(evaluate(policy, 1))["by_type"]
                 row |= {f"validation/{kind}": m["pass@1"] for kind, m in by_type.items()}
             run.log.write(row)
-            bar.set_postfix(progress(row))
+            shown = {"reward": row["reward"], "no signal": row["frac_reward_zero_std"]}
+            shown |= {key[9:]: row[key] for key in row if key.startswith("accuracy/")}
+            bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
             messages = diagnose(run.log.rows)
             for message in messages - warned:
                 warn(message)
             warned = messages
-        end_update(run, update, config.save_every, signals, world)
+        training.end_update(run, update, config.save_every, signals, world)
 
     if world.is_master:
-        final = run.folder / f"step-{config.updates}"
-        models = {str(run.init): reference or initial_policy(run, config), str(final): policy}
-        closing_report(run, {name: evaluate(model, 4) for name, model in models.items()})
+        from lib.plots import plot_training  # matplotlib takes a second to import
+
+        folder, final = run.folder, run.folder / f"step-{config.updates}"
+        models = {str(run.init): reference or training.initial_policy(run), str(final): policy}
+        scored = {name: evaluate(model, 4) for name, model in models.items()}
+        print(f"\nbefore -> after RL, 4 samples each at temperature {config.temperature}; in %")
+        eval.report(scored, folder / "evaluation.json", folder / "evaluation.png")
+        plot_training({folder.name: run.log.rows}, folder / "training.png")
+        print(f"\ncheckpoint  {final}\nlog, plots  {folder}")
     world.barrier()
 
 
 def set_up(config: GrpoConfig, world: World) -> tuple[Run, Task, list[Problem], int]:
-    """Check everything before any work, then load the run; fill in the config's defaults.
+    """Check everything before any work, fill in the config's defaults, and load the run.
 
-    Return the run, the task, its validation problems, and the longest response in tokens.
+    Return it, the task, its validation problems, and the longest response in tokens.
     """
     steps, shown = config.steps or config.difficulty, config.relabel == "shown"
     config.out = config.out or f"ckpt/grpo-{steps}-gf{config.field}{'-shown' * shown}"
@@ -307,30 +300,23 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, Task, list[Problem], 
         now, then = getattr(config, name), meta.get(name, getattr(config, name))
         require(then == now, f"{init} was trained with --{name} {then}, not {now}")
     tokenizer.require_vocabulary(words)
-    validate_training(config, "prompts_per_update", world)
+    training.validate(config, "prompts_per_update", world)
     with user_errors():
         task, stream = Task.from_flags(config), rng(config.seed, "validation problems")
         problems = validation_problems(task, config.eval_problems, stream)
     shape = read_config(init) if init else checkpoint.TINY
     limits = (shape.max_position_embeddings, config.max_new_tokens)
-    longest = task.longest_examples(rng("token budget"))
-    max_new_tokens = tokenizer.max_response_tokens(*longest, *limits)
+    max_new_tokens = tokenizer.max_response_tokens(task, *limits)
     first_update = open_run(folder, resume_from, config, "grpo", world)
 
     if resume_from:
         init = Path(meta["init_from"])
     init = init or train_sft.train_start(config, world)
-    run = load_run(config, "grpo", config.updates, first_update, init, resume_from, words, world)
+    where = (first_update, init, resume_from, words, world)
+    run = training.load_run(config, "grpo", config.updates, *where)
     model = run.master if config.fsdp else run.policy
     model.gradient_checkpointing = config.gradient_checkpointing
     return run, task, problems, max_new_tokens
-
-
-def initial_policy(run: Run, config: GrpoConfig) -> Transformer:
-    """Return the policy before RL: the frozen base under the adapters, or the start reloaded."""
-    if config.lora:
-        return without_adapters(run.master)
-    return load_model(run.init, run.master.device, DTYPES[run.meta["compute_dtype"]])[0]
 
 
 def log_row(update: int, rollout: Rollout, metrics: dict, seconds: tuple, world: World) -> dict:
@@ -343,27 +329,6 @@ def log_row(update: int, rollout: Rollout, metrics: dict, seconds: tuple, world:
     row["training_tokens_per_second"] = row.pop("trained_tokens") / seconds[1]
     row["peak_memory_gb"] = peak_memory_gb(world.device)
     return row
-
-
-def progress(row: dict) -> dict[str, str]:
-    """Return what the progress bar shows."""
-    shown = {"reward": row["reward"]}
-    shown |= {key[9:]: row[key] for key in row if key.startswith("accuracy/")}
-    shown |= {"no signal": row["frac_reward_zero_std"], "grad norm": row["grad_norm"]}
-    return {name: f"{value:.2f}" for name, value in shown.items()}
-
-
-def closing_report(run: Run, scored: dict[str, eval.Scored]) -> None:
-    """Print, write and draw the evaluation of the start and of the end of the run."""
-    from lib.plots import plot_training  # matplotlib takes a second to import
-
-    folder = run.folder
-    how = f"4 samples each at temperature {run.meta['temperature']}; metrics in %"
-    print(f"\nbefore -> after RL, {how}")
-    eval.report(scored, folder / "evaluation.json", folder / "evaluation.png")
-    plot_training({folder.name: run.log.rows}, folder / "training.png")
-    print(f"checkpoint  {folder / f'step-{run.updates}'}\nlog         {run.log.path}")
-    print(f"plots       {folder / 'training.png'}\n            {folder / 'evaluation.png'}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     python train_sft.py                          # the tiny model, new; either strategy for any type
     python train_sft.py --strategy forward       # forward only: inversion must begin with a guess
     python train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --out ckpt/qwen  # the paper's recipe
-    torchrun --nproc-per-node 2 train_sft.py     # two processes share each batch
 
 The loss is the mean of -log p over the tokens of the responses, the stop token included, prompts
 excluded. A tiny model (random at first) sees fresh problems at every update; a pretrained one sees
@@ -21,17 +20,17 @@ from torch import Tensor
 
 import eval
 from data.finite_field import Problem, Task, choose_strategies, validation_problems, vocabulary
-from lib import checkpoint
+from lib import checkpoint, training
 from lib.checkpoint import load_meta, read_config
 from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors
 from lib.lora import dropout_key
-from lib.packing import Packed, pack, pad, random_position_gaps, response_logps
+from lib.packing import Packed, pack_examples, pack_with_gaps, response_logps
 from lib.policy import accumulate_gradients
 from lib.rng import epoch_indices, rng, torch_rng
 from lib.run_dir import changed_flags, checkpoints, find_checkpoint, newest_checkpoint, open_run
 from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
-from lib.training import Run, end_update, load_run, optimizer_step, progress_bar, validate_training
+from lib.training import Run
 from lib.transformer import Transformer
 
 
@@ -91,28 +90,19 @@ def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     config.out = config.out or str(out)
 
     require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
-    both = config.epochs is not None and config.updates is not None
-    require(not both, "give --epochs or --updates, not both")
-    with_data = config.epochs is None or config.examples > 0
-    require(with_data, "--epochs needs a number of --examples; with fresh ones give --updates")
-    word_level = tiny or config.position_gap == 0
-    require(word_level, "--position-gap needs the word-level tokenizer of the tiny model")
-    trained = config.model != "tiny" or config.lora == 0
-    require(trained, "--lora needs a trained --model: the tiny one is random")
+    require(config.epochs is None or config.updates is None, "give --epochs or --updates, not both")
+    require(config.epochs is None or config.examples > 0, "--epochs needs a number of --examples")
+    require(tiny or config.position_gap == 0, "--position-gap needs the tiny model's tokenizer")
+    require(config.model != "tiny" or config.lora == 0, "--lora needs a trained --model")
     return config
-
-
-# ------------------------------------------------------------------------------------------------
-# Batches and the loss
 
 
 def draw_examples(config: SftConfig, task: Task, update: int) -> list[tuple[Problem, str]]:
     """Return the problems and solutions of an update, for all processes together."""
-    first, n, key = update * config.batch_size, config.batch_size, "fresh"
-    indices = range(first, first + n)
+    n = config.batch_size
+    key, indices, examples = "fresh", range(update * n, update * n + n), []
     if config.examples:
-        key, indices = "data set", epoch_indices(config.seed, config.examples, first, n)
-    examples = []
+        key, indices = "data set", epoch_indices(config.seed, config.examples, update * n, n)
     for i in indices:
         stream = rng(config.seed, "sft", key, i)
         problem = task.sample(stream, "train")
@@ -121,35 +111,15 @@ def draw_examples(config: SftConfig, task: Task, update: int) -> list[tuple[Prob
     return examples
 
 
-def make_batch(
-    tokenizer: Tokenizer,
-    examples: list[tuple[Problem, str]],
-    device: torch.device,
-    position_gap: int = 0,
-    keys: list[tuple] | None = None,
-) -> Packed:
-    """Pack prompts and solutions; with `position_gap`, at random positions drawn by `keys`.
-
-    Without gaps, the prefix that all prompts share (a word at least, or a template and an
-    explanation) is computed once.
-    """
+def make_batch(tokenizer: Tokenizer, examples: list, device, position_gap=0, keys=None) -> Packed:
+    """Pack problems and solutions; with `position_gap`, at random positions drawn by `keys`."""
     prompts = [tokenizer.prompt(problem) for problem, _ in examples]
     solutions = [tokenizer.solution(solution) for _, solution in examples]
-    index = torch.arange(len(examples), device=device)
-    if position_gap:
-        starts = torch.tensor(tokenizer.line_starts())
-        positions = [
-            random_position_gaps(prompt, solution, starts, position_gap, torch_rng(*key))
-            for prompt, solution, key in zip(prompts, solutions, keys)
-        ]
-        positions = tuple(pad(list(rows), device)[0] for rows in zip(*positions))
-        return pack(*pad(prompts, device), *pad(solutions, device), index, positions)
-
-    differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
-    shared = next(differ, min(map(len, prompts)))
-    rests = [prompt[shared:] + solution for prompt, solution in zip(prompts, solutions)]
-    prefix, scored = pad([prompts[0][:shared]], device), torch.tensor([*map(len, solutions)])
-    return pack(*prefix, *pad(rests, device), torch.zeros_like(index), scored=scored.to(device))
+    if not position_gap:
+        return pack_examples(prompts, solutions, device)
+    starts = torch.tensor(tokenizer.line_starts())
+    gaps = [(starts, position_gap, torch_rng(*key)) for key in keys]
+    return pack_with_gaps(prompts, solutions, device, gaps)
 
 
 def loss_sum(model: Transformer, batch: Packed, dropout_key: int | None = None) -> Tensor:
@@ -157,9 +127,7 @@ def loss_sum(model: Transformer, batch: Packed, dropout_key: int | None = None) 
     return -response_logps(model, batch, dropout_key=dropout_key)[0].sum()
 
 
-def sft_backward(
-    run: Run, batches: list[Packed], config: SftConfig, world: World, update: int
-) -> tuple[float, int]:
+def sft_backward(run: Run, batches: list, config: SftConfig, world: World, update: int) -> tuple:
     """Accumulate this rank's gradient into run.master. Return the global loss and its tokens."""
     (n_tokens,) = world.all_reduce(sum(len(batch.targets) for batch in batches))
     model = run.master if is_fsdp(run.master) else run.policy
@@ -171,12 +139,6 @@ def sft_backward(
 
     (loss,) = world.all_reduce(sum(accumulate_gradients(run.master, run.policy, loss_fn, batches)))
     return loss, n_tokens
-
-
-def learning_rate(config: SftConfig, update: int, updates: int) -> float:
-    """Return linear warm-up times cosine decay to zero."""
-    warm = min(1.0, (update + 1) / max(1, config.warmup))
-    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
 @torch.no_grad()
@@ -193,15 +155,11 @@ def validate(run: Run, config: SftConfig, problems: list[Problem], max_new_token
     return {"validation_loss": loss} | {name: metrics[key] for name, key in accuracies.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop
-
-
 def main(config: SftConfig, world: World) -> Path:
     """Train, and return the final checkpoint."""
     run, task, problems, max_new_tokens = set_up(config, world)
     n_batches = 1 if config.fsdp else n_threads(world.device)
-    signals, bar, accuracy = Signals(), progress_bar(run, "SFT", world), {}
+    signals, bar, accuracy = Signals(), training.progress_bar(run, "SFT", world), {}
     for update in signals.during(bar):
         start = time.perf_counter()
 
@@ -218,9 +176,9 @@ def main(config: SftConfig, world: World) -> Path:
         loss, n_tokens = sft_backward(run, batches, config, world, update)
 
         # 3. Step and log
-        lr = learning_rate(config, update, run.updates)
+        lr = training.cosine_decay(config, update, run.updates)
         row = {"update": update + 1, "loss": loss}
-        row |= optimizer_step(run, loss, lr, config.max_grad_norm, world) | {"lr": lr}
+        row |= training.optimizer_step(run, loss, lr, config.max_grad_norm, world) | {"lr": lr}
         row["tokens_per_second"] = n_tokens / (time.perf_counter() - start)
         if world.is_master:
             if (update + 1) % config.eval_every == 0 or update + 1 == run.updates:
@@ -229,14 +187,14 @@ def main(config: SftConfig, world: World) -> Path:
                 accuracy["right if matching"] = eval.percent(row["accuracy_given_match"])
             run.log.write(row)
             bar.set_postfix({"loss": f"{loss:.3f}"} | accuracy)
-        end_update(run, update, config.save_every, signals, world)
+        training.end_update(run, update, config.save_every, signals, world)
     return run.folder / f"step-{run.updates}"
 
 
 def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], int]:
-    """Check everything before any work, then load the run; fill in the config's defaults.
+    """Check everything before any work, fill in the config's defaults, and load the run.
 
-    Return the run, the task, its validation problems, and the longest response in tokens.
+    Return it, the task, its validation problems, and the longest response in tokens.
     """
     words = vocabulary(config.field)
     tokenizer, init, shape = word_tokenizer(words), None, checkpoint.TINY
@@ -249,9 +207,8 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], i
     with user_errors():
         task = Task.from_flags(config)
         problems = validation_problems(task, 128, rng(config.seed, "validation problems"))
-    longest = task.longest_examples(rng("token budget"))
-    max_new_tokens = tokenizer.max_response_tokens(*longest, shape.max_position_embeddings)
-    validate_training(config, "batch_size", world)
+    max_new_tokens = tokenizer.max_response_tokens(task, shape.max_position_embeddings)
+    training.validate(config, "batch_size", world)
     folder = Path(config.out)
     resume_from = newest_checkpoint(folder) if config.resume else None
     first_update = open_run(folder, resume_from, config, "sft", world)
@@ -260,12 +217,8 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], i
         init = Path(load_meta(resume_from)["init_from"])
     in_epochs = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
     where = (config.updates or in_epochs, first_update, init, resume_from, words, world)
-    run = load_run(config, "sft", *where, weight_decay=config.weight_decay)
+    run = training.load_run(config, "sft", *where, weight_decay=config.weight_decay)
     return run, task, problems, max_new_tokens
-
-
-# ------------------------------------------------------------------------------------------------
-# The checkpoint that train_grpo.py starts from
 
 
 def find_start(config) -> Path | None:

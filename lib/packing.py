@@ -92,12 +92,31 @@ def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:
     return pack(prompts, lengths, none[:, None], none, none)
 
 
+def pack_examples(
+    prompts: list[list[int]], responses: list[list[int]], device: torch.device
+) -> Packed:
+    """Pack prompts, each with one response; compute the prefix that all prompts share once."""
+    differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
+    shared = next(differ, min(map(len, prompts)))
+    rests, lengths = pad([p[shared:] + r for p, r in zip(prompts, responses)], device)
+    scored = torch.tensor([len(response) for response in responses], device=device)
+    prefix = pad([prompts[0][:shared]], device)
+    return pack(*prefix, rests, lengths, torch.zeros_like(lengths), scored=scored)
+
+
+def pack_with_gaps(
+    prompts: list[list[int]], responses: list[list[int]], device: torch.device, gaps: list[tuple]
+) -> Packed:
+    """Pack prompts, each with one response; `gaps` are random_position_gaps' arguments for each."""
+    pairs = zip(prompts, responses, gaps)
+    rows = [random_position_gaps(prompt, response, *how) for prompt, response, how in pairs]
+    positions = tuple(pad(list(column), device)[0] for column in zip(*rows))
+    index = torch.arange(len(prompts), device=device)
+    return pack(*pad(prompts, device), *pad(responses, device), index, positions)
+
+
 def random_position_gaps(
-    prompt: list[int],
-    response: list[int],
-    starts: Tensor,
-    max_gap: int,
-    generator: torch.Generator,
+    prompt: list[int], response: list[int], starts: Tensor, max_gap: int, generator
 ) -> tuple[list[int], list[int]]:
     """Return positions of both with random gaps, `max_gap` in all, before the tokens `starts`.
 

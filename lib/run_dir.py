@@ -5,9 +5,9 @@ A checkpoint is a Hugging Face folder. Beside the model lie `training.json` (wha
 `manifest.json` (the SHA-256 of every file). With LoRA the model has its adapters merged, and
 `adapter/` holds them alone.
 
-A checkpoint is written under another name and renamed when complete, so a crash never leaves half a
-checkpoint. One that is damaged later is detected by its manifest and passed over. One process at a
-time writes to a run: it holds a lock on the log. Nothing loaded here can run code.
+A checkpoint is renamed when complete, so a crash never leaves half of one; one that is damaged
+later is detected by its manifest and passed over. One process at a time writes to a run: it holds a
+lock on the log. Nothing loaded here can run code.
 """
 
 import fcntl
@@ -32,9 +32,8 @@ from lib.lora import save_adapters
 from lib.tokenizer import Tokenizer
 from lib.transformer import Transformer
 
-# Flags that may change when a run is resumed.
 MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
-MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}
+MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}  # flags that may change when a run is resumed
 LOG, MANIFEST = "metrics.jsonl", "manifest.json"
 
 
@@ -54,23 +53,18 @@ def open_run(run: Path, resume_from: Path | None, config, stage: str, world: Wor
     done = 0
     if config.resume:
         require(resume_from is not None, f"{run} holds no checkpoint to resume")
-        done = check_resumed(run, resume_from, config, stage)
+        meta = load_meta(resume_from)
+        require(meta.get("stage") == stage, f"{resume_from} is no checkpoint of this script")
+        for flag, then, now in changed_flags(meta, config):
+            fail(f"{run} was started with {flag} {then}, not {now or 'without'}")
+        check_start(run, meta)
+        done = meta["update"]
     else:
         message = f"{run} holds a run already: --resume continues it, --out names another folder"
         require(not checkpoints(run), message)
     same = len(set(world.all_gather([done]))) == 1
     require(same, f"the processes see different checkpoints in {run}")
     return done
-
-
-def check_resumed(run: Path, resume_from: Path, config, stage: str) -> int:
-    """Refuse flags and a start that differ from the run's; return how many updates are done."""
-    meta = load_meta(resume_from)
-    require(meta.get("stage") == stage, f"{resume_from} is no checkpoint of this script")
-    for flag, then, now in changed_flags(meta, config):
-        fail(f"{run} was started with {flag} {then}, not {now or 'without'}")
-    check_start(run, meta)
-    return meta["update"]
 
 
 def check_start(run: Path, meta: dict) -> None:
@@ -83,11 +77,9 @@ def check_start(run: Path, meta: dict) -> None:
 
 def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
     """Return the flags in which a config differs from a checkpoint's, with both values."""
-    changed = []
-    for name, now in asdict(config).items():
-        if name in meta and name not in MAY_DIFFER and meta[name] != now:
-            changed.append((flag_name(name), meta[name], now))
-    return changed
+    flags = {name: now for name, now in asdict(config).items() if name not in MAY_DIFFER}
+    changed = [name for name, now in flags.items() if meta.get(name, now) != now]
+    return [(flag_name(name), meta[name], flags[name]) for name in changed]
 
 
 def weights_sha256(folder: Path) -> str:
@@ -110,7 +102,7 @@ def save_checkpoint(
     update: int,
     model: Transformer,
     tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
+    optimizer,
     meta: dict,
     is_master: bool = True,
 ) -> Path:
@@ -122,14 +114,25 @@ def save_checkpoint(
     folder, draft = run / f"step-{update}", run / f".step-{update}.part"
     if not is_master and not is_fsdp(model):
         return folder
-    weights = weights_to_save(model, meta, is_master)
-    state = optimizer_to_save(optimizer, is_master)
+    weights, state = weights_to_save(model, meta, is_master), full_state(optimizer, is_master)
     if not is_master:
         return folder
     for old in run.glob(".step-*.part"):  # left by a run that was killed while it wrote
         shutil.rmtree(old, ignore_errors=True)
     try:
-        _write_checkpoint(draft, weights, state, model, tokenizer, {"update": update, **meta})
+        draft.mkdir(parents=True)
+        save_file(weights, draft / "model.safetensors", {"format": "pt"})
+        tokenizer.inner.save_pretrained(draft)
+        stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
+        write_json(draft / "config.json", hf_config(model.config, tokenizer))
+        write_json(draft / "generation_config.json", stops)
+        write_json(draft / "training.json", {"update": update, **meta})
+        torch.save(state, draft / "training_state.pt")
+        if meta.get("lora"):
+            save_adapters(model, meta["init_from"], draft / "adapter")
+        files = sorted(file for file in draft.rglob("*") if file.is_file())
+        hashes = {str(file.relative_to(draft)): sha256(file) for file in files}
+        write_json(draft / MANIFEST, hashes)
         for path in (*draft.rglob("*"), draft, run / LOG):
             fsync(path)
         for old in checkpoints(run):  # damaged ones, which were passed over
@@ -148,23 +151,6 @@ def save_checkpoint(
     return folder
 
 
-def _write_checkpoint(
-    draft: Path, weights: dict, state: dict, model: Transformer, tokenizer: Tokenizer, meta: dict
-) -> None:
-    draft.mkdir(parents=True)
-    save_file(weights, draft / "model.safetensors", {"format": "pt"})
-    tokenizer.inner.save_pretrained(draft)
-    write_json(draft / "config.json", hf_config(model.config, tokenizer))
-    stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
-    write_json(draft / "generation_config.json", stops)
-    write_json(draft / "training.json", meta)
-    torch.save(state, draft / "training_state.pt")
-    if meta.get("lora"):
-        save_adapters(model, meta["init_from"], draft / "adapter")
-    files = sorted(file for file in draft.rglob("*") if file.is_file())
-    write_json(draft / MANIFEST, {str(file.relative_to(draft)): sha256(file) for file in files})
-
-
 def fsync(path: Path) -> None:
     """fsync a file or directory, if it exists."""
     if path.exists():
@@ -180,15 +166,12 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def optimizer_to_save(optimizer: torch.optim.Optimizer, is_master: bool) -> dict:
-    """Return the optimizer's state, unsharded; empty on ranks other than 0."""
+def full_state(optimizer: torch.optim.Optimizer, is_master: bool) -> dict:
+    """Return the optimizer's state, unsharded, on the CPU; empty on ranks other than 0."""
     state, gathered = optimizer.state_dict(), {}
     for i, of_weight in state["state"].items():
-        gathered[i] = {}
-        for key, value in of_weight.items():
-            value = full_tensor(value)
-            if is_master:
-                gathered[i][key] = value.cpu()
+        whole = {key: full_tensor(value) for key, value in of_weight.items()}
+        gathered[i] = {key: value.cpu() for key, value in whole.items() if is_master}
     return state | {"state": gathered}
 
 
@@ -197,8 +180,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     path = checkpoint / "training_state.pt"
     try:
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        weights = [w for group in optimizer.param_groups for w in group["params"]]
-        for i, weight in enumerate(weights):
+        for i, weight in enumerate(w for g in optimizer.param_groups for w in g["params"]):
             of_weight = state["state"].get(i, {})
             state["state"][i] = {key: shard_like(x, weight) for key, x in of_weight.items()}
         optimizer.load_state_dict(state)
@@ -267,10 +249,8 @@ def find_checkpoint(name: str) -> Path:
     path = Path(name)
     with user_errors():  # names that no file system takes
         path.exists()
-    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(
-        ("ckpt/", "models/")
-    )
-    if is_hub_name and not path.exists():
+    is_local = path.exists() or name.startswith(("ckpt/", "models/"))
+    if not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         try:
             patterns = ["*.json", "*.safetensors", "*.jinja"]
             return Path(snapshot_download(name, allow_patterns=patterns))

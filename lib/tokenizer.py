@@ -2,7 +2,7 @@
 
 A tiny model has a word-level tokenizer over the task's closed vocabulary. A pretrained model keeps
 its own; its prompts begin with a sentence that explains the notation. A problem is anything with
-`prompt()` and `explanation`.
+`prompt()` and `explanation`, a task anything with `longest_examples(rng)`.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib.flags import fail, read_json, require
+from lib.rng import rng
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
@@ -66,14 +67,12 @@ class Tokenizer:
         message = f"the model's tokenizer cannot write {missing!r}, which the problems need"
         require(known == words, message)
 
-    def max_response_tokens(
-        self, problems: list, solutions: list[str], max_positions: int, wanted: int = 0
-    ) -> int:
+    def max_response_tokens(self, task, max_positions: int, wanted: int = 0) -> int:
         """Return `wanted`, or where that is 0 the tokens of the longest solution and a line more.
 
-        `problems` and `solutions` are the task's longest. Refuses a model with fewer than
-        `max_positions` positions for prompt and response.
+        Refuses a model whose `max_positions` are too few for the task's prompts and responses.
         """
+        problems, solutions = task.longest_examples(rng("token budget"))
         lines = [line for solution in solutions[:2] for line in solution.split("\n")]
         longest_solution, longest_line = (
             max(len(self.solution(text)) - 1 for text in texts) for texts in (solutions, lines)

@@ -1,5 +1,6 @@
 """What the two training scripts share: loading a run, the optimizer step, the end of an update."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
 from lib.distributed import Signals, World
 from lib.flags import flag_name, require, require_min
-from lib.lora import validate_lora
+from lib.lora import validate_lora, without_adapters
 from lib.policy import (
+    DTYPES,
     clip_grad_norm,
     count_nonfinite,
     make_policy,
@@ -39,7 +41,7 @@ class Run:
     nonfinite: int = 0  # updates in a row whose loss or gradient was not finite
 
 
-def validate_training(config, per_update: str, world: World) -> None:
+def validate(config, per_update: str, world: World) -> None:
     """Refuse impossible flags that both scripts have; `per_update` names the size of a batch."""
     require_min(config, updates=1, save_every=1, keep=0, examples=0, warmup=0)
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
@@ -95,11 +97,31 @@ def load_run(
     return Run(*place, meta, tokenizer, master, policy, optimizer, log)
 
 
+def initial_policy(run: Run) -> Transformer:
+    """Return the policy before RL: the frozen base under the adapters, or the start reloaded."""
+    if run.meta["lora"]:
+        return without_adapters(run.master)
+    dtype = DTYPES[run.meta["compute_dtype"]]
+    return checkpoint.load_model(run.init, run.master.device, dtype)[0]
+
+
 def progress_bar(run: Run, name: str, world: World) -> tqdm:
     """Return a bar over the numbers of the updates that are still to do."""
     updates = range(run.first_update, run.updates)
     bar = {"initial": run.first_update, "total": run.updates, "disable": not world.is_master}
     return tqdm(updates, desc=name, **bar)
+
+
+def linear_decay(config, update: int, updates: int) -> float:
+    """Return the learning rate: linear warm-up to the peak, then linear decay to zero."""
+    remaining = (updates - update) / max(1, updates - config.warmup)
+    return config.lr * min(1.0, (update + 1) / (config.warmup + 1), remaining)
+
+
+def cosine_decay(config, update: int, updates: int) -> float:
+    """Return the learning rate: linear warm-up times cosine decay to zero."""
+    warm = min(1.0, (update + 1) / max(1, config.warmup))
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
 def optimizer_step(

@@ -1,16 +1,17 @@
-"""Speed, side by side with peers in one process and with the limit of the machine.
+"""Time our rollout and update beside peers' in one process, and against the machine's limit.
 
-    python -m paper.bench                        # everything that this machine can run: the CPU's rows, or a GPU's
-    python -m paper.bench --json bench.json      # and the rows as JSON: name, ours, peer (seconds), ratio
-    python -m paper.bench --plot linear.png      # and an update's time against the tokens it generates
+    python -m paper.bench                      # all rows of this machine: the CPU's, or a GPU's
+    python -m paper.bench --json bench.json    # also the rows as JSON: ours and peer in seconds
+    python -m paper.bench --plot linear.png    # also an update's time against its tokens
 
-Ours and the peer take turns, on the same random weights and the same numbers of tokens, and the best of a few rounds
-counts, which is what an idle machine would show. Responses always run to their full length. The tiny rows compute the
-main job's model. `transformers` is always
-there; TRL is compared with where it is installed (pip install trl==1.16.0).
+Ours and the peer take turns on the same random weights and the same numbers of tokens; the best of
+a few rounds counts, which is what an idle machine would show. Responses always run to their full
+length. The tiny rows compute the main job's model. The peers are transformers' `generate` and TRL,
+where it is installed (pip install trl==1.16.0).
 
-The limit is what a step cannot do without, over rates measured here a moment before: in decoding the weights and the
-cached keys and values are read once a step, and each token costs two operations a weight; training costs six.
+The limit is a roofline: a step's minimum bytes and operations over the bandwidth and matmul rate
+measured at the start. A decoding step reads the weights and the cached keys and values once, and a
+token costs two operations a weight; training costs six.
 """
 
 import importlib.util
@@ -67,58 +68,32 @@ class Work:
 
 
 WORDS = word_tokenizer(vocabulary(11))
-TINY = Work(replace(checkpoint.TINY, vocab_size=len(WORDS)), prompts=32, group=8, prompt=45, new=80)
-SMALL = Work(ModelConfig(64, hidden_size=32, intermediate_size=48, num_hidden_layers=2), 2, 2, 5, 6)
-SMOLLM2 = Work(  # 135M
-    ModelConfig(
-        49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    ),
-    prompts=8,
-    group=8,
-    prompt=45,
-    new=64,
-)
-QWEN = Work(  # Qwen2.5-1.5B
-    ModelConfig(
-        151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-    ),
-    prompts=32,
-    group=8,
-    prompt=128,
-    new=256,
-)
+TINY = Work(replace(checkpoint.TINY, vocab_size=len(WORDS)), 32, 8, 45, 80)
+SMALL = Work(ModelConfig(64, 32, 48, 2), 2, 2, 5, 6)
+SMOLLM2 = Work(ModelConfig(49152, 576, 1536, 30, 9, 3), 8, 8, 45, 64)  # 135M
+QWEN = Work(ModelConfig(151936, 1536, 8960, 28, 12, 2), 32, 8, 128, 256)  # Qwen2.5-1.5B
 
 
 def best(function: Callable[[], object], rounds: int) -> float:
-    """Seconds of the fastest of some calls, the device waited for."""
+    """Return the seconds of the fastest of some calls; wait for the device after each."""
     times = []
     for _ in range(rounds):
-        clock = time.perf_counter()
+        start = time.perf_counter()
         function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - clock)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
 def in_turn(ours: Callable, peer: Callable, rounds: int) -> tuple[float, float]:
-    """The best seconds of both, timed in turn after one call each to warm up."""
+    """Return the best seconds of both, timed in turn after one call each to warm up."""
     best(ours, 1), best(peer, 1)
     times = [(best(ours, 1), best(peer, 1)) for _ in range(rounds)]
     return min(a for a, _ in times), min(b for _, b in times)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The machine
 
 
@@ -128,7 +103,7 @@ class Rates:
     operations: float  # operations a second of a large matrix product, at the precision used
 
     def decode_seconds(self, work: Work, itemsize: int) -> float:
-        """The least time of decoding: weights once a step, cached tokens once a step, a group's prompt once."""
+        """Return the least time of decoding: each step reads weights, prompts and responses."""
         c, steps = work.shape, work.new - 1
         weights = matrix_weights(c)
         kv = 2 * c.num_hidden_layers * c.kv_size
@@ -137,17 +112,13 @@ class Rates:
         return max(moved / self.bandwidth, 2 * weights * work.tokens / self.operations)
 
     def training_seconds(self, work: Work) -> float:
-        """The least time of forward and backward on all tokens, each prompt once."""
-        return (
-            6
-            * matrix_weights(work.shape)
-            * (work.tokens + work.prompts * work.prompt)
-            / self.operations
-        )
+        """Return the least time of forward and backward on all tokens, each prompt once."""
+        tokens = work.tokens + work.prompts * work.prompt
+        return 6 * matrix_weights(work.shape) * tokens / self.operations
 
 
 def matrix_weights(c: ModelConfig) -> int:
-    """Weights that take part in matrix products, the vocabulary's once."""
+    """Return the number of weights in matrix products; the vocabulary's count once."""
     layer = c.hidden_size * (2 * c.hidden_size + 2 * c.kv_size + 3 * c.intermediate_size)
     return c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
 
@@ -171,12 +142,12 @@ class Machine:
     rounds: int
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Ours and the peers
 
 
 class Ours:
-    """A model of random weights, and an update of it as train_grpo.py does one, on random rewards."""
+    """A model of random weights; its update is train_grpo.py's, on made-up rewards."""
 
     def __init__(self, work: Work, machine: Machine, beta: float = 0.0):
         self.work, self.world, device = work, machine.world, machine.world.device
@@ -193,9 +164,8 @@ class Ours:
         self.sampler = Sampler(self.policy, [], work.group, work.new)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.prompts = torch.randint(3, work.shape.vocab_size, (work.prompts, work.prompt)).tolist()
-        self.rewards = (
-            torch.tensor([0.0, 1.0]).repeat(work.prompts, work.group)[:, : work.group].to(device)
-        )
+        rewards = torch.tensor([0.0, 1.0]).repeat(work.prompts, work.group)
+        self.rewards = rewards[:, : work.group].to(device)
 
     def rollout(self) -> Rollout:
         return self.sampler.sample(self.prompts, [("bench", i) for i in range(self.work.prompts)])
@@ -214,18 +184,17 @@ class Ours:
 
 
 def peer_model(ours: Ours, eos_token_id: int | None) -> Qwen2ForCausalLM:
-    """transformers' model of the same shape and weights."""
-    special = {"eos_token_id": eos_token_id, "pad_token_id": 0}
+    """Return transformers' model of the same shape and weights."""
+    shape = checkpoint.hf_config(ours.work.shape, WORDS)
     with ours.world.device:
-        peer = Qwen2ForCausalLM(
-            Qwen2Config(**checkpoint.hf_config(ours.work.shape, WORDS) | special)
-        )
+        config = Qwen2Config(**shape | {"eos_token_id": eos_token_id, "pad_token_id": 0})
+        peer = Qwen2ForCausalLM(config)
     peer.load_state_dict(dict(hf_weights(ours.model)), strict=False)  # tied: without the head
     return peer
 
 
 def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[], object]:
-    """transformers' generate on the same weights and the same work."""
+    """Return a call of transformers' generate that does the same work with the same weights."""
     work, device = ours.work, ours.world.device
     peer = peer_model(ours, None).eval().to(device, dtype)
     prompts = torch.tensor(ours.prompts, device=device).repeat_interleave(work.group, 0)
@@ -236,115 +205,85 @@ def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[
 
 
 def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
-    """Seconds of the fastest update of TRL's GRPOTrainer on the same weights and work, the first left out."""
+    """Return the seconds of the fastest update of TRL's GRPOTrainer but the first."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-
-    work, steps = ours.work, []
-    words = {
-        word: i
-        for i, word in enumerate(
-            ["<pad>", "<eos>", *(f"w{i}" for i in range(work.shape.vocab_size - 2))]
-        )
-    }
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.clock = time.perf_counter()
+            self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            steps.append(time.perf_counter() - self.clock)
+            seconds.append(time.perf_counter() - self.start)
 
+    def random_reward(completions, **_):
+        return [float(hash(str(completion)) % 2) for completion in completions]
+
+    work, seconds = ours.work, []
+    # Three words of our tokenizer's own and the others make the vocabulary.
+    tokenizer = word_tokenizer([f"w{i}" for i in range(work.shape.vocab_size - 3)]).inner
+    tokenizer.padding_side = "left"
+    prompts = [{"prompt": " ".join(["w5"] * work.prompt)}] * (work.prompts * (rounds + 2))
+    batch_size = work.prompts * work.group
+    options = {"use_cpu": not torch.cuda.is_available(), "bf16": precision == "bf16"}
+    options |= {"per_device_train_batch_size": min(batch_size, 64)}
+    options |= {"gradient_accumulation_steps": max(1, batch_size // 64)}
+    options |= {"num_generations": work.group, "max_completion_length": work.new}
+    options |= {"generation_kwargs": {"min_new_tokens": work.new}, "max_steps": 1 + rounds}
+    options |= {"learning_rate": 1e-5, "beta": ours.config.beta, "temperature": 1.0, "top_k": 0}
+    options |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    options |= {"gradient_checkpointing": False, "logging_steps": 1000}
     with tempfile.TemporaryDirectory() as folder:
         peer_model(ours, 1).save_pretrained(folder)  # TRL loads its reference model by name
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        text = " ".join(["w5"] * work.prompt)
-        rows = work.prompts * work.group
-        arguments = GRPOConfig(
-            output_dir=folder,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=precision == "bf16",
-            per_device_train_batch_size=min(rows, 64),
-            gradient_accumulation_steps=max(1, rows // 64),
-            num_generations=work.group,
-            max_completion_length=work.new,
-            generation_kwargs={"min_new_tokens": work.new},
-            max_steps=1 + rounds,
-            learning_rate=1e-5,
-            beta=ours.config.beta,
-            temperature=1.0,
-            top_k=0,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-            logging_steps=1000,
-        )
+        peer = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
         trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=lambda completions, **_: [float(hash(str(c)) % 2) for c in completions],
-            args=arguments,
-            train_dataset=Dataset.from_list([{"prompt": text}] * (work.prompts * (rounds + 2))),
+            model=peer,
+            reward_funcs=random_reward,
+            args=GRPOConfig(output_dir=folder, **options),
+            train_dataset=Dataset.from_list(prompts),
             processing_class=tokenizer,
             callbacks=[Clock()],
         )
         trainer.train()
-    return min(steps[1:])
+    return min(seconds[1:])
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Rows
 
 
 def row(name: str, what: str, ours: float, peer: float | None, limit: float | None = None) -> dict:
-    """Seconds; the ratio is the peer's over ours, `of_limit` the share of the machine's limit that we reach."""
-    out = {
-        "name": name,
-        "what": what,
-        "ours": ours,
-        "peer": peer,
-        "ratio": peer / ours if peer else None,
-    }
-    return out | {"of_limit": limit / ours if limit else None}
+    """Return a row of seconds; the ratio is the peer's over ours, `of_limit` the limit's."""
+    times = {"name": name, "what": what, "ours": ours, "peer": peer}
+    return times | {"ratio": peer and peer / ours, "of_limit": limit and limit / ours}
 
 
 def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
-    ours, own = Ours(work, machine), DTYPES[machine.precision]
+    ours, own, rounds = Ours(work, machine), DTYPES[machine.precision], machine.rounds
     limit = machine.rates.decode_seconds(work, own.itemsize)
     on_gpu = machine.world.device.type == "cuda"
     for static in (False, True) if on_gpu else (False,):
-        peers = {own} if on_gpu else {own, torch.float32}
-        timed = [
-            in_turn(ours.rollout, generate(ours, dtype, static), machine.rounds) for dtype in peers
-        ]
-        seconds, peer = min(a for a, _ in timed), min(b for _, b in timed)
-        kind = f"{'static' if static else 'dynamic'} cache{', its better of 2' if len(timed) > 1 else ''}"
+        dtypes = {own} if on_gpu else {own, torch.float32}
+        timed = [in_turn(ours.rollout, generate(ours, dtype, static), rounds) for dtype in dtypes]
+        seconds, peer = (min(times) for times in zip(*timed))
+        kind = "static cache" if static else "dynamic cache"
+        kind += ", its better of 2" * (len(dtypes) > 1)
         what = f"rollout in {machine.precision}, {work}; transformers generate, {kind}"
         yield row(name + "-static" * static, what, seconds, peer, limit)
 
 
 def update_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
-    ours = Ours(work, machine, beta=0.05)
+    ours, rounds, peer = Ours(work, machine, beta=0.05), machine.rounds, None
     ours.update()
-    seconds = best(ours.update, machine.rounds)
-    peer = None
+    seconds = best(ours.update, rounds)
     if importlib.util.find_spec("trl"):
-        # TRL's precision is ours, or on a small model fp32 where it is faster in that.
-        precisions = (
-            {machine.precision, "fp32"} if work.shape.hidden_size < 512 else {machine.precision}
-        )
-        peer = min(trl_update_seconds(ours, p, machine.rounds) for p in precisions)
-        seconds = min(seconds, best(ours.update, machine.rounds))
-    what = f"GRPO update in {machine.precision}, KL 0.05, {work}; TRL"
-    yield row(name, what, seconds, peer)
+        # TRL computes in our precision, a small model also in fp32, where that may be faster.
+        precisions = {machine.precision} | ({"fp32"} if work.shape.hidden_size < 512 else set())
+        peer = min(trl_update_seconds(ours, precision, rounds) for precision in precisions)
+        seconds = min(seconds, best(ours.update, rounds))
+    yield row(name, f"GRPO update in {machine.precision}, KL 0.05, {work}; TRL", seconds, peer)
 
 
 def training_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
@@ -366,58 +305,34 @@ ROWS = {
 }
 
 
-def time_of_lengths(work: Work, machine: Machine) -> list[dict]:
-    """Updates on chains of 3 to 9 steps, of as many tokens as the task's prompts and solutions have."""
-    rows = []
+def plot_lengths(work: Work, machine: Machine, path: Path) -> float:
+    """Draw the time of updates of 3 to 9 steps over their tokens; return R^2 of a straight line."""
+    from lib.plots import new_figure, save  # matplotlib takes a second to import
+
+    tokens, seconds = [], []
     for steps in range(3, 10):
         problem = Task((steps, steps)).sample(random.Random(0), "train")
-        solution = problem.solution(MATCHING_STRATEGY[problem.kind])
-        lengths = {"prompt": len(WORDS.prompt(problem)), "new": len(WORDS.solution(solution))}
-        ours = Ours(replace(work, **lengths), machine)
+        solution = WORDS.solution(problem.solution(MATCHING_STRATEGY[problem.kind]))
+        ours = Ours(replace(work, prompt=len(WORDS.prompt(problem)), new=len(solution)), machine)
         ours.update()
-        rows.append(
-            {
-                "steps": steps,
-                "tokens": ours.work.tokens,
-                "seconds": best(ours.update, machine.rounds),
-            }
-        )
-    return rows
-
-
-def plot_lengths(rows: list[dict], path: Path) -> float:
-    """Draw the times over the tokens with the straight line that fits them; how much of them it explains (R^2)."""
-    from lib.plots import (  # matplotlib, which takes a second, only where a plot is asked for
-        new_figure,
-        save,
-    )
-
-    tokens, seconds = (np.array([r[key] for r in rows]) for key in ("tokens", "seconds"))
+        tokens.append(ours.work.tokens)
+        seconds.append(best(ours.update, machine.rounds))
     slope, start = np.polyfit(tokens, seconds, 1)
-    explained = (
-        1
-        - ((seconds - start - slope * tokens) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
-    )
+    line = start + slope * np.array(tokens)
+    explained = 1 - ((seconds - line) ** 2).sum() / (len(seconds) * np.var(seconds))
     figure, (axes,) = new_figure(6, 4, 1, 1)
-    axes.plot(
-        tokens, start + slope * tokens, color="0.7", label=f"straight line, R² = {explained:.3f}"
-    )
+    axes.plot(tokens, line, color="0.7", label=f"straight line, R² = {explained:.3f}")
     axes.plot(tokens, seconds, "o", color="tab:blue", label="updates of 3 to 9 steps")
-    for r in rows:
-        axes.annotate(
-            str(r["steps"]),
-            (r["tokens"], r["seconds"]),
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-        )
+    for steps, point in enumerate(zip(tokens, seconds), 3):
+        axes.annotate(str(steps), point, (0, 7), textcoords="offset points", ha="center")
     axes.set(xlabel="tokens generated", ylabel="seconds an update", xlim=(0, None), ylim=(0, None))
     axes.legend(loc="lower right")
     save(figure, path)
     return float(explained)
 
 
-HEADER = "| row | what | ours, s | peer, s | ratio | of the limit |\n| --- | --- | ---: | ---: | ---: | ---: |"
+HEADER = """| row | what | ours, s | peer, s | ratio | of the limit |
+| --- | --- | ---: | ---: | ---: | ---: |"""
 
 
 def line(r: dict) -> str:
@@ -429,25 +344,22 @@ def line(r: dict) -> str:
 def name_of(world: World) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    told = Path("/proc/cpuinfo")  # Linux alone has it
-    name = re.search(r"model name\s*: (.*)", told.read_text()) if told.exists() else None
+    file = Path("/proc/cpuinfo")  # on Linux
+    name = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
     return f"{name[1] if name else 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def main(config: BenchConfig, world: World) -> None:
     require_min(config, rounds=1)
-    require(
-        config.only in ("", *ROWS), f"--only takes one of {', '.join(ROWS)}, not {config.only!r}"
-    )
+    known = config.only in ("", *ROWS)
+    require(known, f"--only takes one of {', '.join(ROWS)}, not {config.only!r}")
     require_writable(config.json, config.plot)
     precision = detect_dtype(TINY.shape, world.device)
     rates = measure_rates(DTYPES[precision], world.device)
     machine = Machine(world, precision, rates, config.rounds)
     print(f"{name_of(world)}, torch {torch.__version__}; computing in {precision}")
-    print(
-        f"memory {rates.bandwidth / 1e9:.0f} GB/s, matrix products {rates.operations / 1e12:.2f} TFLOP/s\n"
-    )
-    print(HEADER, flush=True)
+    speed = f"matrix products {rates.operations / 1e12:.2f} TFLOP/s"
+    print(f"memory {rates.bandwidth / 1e9:.0f} GB/s, {speed}\n\n{HEADER}", flush=True)
     timed = []
     for name, (rows, work) in ROWS.items():
         if name.startswith(config.only or ("gpu" if world.device.type == "cuda" else "cpu")):
@@ -455,11 +367,8 @@ def main(config: BenchConfig, world: World) -> None:
                 timed.append(r)
                 print(line(r), flush=True)
     if config.plot:
-        times = time_of_lengths(SMALL if config.small else TINY, machine)
-        explained = plot_lengths(times, Path(config.plot))
-        print(
-            f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {100 * explained:.1f}%"
-        )
+        explained = plot_lengths(SMALL if config.small else TINY, machine, Path(config.plot))
+        print(f"\na straight line explains {100 * explained:.1f}% of the time of 3 to 9 steps")
     if config.json:
         with user_errors():
             write_json(Path(config.json), timed)

@@ -28,7 +28,7 @@ def score_groups(problems: list, texts: list[str], stopped: list[bool]) -> list[
 
 
 def small_model(seed: int = 0, **shape) -> Transformer:
-    """Random weights large enough for distributions to be far from uniform."""
+    """Return a model with random weights, so large that its distributions are not uniform."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} | shape
     model = Transformer(ModelConfig(vocab_size=len(word_tokenizer(11)), **sizes))
     generator = torch.Generator().manual_seed(seed)
@@ -42,9 +42,8 @@ def with_large_biases(model: Transformer, size: float = 30.0) -> Transformer:
     """Raise attention scores above 100 in the first layer, as Qwen2's key biases do."""
     c = model.config
     biases = model.model.layers[0].self_attn.qkv_proj.bias.view(-1, c.head_dim)
-    with (
-        torch.no_grad()
-    ):  # in the pair that turns slowest, so that what is attended to hardly changes
+    # In the pair that rotates slowest, so that attention weights hardly change.
+    with torch.no_grad():
         biases[: c.num_attention_heads + c.num_key_value_heads, c.head_dim // 2 - 1] += size
     return model
 
@@ -116,7 +115,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
-    """Plots take seconds to draw: for tests that look at something else."""
+    """Draw no plots, which take seconds, in tests of something else."""
     monkeypatch.setattr("lib.plots.save", lambda *_: None)
 
 
@@ -125,6 +124,7 @@ def same_weights(a: Transformer, b: Transformer) -> bool:
 
 
 def refusal(function, capsys) -> str:
+    """Call a function that exits with status 2; return its line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         function()

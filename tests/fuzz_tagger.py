@@ -27,7 +27,7 @@ def problem_number(n: int) -> Problem:
 def check(problem: Problem, text: str) -> None:
     normal = " ".join(text.split())
     assert " ".join(line.text for line in parse_lines(text)) == normal, (
-        "lines are made of whole words, and none is lost"
+        "lines hold whole words, and no word is lost"
     )
     found = tag(problem, text)
     assert found == tag(problem, normal), "line breaks do not matter"
@@ -45,7 +45,9 @@ def check(problem: Problem, text: str) -> None:
             and NONE not in found.parts
             and MIXED not in found.parts
         )
-        assert right != found.misguessed, "what is faultless is right, but for a wrong guess"
+        assert right != found.misguessed, (
+            "a response without error is right unless it guessed wrong"
+        )
         assert matches(problem, found) != any(found.guessed)
 
 
@@ -94,6 +96,6 @@ def one_input(data: bytes) -> None:
 if __name__ == "__main__":
     import atheris
 
-    atheris.instrument_all()  # what is imported already, too
+    atheris.instrument_all()  # modules imported before, too
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()

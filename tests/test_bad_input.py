@@ -1,6 +1,7 @@
 """User errors end in one line on stderr and status 2, before any work, and overwrite nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import train_grpo
 import train_sft
 from lib import plots
 from lib.distributed import init_distributed
-from lib.flags import parse_flags
+from lib.flags import flag_name, parse_flags
 from lib.run_dir import save_checkpoint
 from paper import bench, reproduce
 
@@ -28,7 +29,15 @@ SCRIPTS = {
     "plot": (plots, plots.PlotConfig, "runs"),
     "reproduce": (reproduce, reproduce.ReproduceConfig, "experiment"),
 }
-FILES = {"sft": "train_sft.py", "grpo": "train_grpo.py"}  # others are named as their script
+ROOT = Path(train_sft.__file__).parent
+COMMANDS = {
+    "sft": [str(ROOT / "train_sft.py")],
+    "grpo": [str(ROOT / "train_grpo.py")],
+    "eval": [str(ROOT / "eval.py")],
+    "bench": ["-m", "paper.bench"],
+    "plot": ["-m", "lib.plots"],
+    "reproduce": ["-m", "paper.reproduce"],
+}
 
 
 @pytest.fixture
@@ -49,25 +58,25 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def contents() -> dict[Path, bytes]:
-    """All that lies in the working folder."""
+    """Return every path under the working folder, with the bytes of files."""
     return {path: path.read_bytes() if path.is_file() else b"" for path in Path().rglob("*")}
 
 
 def refused(script: str, flags: str, monkeypatch, capsys) -> str:
-    """Run a script in this process; the line it refuses with."""
+    """Run a script in this process; return the line with which it refuses its flags."""
     module, config, positional = SCRIPTS[script]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
     before = contents()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         config = parse_flags(config, "", positional)
-        module.main(config, init_distributed()) if script not in (
-            "plot",
-            "reproduce",
-        ) else module.main(config)
+        if script in ("plot", "reproduce"):
+            module.main(config)
+        else:
+            module.main(config, init_distributed())
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1, err
-    assert contents() == before, "nothing is created, nothing overwritten"
+    assert contents() == before, "nothing is created or overwritten"
     return err
 
 
@@ -173,19 +182,18 @@ def test_flags(script, flags, says, place, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, flags, says", INVOCATIONS)
 def test_real_commands(script, flags, says, place):
-    """The same as a user meets them: in a process of its own, within five seconds."""
-    file = Path(train_sft.__file__).with_name(FILES.get(script, f"{script}.py"))
+    """Run the same commands as a user does; each is refused within five seconds."""
+    command = [sys.executable, *COMMANDS[script], *flags.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     before, clock = contents(), time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(file), *flags.split()], capture_output=True, text=True
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     seconds = time.monotonic() - clock
     assert done.returncode == 2 and done.stdout == "" and says in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1 and contents() == before and seconds < 5
 
 
 def spoil(folder: Path, how: str) -> None:
-    (folder / "manifest.json").unlink()  # which would tell at once; a model from elsewhere has none
+    (folder / "manifest.json").unlink()  # as in a model from elsewhere; it would show the change
     config = json.loads((folder / "config.json").read_text())
     if how == "architecture":
         config["model_type"] = "gpt2"
@@ -251,8 +259,6 @@ def test_a_spoiled_optimizer_is_refused_on_resume(place, monkeypatch, capsys):
 
 
 def test_a_checkpoint_cannot_run_code(place, monkeypatch, capsys):
-    import os
-
     class Trap:
         def __reduce__(self):
             return os.mkdir, ("trapped",)
@@ -273,11 +279,8 @@ def test_checkpoints_of_different_fields_are_not_compared(place, monkeypatch, ca
 def test_the_real_command_refuses_too(place):
     script = Path(evaluation.__file__)
     done = subprocess.run([sys.executable, str(script), "nowhere"], capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stdout == ""
-        and done.stderr == "eval.py: there is no folder nowhere\n"
-    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "eval.py: there is no folder nowhere\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -289,4 +292,4 @@ def test_every_flag_has_a_line_of_help(script, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for name in config.__dataclass_fields__:
-        assert (f"--{name.replace('_', '-')}" if name != positional else name.upper()) in text
+        assert (flag_name(name) if name != positional else name.upper()) in text

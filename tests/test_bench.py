@@ -1,4 +1,4 @@
-"""The bench runs, its rows are fill_defaults, and its limits are what a step has to move."""
+"""The bench runs, its rows are complete, and its limits are what a step has to move."""
 
 import importlib.util
 import json

@@ -48,7 +48,7 @@ def logits(model, rows):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_what_transformers_wrote_computes_the_same_here(kind, tmp_path):
-    """Logits, and a greedy continuation token by token."""
+    """Compare logits, and a greedy continuation token by token."""
     folder = make_pretrained(tmp_path / "model", **kind)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == ("shard_size" in kind)
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -85,7 +85,7 @@ def resident():
 def watch():
     global peak
     while True: peak = max(peak, resident()); time.sleep(0.0005)
-load_model(Path(sys.argv[2]))  # libraries set themselves up
+load_model(Path(sys.argv[2]))  # warm up the libraries
 peak = before = resident()
 threading.Thread(target=watch, daemon=True).start()
 model, _ = load_model(Path(sys.argv[1]), dtype=getattr(torch, sys.argv[3]))
@@ -96,7 +96,7 @@ print((peak - before) * 1e6 / sum(w.numel() * w.element_size() for w in model.pa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_holds_the_weights_once(dtype, tmp_path, pretrained):
-    """At most a fifth more than the weights, though they are mapped, converted and joined."""
+    """Loading adds at most a fifth to the weights, though it maps, converts and joins them."""
     sizes = {
         "hidden_size": 512,
         "intermediate_size": 2048,
@@ -173,7 +173,7 @@ def test_shards_that_are_not_whole_are_refused(how, tmp_path, capsys):
 
 
 def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch, capsys):
-    """Offline, as on a machine without network; unknown names end in one line."""
+    """Run offline: a cached model is found, an unknown name is refused in one line."""
     cache = tmp_path / "models--someone--small"
     folder = make_pretrained(cache / "snapshots" / "abc")
     (cache / "refs").mkdir()
@@ -197,7 +197,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch, capsys)
     )
 
 
-def test_the_precision_is_that_of_the_training_unless_told(tmp_path, monkeypatch):
+def test_the_precision_is_that_of_training_unless_a_flag_sets_it(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "detect_dtype", lambda *_: "bf16")
     shape = ModelConfig(100)
     (tmp_path / "training.json").write_text('{"compute_dtype": "fp32"}')

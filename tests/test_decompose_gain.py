@@ -1,4 +1,4 @@
-"""The split of the gain against policies whose truth is known."""
+"""decompose_gain on simulated policies whose selection and improvement are known."""
 
 import random
 
@@ -12,39 +12,35 @@ from strategies import ARITHMETIC, GUESS, NO_ANSWER, NONE, SKIPPED, Response
 OTHER = {FORWARD: BACKWARD, BACKWARD: FORWARD}
 
 
-def sample(
-    match_rate, fit_accuracy, other_accuracy=1 / 11, cause=ARITHMETIC, n=600, samples=4, seed=0
-):
+def sample(match_rate, accuracy, other_accuracy=1 / 11, cause=ARITHMETIC, n=600, samples=4, seed=0):
     """Return responses of a policy that takes the matching strategy with a given chance.
 
     On half of the problems it takes that strategy a fifth less often, on the others more.
     """
-    rng, judged = random.Random(seed), []
+    rng, scored = random.Random(seed), []
     for i in range(n):
         kind, steps = (EVALUATION, INVERSION)[i % 2], 6 + i % 4
         share = match_rate if match_rate in (0, 1) else match_rate * (0.8 if i % 3 else 1.4)
         group = []
         for _ in range(samples):
-            fits = rng.random() < share
-            right = rng.random() < (fit_accuracy if fits else other_accuracy)
-            strategy = MATCHING_STRATEGY[kind] if fits else OTHER[MATCHING_STRATEGY[kind]]
-            error = None if right else cause if fits else GUESS
-            group.append(Response(kind, steps, strategy, fits, right, error, True))
-        judged.append(group)
-    return judged
+            matches = rng.random() < share
+            right = rng.random() < (accuracy if matches else other_accuracy)
+            strategy = MATCHING_STRATEGY[kind] if matches else OTHER[MATCHING_STRATEGY[kind]]
+            error = None if right else cause if matches else GUESS
+            group.append(Response(kind, steps, strategy, matches, right, error, True))
+        scored.append(group)
+    return scored
 
 
-def near(figure, truth, slack=0.035):
-    return (
-        abs(figure["mean"] - truth) < slack
-        and figure["ci95"][0] - slack / 2 < truth < figure["ci95"][1] + slack / 2
-    )
+def near(part, truth, slack=0.035):
+    low, high = part["ci95"]
+    return abs(part["mean"] - truth) < slack and low - slack / 2 < truth < high + slack / 2
 
 
 def gain(before, after):
-    return np.mean([r.correct for g in after for r in g]) - np.mean(
-        [r.correct for g in before for r in g]
-    )
+    right = ([r.correct for group in scored for r in group] for scored in (before, after))
+    first, second = map(np.mean, right)
+    return second - first
 
 
 def test_pure_selection():
@@ -79,17 +75,17 @@ def test_neither():
 @pytest.mark.parametrize(
     "before, after, samples, coverage",
     [
-        ((0.5, 0.6), (1.0, 1.0), 1, 0.85),  # problems on which by chance a strategy was never taken
+        ((0.5, 0.6), (1.0, 1.0), 1, 0.85),  # some strategies are never taken on some problems
         ((0.5, 0.6), (1.0, 1.0), 4, 0.85),
-        ((0.02, 0.5), (1.0, 1.0), 4, 0.75),  # a strategy that is taken by six responses in all
+        ((0.02, 0.5), (1.0, 1.0), 4, 0.75),  # six responses in all take one strategy
         ((0.02, 0.2), (0.3, 0.9), 4, 0.75),
     ],
 )
 def test_means_and_intervals_over_many_draws(before, after, samples, coverage):
-    """The split is right on average, and its intervals hold the truth as often as they say.
+    """The parts are right on average, and 95% intervals hold the truth about that often.
 
-    Nearly as often where a strategy was taken a few times in all. (With 40 draws 95% may look
-    like 85%.)
+    The bounds allow for 40 draws, where 95% may look like 85%, and for strategies that only a few
+    responses take, whose intervals are a little too narrow.
     """
     (share, skill), (share_after, skill_after), other = before, after, 1 / 11
     truth = {
@@ -117,14 +113,14 @@ def test_problems_on_which_strategies_fare_differently():
     The matching strategy is taken more often where it works, yet only selection changes.
     """
 
-    def group(i, fit):
-        right = 8 if i % 2 else 4  # of 8 fitting responses
-        fitting = [
-            Response(EVALUATION, 6, FORWARD, True, j % 8 < right, None, True) for j in range(fit)
+    def group(i, n_matching):
+        right = 8 if i % 2 else 4  # of 8 matching responses
+        responses = [
+            Response(EVALUATION, 6, FORWARD, True, j % 8 < right, None, True)
+            for j in range(n_matching)
         ]
-        return fitting + [
-            Response(EVALUATION, 6, BACKWARD, False, False, GUESS, True) for _ in range(48 - fit)
-        ]
+        wrong = Response(EVALUATION, 6, BACKWARD, False, False, GUESS, True)
+        return responses + [wrong] * (48 - n_matching)
 
     before = [group(i, 40 if i % 2 else 8) for i in range(40)]
     after = [group(i, 40) for i in range(40)]
@@ -138,7 +134,7 @@ def test_problems_on_which_strategies_fare_differently():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_parts_add_up_exactly(seed):
-    """In every group, whatever the responses; also with strategies that one side never takes."""
+    """They do in every group, for any responses, and with strategies that one side never takes."""
     rng = random.Random(seed)
 
     def anything(used):
@@ -182,8 +178,8 @@ def test_a_strategy_that_one_side_never_takes_counts_as_selection():
     assert overall["selection"]["mean"] == pytest.approx(gain(before, after))
 
 
-def test_what_fails_by_its_guess_fails_by_nothing_else():
-    """The other strategy slips less often than before, which is no help: it still guesses wrong."""
+def test_a_wrong_guess_is_the_only_cause_of_its_failure():
+    """Both models always guess wrong, so no cause contributes to a gain."""
     before, after = sample(0.0, 1.0, 0.0, n=40), sample(0.0, 1.0, 0.0, n=40, seed=1)
     overall = decompose_gain(before, after)["overall"]
     assert all(overall[name]["mean"] == 0 for name in ("gain", "improvement", *CAUSES))

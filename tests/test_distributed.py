@@ -1,4 +1,4 @@
-"""Flags from a data class, and random streams from their keys."""
+"""Flags from a data class, random streams from their keys, sums over processes, threads."""
 
 import sys
 import threading
@@ -53,14 +53,11 @@ def test_streams_repeat_by_key_and_differ_between_keys():
 
 def test_one_process_sums_to_itself():
     world = World(0, 1, torch.device("cpu"))
-    assert (
-        world.is_master
-        and world.all_reduce(1, 2.5) == [1, 2.5]
-        and world.all_gather([1, 2]) == [1, 2]
-    )
+    assert world.is_master
+    assert world.all_reduce(1, 2.5) == [1, 2.5] and world.all_gather([1, 2]) == [1, 2]
 
 
-def test_pieces_of_work_side_by_side(monkeypatch):
+def test_threads_work_side_by_side(monkeypatch):
     """Results keep their order, errors are raised, and the caller keeps its number of threads."""
     monkeypatch.setattr("lib.distributed.n_threads", lambda device: 3)
     before, cpu = torch.get_num_threads(), torch.device("cpu")
@@ -73,4 +70,6 @@ def test_pieces_of_work_side_by_side(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda i: 1 / i, [1, 0], cpu)
     (alone,) = in_threads(lambda _: threading.current_thread().name, [0], cpu)
-    assert alone == threading.main_thread().name, "a single piece may have all cores"
+    assert alone == threading.main_thread().name, (
+        "a single item runs in the main thread, with all its cores"
+    )

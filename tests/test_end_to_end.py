@@ -1,4 +1,4 @@
-"""The whole road in miniature: SFT, GRPO and evaluation; resume; two processes."""
+"""The whole pipeline in miniature: SFT, GRPO and evaluation; resume; two processes."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_sft_learns(sft):
 
 def test_grpo_improves_and_reports(sft, tmp_path, capsys, monkeypatch):
     """Reward rises because the matching strategy is taken more often; all files are written."""
-    monkeypatch.undo()  # this one draws
+    monkeypatch.undo()  # this test needs the plots
     flags = {"updates": 30, "prompts_per_update": 16, "group_size": 8, "lr": 3e-4}
     rows = grpo(tmp_path / "run", sft, eval_problems=64, **flags)
     first, last = rows[:5], rows[-5:]
@@ -92,8 +92,8 @@ def test_grpo_improves_and_reports(sft, tmp_path, capsys, monkeypatch):
     expected |= {"rollout_tokens_per_second", "training_tokens_per_second", "peak_memory_gb"}
     assert all(expected <= row.keys() for row in rows)
 
-    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert figures["difference"]["overall"]["pass@1"] > 0
+    metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert metrics["difference"]["overall"]["pass@1"] > 0
     for plot in ("evaluation.png", "training.png"):
         assert (tmp_path / "run" / plot).stat().st_size > 10_000
     out = capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_resume_is_exact(sft, tmp_path):
 
 
 def test_a_resumed_run_computes_as_it_began(sft, tmp_path, monkeypatch):
-    """In the precision that was measured at its start, whatever a measurement says now."""
+    """It keeps the precision measured at its start, whatever is measured now."""
     flags = {"updates": 2, "save_every": 1, "precision": "auto"}
     monkeypatch.setattr("lib.checkpoint.detect_dtype", lambda *_: "bf16")
     whole = grpo(tmp_path / "whole", sft, **flags)
@@ -135,11 +135,11 @@ def poison(monkeypatch, updates: set[int]) -> None:
     """Make the gradient infinite in some updates, numbered from 1."""
     real, calls = train_grpo.accumulate_gradients, iter(range(1, 100))
 
-    def poisoned(model, copy, loss, items):
-        parts = real(model, copy, loss, items)
+    def poisoned(master, policy, loss_fn, items):
+        metrics = real(master, policy, loss_fn, items)
         if next(calls) in updates:
-            next(w for w in model.parameters() if w.grad is not None).grad.view(-1)[0] = math.inf
-        return parts
+            next(w for w in master.parameters() if w.grad is not None).grad.view(-1)[0] = math.inf
+        return metrics
 
     monkeypatch.setattr(train_grpo, "accumulate_gradients", poisoned)
 
@@ -158,13 +158,15 @@ def test_after_five_such_updates_the_run_stops(sft, tmp_path, monkeypatch, capsy
         grpo(tmp_path / "run", sft, updates=20, save_every=1, group_size=8)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
     assert stop.value.code == 2 and "--lr" in line
-    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 6, "the seventh was the fifth"
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 6, (
+        "the seventh update was the fifth in a row"
+    )
     model, _ = load_model(find_checkpoint(str(tmp_path / "run")))
     assert all(weight.isfinite().all() for weight in model.parameters())
 
 
 def test_sft_skips_such_updates_too(tmp_path, monkeypatch):
-    """Here the loss is not finite."""
+    """Here it is the loss that is not finite."""
     real, calls = train_sft.loss_sum, iter(range(1, 100))
     monkeypatch.setattr(
         train_sft, "loss_sum", lambda *args: real(*args) * (math.nan if next(calls) == 2 else 1)
@@ -189,15 +191,15 @@ def test_a_policy_of_nan_is_noticed(sft, tmp_path, capsys):
     assert stop.value.code == 2 and "not finite in five updates" in capsys.readouterr().err
 
 
-def test_trouble_is_said_once_in_a_run(sft, tmp_path, monkeypatch, capsys):
-    """With room for one token, no response ever ends."""
+def test_a_warning_is_printed_once_in_a_run(sft, tmp_path, monkeypatch, capsys):
+    """With --max-new-tokens 1 no response ever ends."""
     monkeypatch.setattr("lib.diagnose.DIAGNOSE_WINDOW", 3)
     grpo(tmp_path / "run", sft, updates=6, max_new_tokens=1)
     assert capsys.readouterr().err.count("--max-new-tokens") == 1
 
 
 def test_compositions_under_shown_names_in_another_field(tmp_path):
-    """The flags that the main job leaves alone, from SFT to the report."""
+    """Set the flags that the main job leaves at their defaults, from SFT to the report."""
     task = {"steps": "1-2", "parts": "2-3", "field": 13, "relabel": "shown"}
     init = tmp_path / "sft"
     train_sft.main(train_sft.SftConfig(updates=2, batch_size=4, out=str(init), **task), ONE)
@@ -213,12 +215,12 @@ def test_compositions_under_shown_names_in_another_field(tmp_path):
         row["frac_truncated"] > 0
         and {"accuracy/composition", "match_rate/composition", "mixed/all"} <= row.keys()
     )
-    figures = json.loads((tmp_path / "rl" / "evaluation.json").read_text())
-    assert set(figures["after"]["by_type"]) == {"composition"}
+    metrics = json.loads((tmp_path / "rl" / "evaluation.json").read_text())
+    assert set(metrics["after"]["by_type"]) == {"composition"}
 
 
 def test_two_processes(sft, tmp_path):
-    """torchrun with two processes trains and reports; one of them writes and prints."""
+    """torchrun with two processes trains and reports; only one of them writes and prints."""
     flags = "--field=3 --steps=1-2 --prompts-per-update=4 --group-size=4 --eval-problems=8"
     flags += " --updates=2 --beta=0.05 --precision=fp32"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -243,7 +245,7 @@ def test_two_processes(sft, tmp_path):
 
 
 def test_the_main_job_trains_sft_first_where_it_is_missing(tmp_path, monkeypatch, capsys):
-    """Also when an earlier one stopped half-way: it is finished, not begun again."""
+    """An SFT run that was interrupted is resumed, not started again."""
     monkeypatch.chdir(tmp_path)
     short = train_sft.SftConfig
 
@@ -260,12 +262,8 @@ def test_the_main_job_trains_sft_first_where_it_is_missing(tmp_path, monkeypatch
     shutil.rmtree("ckpt/grpo-1-2-gf3")
     train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE)
     assert "training one first" in capsys.readouterr().out
-    assert [row["update"] for row in read_log(Path("ckpt/sft-mixed-gf3/metrics.jsonl"))] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    rows = read_log(Path("ckpt/sft-mixed-gf3/metrics.jsonl"))
+    assert [row["update"] for row in rows] == [1, 2, 3, 4]
 
     shutil.rmtree("ckpt/grpo-1-2-gf3")
     train_grpo.main(train_grpo.GrpoConfig(updates=1, **SMALL), ONE)
@@ -273,7 +271,7 @@ def test_the_main_job_trains_sft_first_where_it_is_missing(tmp_path, monkeypatch
 
 
 def test_the_main_job_does_not_start_from_a_trial(tmp_path, monkeypatch, capsys):
-    """A short SFT run at the default place is not taken for the usual one, unless it is named."""
+    """A short SFT run in the default folder is refused as a start, unless --init names it."""
     monkeypatch.chdir(tmp_path)
     trial = train_sft.main(
         train_sft.SftConfig(field=3, steps="1-2", updates=2, batch_size=4, precision="fp32"), ONE
@@ -284,9 +282,7 @@ def test_the_main_job_does_not_start_from_a_trial(tmp_path, monkeypatch, capsys)
     grpo(tmp_path / "named", Path("ckpt/sft-mixed-gf3"), updates=1)
 
 
-def test_sft_of_a_pretrained_model_does_not_lie_where_the_main_job_starts(
-    tmp_path, monkeypatch, pretrained
-):
+def test_sft_of_a_pretrained_model_has_another_default_folder(tmp_path, monkeypatch, pretrained):
     monkeypatch.chdir(tmp_path)
     flags = {
         "model": str(pretrained),

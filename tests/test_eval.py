@@ -1,9 +1,12 @@
-"""Figures against counts made by hand, intervals against simulation, tables and files."""
+"""Metrics against counts made by hand, intervals against simulation, tables and files."""
 
 import itertools
 import json
+import os
 import random
 import re
+import shutil
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -33,7 +36,7 @@ from eval import (
 )
 from lib.distributed import World
 from lib.rng import rng
-from lib.run_dir import save_checkpoint
+from lib.run_dir import choose_checkpoints, save_checkpoint
 from lib.stats import pass_at_k, wilson
 from strategies import GUESS, Response, score_response
 
@@ -41,7 +44,7 @@ ONE = World(0, 1, torch.device("cpu"))
 
 
 def test_pass_at_k_is_the_mean_over_all_choices():
-    """Against every choice of k among n responses."""
+    """Compare with the mean over every choice of k among n responses."""
     for n, c, k in [(4, 1, 2), (5, 2, 3), (6, 0, 2), (6, 6, 1), (5, 3, 5)]:
         outcomes = [True] * c + [False] * (n - c)
         expected = fmean(any(chosen) for chosen in itertools.combinations(outcomes, k))
@@ -75,21 +78,21 @@ def test_paired_intervals_hold_the_truth(n, gained, lost):
 
 
 def responses(seed: int = 0, n: int = 60, samples: int = 4):
-    """Half the problems solved in the matching strategy, the others by a wrong guess."""
+    """Return problems and texts: half of the texts match, the others guess wrong."""
     rng = random.Random(seed)
     problems = [Task().sample(rng, "validation") for _ in range(n)]
     texts = []
     for i, problem in enumerate(problems):
-        fitting = MATCHING_STRATEGY[problem.kind]
-        other = BACKWARD if fitting == FORWARD else FORWARD
+        matching = MATCHING_STRATEGY[problem.kind]
+        other = BACKWARD if matching == FORWARD else FORWARD
         wrong = (problem.parts[0].asked + 1) % 11
         for j in range(samples):
             good = (i + j) % 2 == 0
-            texts.append(problem.solution(fitting) if good else problem.solution(other, [wrong]))
+            texts.append(problem.solution(matching) if good else problem.solution(other, [wrong]))
     return problems, texts
 
 
-def test_figures_are_those_counted_by_hand():
+def test_metrics_are_those_counted_by_hand():
     problems, texts = responses()
     summary = summarise(score_groups(problems, texts, [True] * len(texts)))
     overall = summary["overall"]
@@ -111,14 +114,14 @@ def test_figures_are_those_counted_by_hand():
     assert low < 0.5 < high and high - low < 0.26
 
 
-def test_behaviour_is_what_was_counted_by_hand():
+def test_rollout_metrics_are_those_counted_by_hand():
     def group(kind, *responses):
         return [
-            Response(kind, 6, strategy, fits, right, None, True)
-            for strategy, fits, right in responses
+            Response(kind, 6, strategy, matches, right, None, True)
+            for strategy, matches, right in responses
         ]
 
-    judged = [
+    scored = [
         group(
             "evaluation",
             ("forward", True, True),
@@ -138,7 +141,7 @@ def test_behaviour_is_what_was_counted_by_hand():
             ("mixed", False, False),
         ),
     ]
-    figures = rollout_metrics(judged)
+    metrics = rollout_metrics(scored)
     expected = {
         "accuracy/evaluation": 3 / 6,
         "accuracy_given_match/evaluation": 2 / 3,
@@ -155,22 +158,18 @@ def test_behaviour_is_what_was_counted_by_hand():
     }
     expected |= {"match_rate/inversion": 0, "forward/inversion": 2 / 3, "mixed/inversion": 1 / 3}
     expected |= {"forward/all": 5 / 9, "accuracy_at_steps/6": 4 / 9}
-    assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert (
-        figures["accuracy_given_match/inversion"] is None
-        and figures["accuracy_given_backward/inversion"] is None
+        metrics["accuracy_given_match/inversion"] is None
+        and metrics["accuracy_given_backward/inversion"] is None
     )
 
 
-def test_no_fitting_response_means_no_accuracy():
+def test_no_matching_response_means_no_accuracy():
     problem = validation_problems(Task(), 1, rng(0, "validation problems"))[0]
     other = BACKWARD if problem.kind == EVALUATION else FORWARD
-    assert (
-        metrics_of([[score_response(problem, problem.solution(other), True)]])[
-            "accuracy_given_match"
-        ]
-        is None
-    )
+    metrics = metrics_of([[score_response(problem, problem.solution(other), True)]])
+    assert metrics["accuracy_given_match"] is None
     assert "-" in table(summarise([[score_response(problem, "", True)]]))
 
 
@@ -188,20 +187,20 @@ def test_pairs_are_compared_problem_by_problem():
     )
     low, high = paired_difference(after[:20], after[:20])["ci95"]
     assert -low == pytest.approx(high) and 0.05 < high < 0.2, (
-        "twenty problems without a change are no certainty"
+        "twenty problems without a change do not prove that there is none"
     )
     assert compare(before, after)["by_type"].keys() == summarise(before)["by_type"].keys()
 
 
-def test_the_table_says_what_was_gained_and_why():
-    """All responses in the matching strategy where half of them were: pure selection."""
+def test_the_table_shows_what_was_gained_and_why():
+    """Half of the responses match before, all of them after: the gain is selection alone."""
     problems, texts = responses()
     right = [
         problem.solution(MATCHING_STRATEGY[problem.kind]) for problem in problems for _ in range(4)
     ]
-    judged = [score_groups(problems, some, [True] * len(some)) for some in (texts, right)]
-    summaries = map(summarise, judged)
-    text = comparison_table(*summaries, compare(*judged), decompose_gain(*judged))
+    scored = [score_groups(problems, some, [True] * len(some)) for some in (texts, right)]
+    summaries = map(summarise, scored)
+    text = comparison_table(*summaries, compare(*scored), decompose_gain(*scored))
     (cells,) = (re.split("  +", line) for line in text.splitlines() if line.startswith("all  "))
     assert cells[1:4] == ["50.0 -> 100.0", "50.0 -> 100.0", "100.0 -> 100.0"]
     assert cells[4].startswith("+50.0 (") and cells[5].startswith("+50.0 (")
@@ -223,40 +222,62 @@ def test_validation_problems_are_distinct_and_of_their_stream():
 
 
 def test_every_solution_fits_the_token_budget(model, tokenizer):
-    """Whichever problems come up: the longest solution leaves less than a line of room."""
+    """The longest solution of any problem leaves less than a line of room."""
     for task in (Task((6, 9)), Task((2, 4), parts=(1, 4)), Task((6, 15))):
-        budget = tokenizer.max_response_tokens(*task.longest_examples(rng("token budget")), 2048)
+        budget = tokenizer.max_response_tokens(task, 2048)
         problems = [task.longest().sample(random.Random(i), "train") for i in range(50)]
         longest = max(
             len(tokenizer.solution(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD)
         )
         assert longest < budget <= longest + 8
     with pytest.raises(SystemExit):
-        tokenizer.max_response_tokens(*Task((6, 9)).longest_examples(rng("token budget")), 64)
+        tokenizer.max_response_tokens(Task((6, 9)), 64)
+
+
+def save(run: Path, update: int, **meta) -> Path:
+    """Write RUN/step-UPDATE with random weights."""
+    model = small_model(update)
+    optimizer = torch.optim.AdamW(model.parameters())
+    return save_checkpoint(run, update, model, word_tokenizer(11), optimizer, {"field": 11} | meta)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     for update in (2, 10):
-        model = small_model(update)
-        save_checkpoint(
-            run,
-            update,
-            model,
-            word_tokenizer(11),
-            torch.optim.AdamW(model.parameters()),
-            {"field": 11},
-        )
+        save(run, update)
     return run
+
+
+def test_a_folder_of_runs_means_the_newest_run_and_its_start(tmp_path, monkeypatch, capsys):
+    """A run without a start is taken alone, as is a run or a checkpoint that is named directly."""
+    monkeypatch.chdir(tmp_path)
+    older, start = (save(Path("ckpt/sft"), update) for update in (2, 10))
+    grpo = save(Path("ckpt/grpo"), 3, init_from=str(start.resolve()))
+
+    def set_times(*folders: Path) -> None:
+        for seconds, folder in enumerate(folders):
+            os.utime(folder, (seconds, seconds))
+
+    set_times(older, start, grpo)
+    assert choose_checkpoints([]) == choose_checkpoints(["ckpt"]) == [start, grpo]
+    assert choose_checkpoints(["ckpt/grpo"]) == choose_checkpoints([str(grpo)]) == [grpo]
+    assert choose_checkpoints(["ckpt/sft"]) == [start]
+    assert choose_checkpoints([str(older)]) == [older]
+    assert choose_checkpoints(["ckpt/grpo", "ckpt/sft"]) == [grpo, start], "in the order given"
+    set_times(grpo, older, start)
+    assert choose_checkpoints(["ckpt"]) == [start], "the newest run has no start"
+    assert capsys.readouterr().err == ""
+    shutil.rmtree("ckpt/sft")
+    assert choose_checkpoints(["ckpt"]) == [grpo] and "is gone" in capsys.readouterr().err
 
 
 def test_command_evaluates_the_newest_checkpoint_and_writes_files(checkpoints, tmp_path, capsys):
     files = {"json": str(tmp_path / "a.json"), "plot": str(tmp_path / "a.png")}
     main(EvalConfig([str(checkpoints)], problems=12, samples=2, steps="1-2", **files), ONE)
-    figures = json.loads((tmp_path / "a.json").read_text())
-    assert figures["checkpoints"] == [str(checkpoints / "step-10")]
-    for c in (figures["overall"], figures["by_type"]["evaluation"], figures["by_steps"]["2"]):
+    metrics = json.loads((tmp_path / "a.json").read_text())
+    assert metrics["checkpoints"] == [str(checkpoints / "step-10")]
+    for c in (metrics["overall"], metrics["by_type"]["evaluation"], metrics["by_steps"]["2"]):
         assert {
             "pass@1",
             "ci95",
@@ -272,12 +293,12 @@ def test_command_evaluates_the_newest_checkpoint_and_writes_files(checkpoints, t
 def test_command_compares_two(checkpoints, tmp_path, capsys):
     both = [str(checkpoints / "step-2"), str(checkpoints)]
     main(EvalConfig(both, problems=8, steps="1-2", greedy=True, json=str(tmp_path / "b.json")), ONE)
-    figures = json.loads((tmp_path / "b.json").read_text())
-    assert figures["before"]["overall"]["samples"] == 1
-    assert figures["difference"]["overall"]["problems"] == 8
-    for part, row in (("overall", None), ("by_type", EVALUATION), ("by_steps", "2")):
-        reasons, difference = (figures[name][part] for name in ("reasons", "difference"))
-        reasons, difference = (x[row] if row else x for x in (reasons, difference))
+    metrics = json.loads((tmp_path / "b.json").read_text())
+    assert metrics["before"]["overall"]["samples"] == 1
+    assert metrics["difference"]["overall"]["problems"] == 8
+    for group, value in (("overall", None), ("by_type", EVALUATION), ("by_steps", "2")):
+        reasons, difference = (metrics[name][group] for name in ("reasons", "difference"))
+        reasons, difference = (x[value] if value else x for x in (reasons, difference))
         assert reasons["gain"]["mean"] == pytest.approx(difference["pass@1"])
     out = capsys.readouterr().out
     assert "step-2 -> " in out and "= selection" in out and "improvement by " in out

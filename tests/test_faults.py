@@ -40,7 +40,7 @@ def start(tmp_path_factory) -> Path:
 
 
 def begin(command: str, out: Path, processes: int = 0) -> subprocess.Popen:
-    """Start a script, or go on with it."""
+    """Start a script, with --resume if its run has checkpoints."""
     script, *flags = command.split()
     run = [sys.executable]
     if processes:
@@ -52,7 +52,7 @@ def begin(command: str, out: Path, processes: int = 0) -> subprocess.Popen:
 
 
 def wait(process: subprocess.Popen, status: int, timeout: float = 600) -> str:
-    """Wait for the end; what it has said on stderr."""
+    """Wait for a process to end; return its stderr."""
     _, err = process.communicate(timeout=timeout)
     assert process.returncode == status, err[-2000:]
     return err
@@ -63,7 +63,7 @@ def size(file: Path) -> int:
 
 
 def workers(torchrun: subprocess.Popen) -> dict[int, int]:
-    """The process ids of torchrun's workers by their rank."""
+    """Return the process ids of torchrun's workers by rank."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -77,12 +77,9 @@ def workers(torchrun: subprocess.Popen) -> dict[int, int]:
 
 
 def kill(process: subprocess.Popen, out: Path, moment: str, rng: random.Random) -> None:
-    """kill -9 at some moment of a run that has begun: while it starts, trains or saves."""
-    before, log, deadline = (
-        size(out / "metrics.jsonl"),
-        out / "metrics.jsonl",
-        time.monotonic() + 60,
-    )
+    """kill -9 a run while it starts, trains or saves."""
+    log = out / "metrics.jsonl"
+    before, deadline = size(log), time.monotonic() + 60
     if moment == "starting":
         time.sleep(rng.uniform(0, 6))
     while moment != "starting" and process.poll() is None and time.monotonic() < deadline:
@@ -92,13 +89,8 @@ def kill(process: subprocess.Popen, out: Path, moment: str, rng: random.Random) 
     if moment == "training":
         time.sleep(rng.uniform(0, 0.3))
     if process.poll() is None:
-        os.kill(
-            process.pid, signal.SIGSTOP
-        )  # so that torchrun starts no more, and nothing is written meanwhile
-        for pid in (
-            *workers(process).values(),
-            process.pid,
-        ):  # those of torchrun would live on without it
+        os.kill(process.pid, signal.SIGSTOP)  # it writes nothing and starts no workers meanwhile
+        for pid in (*workers(process).values(), process.pid):  # workers would outlive torchrun
             os.kill(pid, signal.SIGKILL)
     process.communicate()
 
@@ -109,7 +101,7 @@ def without_times(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not changing.search(key)} for row in rows]
 
 
-def figures(run: Path) -> list[dict]:
+def numbers(run: Path) -> list[dict]:
     """Return the log's numbers, without the largest rounding difference, which may differ."""
     return [
         {key: value for key, value in row.items() if value is not None and key != "logp_diff_max"}
@@ -150,11 +142,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         process = begin(command, killed, processes)
         kill(process, killed, MOMENTS[i % 3], rng)
         assert process.returncode == -signal.SIGKILL, (
-            "it was over already: the test needs a longer run"
+            "the run ended before it was killed: the test needs more updates"
         )
         drafts += bool(list(killed.glob(".step-*.part")))
         for folder in checkpoints(killed):
-            assert verify_manifest(folder) is None, "what has a checkpoint's name is whole"
+            assert verify_manifest(folder) is None, "every folder with a checkpoint's name is whole"
     wait(begin(command, killed, processes), 0)
     assert same_end(straight, killed) and drafts >= max(1, kills // 3 - 1)
     assert not list(killed.glob(".step-*.part"))
@@ -209,7 +201,7 @@ def test_a_process_that_dies_ends_the_others(number, tmp_path):
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces with a cable between them: what torchrun knows of two hosts."""
+    """Connect two network namespaces, which torchrun takes for two hosts."""
 
     if shutil.which("ip") is None:
         pytest.skip("needs the command ip")
@@ -218,7 +210,7 @@ def two_hosts():
         return subprocess.run(["ip", *words.split()], capture_output=True).returncode
 
     for i in (0, 1):
-        ip(f"netns del grpo{i}")  # of a test that was killed
+        ip(f"netns del grpo{i}")  # left by a test that was killed
     if ip("netns add grpo0"):
         pytest.skip("needs the right to make network namespaces")
     ip("netns add grpo1")
@@ -248,7 +240,7 @@ def test_two_hosts(two_hosts, start, tmp_path):
         for process in launched:
             wait(process, 0, timeout=120)
         for ours, theirs in zip(
-            figures(tmp_path / f"two-{each}"), figures(tmp_path / "one"), strict=True
+            numbers(tmp_path / f"two-{each}"), numbers(tmp_path / "one"), strict=True
         ):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
@@ -262,5 +254,5 @@ def test_the_number_of_processes_leaves_the_curve_as_it_is(processes, start, tmp
         runs = [tmp_path / f"{stage}-{name}" for name in ("one", "many")]
         wait(begin(command, runs[0]), 0)
         wait(begin(command, runs[1], processes), 0)
-        for one, many in zip(*map(figures, runs), strict=True):
+        for one, many in zip(*map(numbers, runs), strict=True):
             assert many == pytest.approx(one, rel=1e-3, abs=1e-5), stage

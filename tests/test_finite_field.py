@@ -59,7 +59,7 @@ def test_names_are_a_permutation_hidden_but_fixed():
 
 
 def follow(problem) -> list[str]:
-    """The answers of all parts, computed by sympy from the prompt's text alone."""
+    """Compute the answers of all parts with sympy, from the prompt's text alone."""
     truth, name, answers = GF(problem.field.p, symmetric=False), problem.field.name, []
     steps, given, asked = [], None, None
     for line in problem.prompt().splitlines():
@@ -131,12 +131,12 @@ def test_both_types_and_every_length_come_up():
 
 
 def test_a_wrong_guess_gives_a_wrong_answer():
-    """The strategy that does not fit is right one time in p."""
+    """The strategy that does not match is right for one guess in p."""
     rng, right = random.Random(0), 0
     for _ in range(100):
         problem = Task().sample(rng, "train")
-        unfitting = BACKWARD if MATCHING_STRATEGY[problem.kind] == FORWARD else FORWARD
-        right += sum(reward(problem, problem.solution(unfitting, [g])) for g in range(11))
+        other = BACKWARD if MATCHING_STRATEGY[problem.kind] == FORWARD else FORWARD
+        right += sum(reward(problem, problem.solution(other, [g])) for g in range(11))
     assert right == 100
 
 

@@ -40,12 +40,8 @@ GRPO = {
     "eval_problems": 4,
     "lr": 1e-3,
 }
-GRPO |= {
-    "beta": 0.05,
-    "micro_batch_tokens": 60,
-    "save_every": 2,
-    "temperature": 1.0,
-}  # the processes differ in passes
+GRPO |= {"beta": 0.05, "save_every": 2, "temperature": 1.0}
+GRPO["micro_batch_tokens"] = 60  # so few that ranks differ in their number of passes
 PRETRAINED = {
     "lora": 0,
     "examples": 0,
@@ -64,11 +60,11 @@ def score_by_checksum(problem, text: str, stopped: bool) -> Response:
 
 def train(folder: Path, world: World, fsdp: bool, resume: bool = False) -> None:
     strategies.score_response, plots.save = score_by_checksum, lambda *_: None
-    given = {"precision": "fp32", "fsdp": fsdp, "resume": resume}
-    train_sft.main(train_sft.SftConfig(out=str(folder / "sft"), **SFT, **given), world)
+    flags = {"precision": "fp32", "fsdp": fsdp, "resume": resume}
+    train_sft.main(train_sft.SftConfig(out=str(folder / "sft"), **SFT, **flags), world)
     init = folder.parent / "start" / "step-2"
     train_grpo.main(
-        train_grpo.GrpoConfig(init=str(init), out=str(folder / "rl"), **GRPO, **given), world
+        train_grpo.GrpoConfig(init=str(init), out=str(folder / "rl"), **GRPO, **flags), world
     )
 
 
@@ -85,7 +81,7 @@ def _process(rank: int, size: int, port: int, folder: Path) -> None:
 
 
 def log(folder: Path) -> list[dict]:
-    """The figures of a run that do not depend on the machine."""
+    """Return the numbers of a run's log that do not depend on the machine."""
     kept = (
         "update",
         "loss",
@@ -131,7 +127,7 @@ def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monke
                 ours[i]["exp_avg"], theirs[i]["exp_avg"], rtol=1e-2, atol=1e-5
             )
     assert all(row["grad_norm"] > 0 for row in log(tmp_path / "whole" / "rl")), (
-        "the test needs gradients"
+        "the test needs gradients that are not zero"
     )
     for stage in ("sft", "rl"):
         shutil.rmtree(tmp_path / "sharded" / stage / "step-3")
@@ -141,7 +137,7 @@ def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monke
     init, out = str(tmp_path / "pretrained"), str(tmp_path / "bf16 whole")
     train_grpo.main(train_grpo.GrpoConfig(init=init, out=out, **(GRPO | PRETRAINED)), ONE)
     ours, theirs = log(tmp_path / "bf16")[0], log(tmp_path / "bf16 whole")[0]
-    assert ours == pytest.approx(theirs, rel=0.03, abs=1e-3), "but for bf16's rounding"
+    assert ours == pytest.approx(theirs, rel=0.03, abs=1e-3), "equal up to the rounding of bf16"
 
 
 def test_sharding_is_refused_where_it_makes_no_sense(tmp_path, monkeypatch, capsys, pretrained):

@@ -53,7 +53,7 @@ def test_any_flags_make_a_task_or_a_value_error(steps, parts, p, share):
 
 
 def refused_or_fine(function) -> None:
-    """Anything but a refusal is an error that the user would see as a traceback."""
+    """Call a function that may exit with status 2; a user would see any other error."""
     try:
         function()
     except SystemExit as stop:

@@ -49,7 +49,7 @@ def test_add_rms_norm(dtype, n):
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_swiglu(dtype):
-    """Large values too: e^x neither overflows nor loses the sign."""
+    """Take large values too: e^x neither overflows nor loses the sign."""
     gate = torch.cat((torch.linspace(-300, 300, 61), torch.linspace(-5, 5, 51))).to(dtype)
     up, d_out = (torch.linspace(-2, 2, len(gate)).to(dtype) for _ in range(2))
     gate_up = torch.stack((torch.cat((gate, up)), torch.cat((gate, -up)))).requires_grad_()
@@ -79,12 +79,12 @@ def test_the_model_is_the_same_without_a_compiler(precision, monkeypatch):
         assert (a - b).norm() <= (1e-5 if precision == "fp32" else 0.03) * b.norm()
 
 
-def test_one_line_says_what_computes(monkeypatch):
+def test_describe_names_device_precision_and_back_end(monkeypatch):
     monkeypatch.setattr("lib.kernels.available", lambda: True)
     assert describe(small_model()) == "Computing on cpu in fp32, attention by kernels.c."
     monkeypatch.setattr("lib.kernels.available", lambda: False)
-    said = describe(make_policy(small_model(), "bf16"))
-    assert said == "Computing on cpu in bf16, attention by torch padded."
+    line = describe(make_policy(small_model(), "bf16"))
+    assert line == "Computing on cpu in bf16, attention by torch padded."
 
 
 def test_no_compiler_is_no_error(monkeypatch):

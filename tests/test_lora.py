@@ -1,4 +1,4 @@
-"""Adapters: what they compute, what they leave alone, and that PEFT agrees."""
+"""Adapters: what they compute, that the base stays as it is, and that PEFT agrees."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def log_probs(model, **options):
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
 def test_adapters_add_what_they_say(family):
-    """At first nothing; later they equal changed weights, and the base stays as it is."""
+    """New adapters add nothing; trained ones equal changed weights; the base never changes."""
     base = small_model(model_type=family)
     before = log_probs(base).detach()
     fresh = add_lora(base, 4, 8, 0.05, torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def test_adapters_add_what_they_say(family):
     assert torch.equal(log_probs(base).detach(), before), "the base is the reference"
     again = without_adapters(policy)
     assert torch.equal(log_probs(again).detach(), before) and adapted(policy) and not adapted(again)
-    assert again.lm_head.weight is policy.lm_head.weight, "no second copy"
+    assert again.lm_head.weight is policy.lm_head.weight, "the head is shared, not copied"
 
 
 def test_only_adapters_are_trained_and_frozen_weights_are_shared():
@@ -74,7 +74,7 @@ def test_only_adapters_are_trained_and_frozen_weights_are_shared():
         if ".adapter." in name:
             assert w.dtype == torch.float32 and c.dtype == torch.bfloat16
         else:
-            assert w is c, "no second copy"
+            assert w is c, "frozen weights are shared, not copied"
     with torch.no_grad():
         for w in trainable_parameters(lowered):
             w.add_(0.1)
@@ -165,7 +165,7 @@ def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
-# The whole road with a pretrained model
+# The whole pipeline with a pretrained model
 
 SFT = {
     "keep": 0,

@@ -1,4 +1,4 @@
-"""Plots of logs and evaluations; a log that is none is refused."""
+"""Plots of logs and evaluations; files that are not logs are refused."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def log(n: int, kl: bool) -> list[dict]:
     rows = []
     for update in range(1, n + 1):
         kind = ("evaluation", "inversion")[update % 2]
-        judged = [[Response(kind, 6, "forward", kind == "evaluation", True, None, True)] * 2]
+        scored = [[Response(kind, 6, "forward", kind == "evaluation", True, None, True)] * 2]
         row = {
             "update": update,
             "reward": 0.5,
@@ -27,18 +27,18 @@ def log(n: int, kl: bool) -> list[dict]:
             "entropy": 0.1,
             "response_length": 9.0,
         }
-        rows.append(row | rollout_metrics(judged) | ({"kl": 0.01} if kl else {}))
+        rows.append(row | rollout_metrics(scored) | ({"kl": 0.01} if kl else {}))
     return rows
 
 
-def test_every_panel_is_fed_by_what_the_trainer_logs():
+def test_the_trainer_logs_what_every_panel_shows():
     logged = {key for row in log(4, True) for key in row}
     for title, metric in PANELS.items():
         of_types = {metric.replace("*", kind) for kind in (EVALUATION, INVERSION)}
         assert of_types <= logged, title
 
 
-def test_bars_of_the_split_are_its_figures_one_on_the_other():
+def test_the_bars_of_the_causes_are_stacked():
     def part(mean):
         return {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]}
 

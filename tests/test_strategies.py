@@ -1,4 +1,4 @@
-"""The tagger: every generated solution is what it says, every change is found, no text raises."""
+"""The tagger: it names every solution's strategy, finds every change, and takes any text."""
 
 import random
 
@@ -160,7 +160,7 @@ def test_a_part_that_goes_both_ways_is_mixed(example):
     assert tag(example, both).strategy == MIXED
 
 
-def test_an_inversion_solved_forward_does_not_fit(example):
+def test_an_inversion_solved_forward_does_not_match(example):
     part = example.parts[0]
     inversion = Problem(example.field, (Part(INVERSION, part.start, part.steps, part.end),), 7)
     found = tag(inversion, inversion.solution(FORWARD))
@@ -168,7 +168,7 @@ def test_an_inversion_solved_forward_does_not_fit(example):
 
 
 def test_a_wrong_guess_comes_before_what_it_leads_to(example):
-    """It is what a response fails by, however well or badly the wrong value is carried on."""
+    """It is the error of a response, whether the wrong value is then carried on well or badly."""
     guess = "guess end e4\n9: e4 - e3 = e1\n8: e1 / e2 = e6\n7: e6 - e1 = e5\nstart e5\nanswer e4"
     slip = guess.replace("e4 - e3 = e1", "e4 - e3 = e2")
     assert (
@@ -179,7 +179,7 @@ def test_a_wrong_guess_comes_before_what_it_leads_to(example):
     assert tag(example, guess).error is None and tag(example, slip).error.kind == ARITHMETIC
     right = guess.replace("end e4\n9: e4 - e3 = e1", "end e5\n9: e5 - e3 = e9")
     assert score_response(example, right, True).error == ARITHMETIC, (
-        "8: is not right then, the guess is"
+        "line 8: is wrong, the guess is right"
     )
 
     parts = tuple(Part(kind, 0, (("+", 1),), 1) for kind in (EVALUATION, INVERSION))

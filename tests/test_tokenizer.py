@@ -1,4 +1,4 @@
-"""What the models read: words, or a pretrained model's tokens in its chat template."""
+"""What the models read: words, or tokens of a pretrained model in its chat template."""
 
 import json
 import random

@@ -73,7 +73,7 @@ class Batch:
         rollout.advantages = group_advantages(rollout.rewards, config.advantage)
         self.model.zero_grad()
         models = self.model, self.model, self.reference
-        self.figures = grpo_backward(*models, rollout, config, world)
+        self.metrics = grpo_backward(*models, rollout, config, world)
         world.all_reduce_gradients(self.model)
         return gradient(self.model)
 
@@ -113,18 +113,18 @@ def plain_gradient(batch: Batch) -> torch.Tensor:
 
 def test_gradient_is_that_of_the_loss_written_out(batch):
     assert relative_difference(batch.gradient(), plain_gradient(batch)) < 1e-6
-    assert batch.figures["frac_reward_zero_std"] == pytest.approx(2 / 6)
-    assert 0 < batch.figures["clip_ratio"] < 0.5, "the test needs clipped and unclipped tokens"
+    assert batch.metrics["frac_reward_zero_std"] == pytest.approx(2 / 6)
+    assert 0 < batch.metrics["clip_ratio"] < 0.5, "the test needs clipped and unclipped tokens"
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 60, 150])
 def test_micro_batches_leave_the_gradient_as_it_is(batch, micro_batch_tokens):
     """Bug: token counts taken for each micro-batch (nano-aha-moment, trl #3021)."""
-    whole, figures = batch.gradient(), batch.figures
+    whole, metrics = batch.gradient(), batch.metrics
     split = batch.gradient(dataclasses.replace(CONFIG, micro_batch_tokens=micro_batch_tokens))
     assert relative_difference(split, whole) < 1e-6
-    for name, value in figures.items():
-        assert batch.figures[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for name, value in metrics.items():
+        assert batch.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -146,7 +146,7 @@ def _process(rank: int, size: int, port: int, folder: str) -> None:
     world = init_distributed()
     batch = Batch()
     torch.save(
-        (batch.gradient(world=world, groups=slice(rank, None, size)), batch.figures),
+        (batch.gradient(world=world, groups=slice(rank, None, size)), batch.metrics),
         f"{folder}/{rank}",
     )
 
@@ -157,11 +157,11 @@ def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, s
     mp.start_processes(
         _process, (size, free_port, str(tmp_path)), nprocs=size, start_method="spawn"
     )
-    whole, figures = batch.gradient(), batch.figures
+    whole, metrics = batch.gradient(), batch.metrics
     for rank in range(size):
-        theirs, their_figures = torch.load(tmp_path / str(rank))
+        theirs, their_metrics = torch.load(tmp_path / str(rank))
         assert relative_difference(theirs, whole) < 1e-6
-        assert their_figures == pytest.approx(figures, rel=1e-4, abs=1e-6)
+        assert their_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
 def test_what_was_not_measured_is_not_logged_as_zero(batch):
@@ -169,9 +169,9 @@ def test_what_was_not_measured_is_not_logged_as_zero(batch):
     rollout = dataclasses.replace(
         batch.rollout, rewards=torch.ones(6, 4), advantages=torch.zeros(6, 4)
     )
-    figures = grpo_backward(batch.model, batch.model, batch.model, rollout, CONFIG, ONE)
-    assert figures["frac_reward_zero_std"] == 1 and figures["trained_tokens"] == 0
-    assert all(figures[name] is None for name in ("entropy", "ratio", "clip_ratio", "kl"))
+    metrics = grpo_backward(batch.model, batch.model, batch.model, rollout, CONFIG, ONE)
+    assert metrics["frac_reward_zero_std"] == 1 and metrics["trained_tokens"] == 0
+    assert all(metrics[name] is None for name in ("entropy", "ratio", "clip_ratio", "kl"))
 
 
 @pytest.mark.parametrize(
@@ -270,9 +270,9 @@ def test_rewards_belong_to_their_prompt():
     rng = random.Random(0)
     problems = [Task().sample(rng, "train") for _ in range(20)]
     texts = [problem.solution("forward") for problem in problems for _ in range(4)]
-    judged = score_groups(problems, texts, [True] * 80)
-    assert len(judged) == 20 and all(
-        r.correct and len(group) == 4 for group in judged for r in group
+    scored = score_groups(problems, texts, [True] * 80)
+    assert len(scored) == 20 and all(
+        r.correct and len(group) == 4 for group in scored for r in group
     )
     wrong = score_groups(problems[1:] + problems[:1], texts, [True] * 80)
     assert sum(r.correct for group in wrong for r in group) < 30

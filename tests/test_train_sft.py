@@ -11,11 +11,11 @@ from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.packing import random_position_gaps
 from lib.run_dir import read_log
+from lib.training import cosine_decay
 from train_sft import (
     SftConfig,
     draw_examples,
     fill_defaults,
-    learning_rate,
     loss_sum,
     main,
     make_batch,
@@ -132,7 +132,7 @@ def test_one_strategy_guesses_where_it_does_not_fit(strategy, guesses):
 
 def test_learning_rate():
     config = fill_defaults(SftConfig(lr=1.0e-3, warmup=10), tiny=True)
-    rates = [learning_rate(config, u, 100) for u in range(100)]
+    rates = [cosine_decay(config, u, 100) for u in range(100)]
     assert (
         rates[0] == pytest.approx(1e-4, rel=1e-3)
         and 9e-4 < max(rates) <= 1e-3

@@ -119,12 +119,10 @@ def test_saved_checkpoint_loads_in_transformers_and_here(shape, tmp_path, tokeni
 def one_by_one(model, reference, prompts, responses, prompt_index, temperature):
     """Log-probs of the responses from whole sequences, by transformers."""
     values = []
-    for response, parent in zip(responses, prompt_index):
-        prompt = prompts[parent]
-        logits = (
-            reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-            / temperature
-        )
+    for response, i in zip(responses, prompt_index):
+        prompt = prompts[i]
+        logits = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logits = logits / temperature
         values.append(logits.log_softmax(-1)[range(len(response)), response])
     return torch.cat(values)
 
@@ -181,9 +179,8 @@ def test_logits_are_never_all_there():
             return out
 
     def keep(x):
-        kept[size] = kept.get(size, 0) + x.numel() * (
-            x.shape != (size, 32)
-        )  # the weights themselves do not count
+        is_weight = x.shape == (size, 32)  # weights do not count
+        kept[size] = kept.get(size, 0) + x.numel() * (not is_weight)
         return x
 
     batch = pack(*pad([[3, 4, 5]] * 4), *pad([[6] * 50] * 16), torch.arange(16) % 4)
@@ -210,20 +207,20 @@ def test_recomputed_activations_leave_the_gradient_as_it_is(model):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
-def test_a_working_copy_in_bf16(model):
+def test_the_policy_in_bf16(model):
     """It follows the fp32 weights when synced, its log-probs to the precision of bf16."""
-    copy = make_policy(model, "bf16")
-    assert copy.dtype == torch.bfloat16 and model.dtype == torch.float32
+    policy = make_policy(model, "bf16")
+    assert policy.dtype == torch.bfloat16 and model.dtype == torch.float32
     assert (
-        copy.lm_head.weight is copy.model.embed_tokens.weight
-        and copy.model.norm.weight.dtype == torch.float32
+        policy.lm_head.weight is policy.model.embed_tokens.weight
+        and policy.model.norm.weight.dtype == torch.float32
     )
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    sync_weights(copy, model)
+    sync_weights(policy, model)
     batch = pack(*pad([[3, 4, 5], [4]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 1]))
-    exact, rounded = (response_logps(m, batch)[0] for m in (model, copy))
+    exact, rounded = (response_logps(m, batch)[0] for m in (model, policy))
     assert 0 < (exact - rounded).abs().max() < 0.1
     assert make_policy(model, "fp32") is model
 
@@ -232,16 +229,15 @@ def test_a_working_copy_in_bf16(model):
 def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
     """The kernels need a GPU; a stand-in does what their documentation says, segment by segment."""
 
-    def kernel(q, k, v, starts_q, starts_k, longest_q, longest_k, **options):
+    def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
         assert options == ({"causal": True} if which == "flash-attn's" else torchs_options)
-        assert starts_q.dtype == starts_k.dtype == torch.int32
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         out = torch.zeros_like(q)
-        assert starts_q[-1] == len(q) and starts_k[-1] == len(k) == len(v)
-        for a, b, c, d in zip(starts_q, starts_q[1:], starts_k, starts_k[1:]):
-            assert b - a <= longest_q and d - c <= longest_k
-            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(
-                int((d - c) - (b - a))
-            )  # aligned to the end
+        assert cu_seqlens_q[-1] == len(q) and cu_seqlens_k[-1] == len(k) == len(v)
+        for a, b, c, d in zip(cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:]):
+            assert b - a <= max_seqlen_q and d - c <= max_seqlen_k
+            mask = torch.ones(b - a, d - c, dtype=torch.bool)
+            mask = mask.tril(int((d - c) - (b - a)))  # aligned to the end
             heads = (x.transpose(0, 1)[None].float() for x in (q[a:b], k[c:d], v[c:d]))
             one = torch.nn.functional.scaled_dot_product_attention(*heads, mask, enable_gqa=True)
             out[a:b] = one[0].transpose(0, 1)
@@ -249,7 +245,7 @@ def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
 
     torchs_options = torch_varlen()[1]
     assert torchs_options.items() & {("window_size", (-1, 0)), ("is_causal", True)}, (
-        "by the release that is installed"
+        "one or the other, by the release that is installed"
     )
     monkeypatch.setattr(
         "lib.attention.flash_attn_varlen_func", kernel if which == "flash-attn's" else None
@@ -273,8 +269,8 @@ def test_positions_are_consecutive_unless_given(model):
 
 
 @torch.no_grad()
-def test_the_new_model_is_born_with_previous_token_heads():
-    """In the first layer each head looks its own number of tokens back, wherever it stands."""
+def test_a_new_model_has_previous_token_heads():
+    """In the first layer each head attends a fixed number of tokens back, at any position."""
     model = Transformer(ModelConfig(vocab_size=100))
     init_weights(model, torch.Generator().manual_seed(0))
     tokens = torch.randint(3, 100, (40,), generator=torch.Generator().manual_seed(1))
@@ -286,7 +282,7 @@ def test_the_new_model_is_born_with_previous_token_heads():
 
     model(tokens, torch.arange(40), attend)
     q, k, _ = seen[0]
-    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(2, 1))
+    attention_scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(2, 1))
     for head, back in enumerate((1, 2, 3, 5)):
         for i in (10, 25, 39):
-            assert scores[head, i, : i + 1].argmax() == i - back
+            assert attention_scores[head, i, : i + 1].argmax() == i - back
