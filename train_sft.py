@@ -217,7 +217,7 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], i
         init = Path(load_meta(resume_from)["init_from"])
     in_epochs = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
     where = (config.updates or in_epochs, first_update, init, resume_from, words, world)
-    run = training.load_run(config, "sft", *where, weight_decay=config.weight_decay)
+    run = training.load_run(config, "sft", *where)
     return run, task, problems, max_new_tokens
 
 

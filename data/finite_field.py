@@ -134,11 +134,9 @@ class Problem:
     def explanation(self) -> str:
         """Return a sentence that explains the notation to a pretrained model."""
         p, order = self.field.p, "the order listed" if self.shown else "a secret order"
-        return (
-            f"The elements of GF({p}) are written e0 to e{p - 1} in {order}: carry the numbered "
-            "steps out from start to end, or undo them from end to start, to find the element "
-            "marked by ?."
-        )
+        text = f"The elements of GF({p}) are written e0 to e{p - 1} in {order}: carry the numbered "
+        text += "steps out from start to end, or undo them from end to start, to find the element "
+        return text + "marked by ?."
 
     def prompt(self) -> str:
         """Return the problem as text."""
@@ -166,15 +164,13 @@ class Problem:
         lines, carried = [], self.parts[0].given
         plan = zip(self.parts, strategies, guesses or [None] * n, strict=True)
         for i, (part, strategy, guess) in enumerate(plan):
-            matching = strategy == MATCHING_STRATEGY[part.kind]
-            opening = carried
-            if not matching:
-                opening = part.asked if guess is None else guess
-            part_lines, result = self.part_solution(i, strategy, opening)
-            if not matching:
+            if strategy == MATCHING_STRATEGY[part.kind]:
+                part_lines, carried = self.part_solution(i, strategy, carried)
+            else:
+                carried = part.asked if guess is None else guess
+                part_lines, _ = self.part_solution(i, strategy, carried)
                 part_lines[0] = f"guess {part_lines[0]}"
             lines += part_lines
-            carried = result if matching else opening
         return "\n".join([*lines, f"answer {self.field.name(carried)}"])
 
     def part_solution(self, i: int, strategy: str, value: int) -> tuple[list[str], int]:
@@ -218,8 +214,7 @@ class Task:
         make_field(self.p)
         for what, (low, high) in (("steps", self.steps), ("parts", self.parts)):
             if not 1 <= low <= high:
-                wanted = "must be a range such as 2-5, from 1 upwards"
-                raise ValueError(f"{what} {wanted}; {low}-{high} is not")
+                raise ValueError(f"{what} must be a range such as 2-5, from 1; {low}-{high} is not")
         steps, parts, share = self.steps[1], self.parts[1], self.evaluation_share
         if steps * parts > MAX_LABEL:
             raise ValueError(f"{parts} parts of {steps} steps need more than {MAX_LABEL} labels")

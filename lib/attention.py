@@ -7,7 +7,7 @@
     torch padded   scaled_dot_product_attention         matrix products
 
 kernels.c serves the CPU. The varlen kernels need a GPU and 16 bits; flash-attn is used where it is
-installed. torch padded is the fallback for everything else. Masking happens in this file only.
+installed. torch padded serves everything else. Masking happens in this file only.
 """
 
 import functools
@@ -58,18 +58,10 @@ def describe(model: Transformer) -> str:
     return f"Computing on {model.device.type} in {precision}, attention by {attn_backend(model)}."
 
 
-# ------------------------------------------------------------------------------------------------
-# Packed batches
-
-
 def prompts_of_segments(batch: "Packed") -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each segment (S,): its first token, its prompt's first token, its prompt's length.
-
-    A prompt attends to itself alone: its prompt's length is 0.
-    """
+    """Return each segment's first token, its prompt's first token and its prompt's length, (S,)."""
     starts = F.pad(batch.lengths.cumsum(0), (1, 0))[:-1]
-    P = len(batch.lengths) - len(batch.prompt_index)
-    none = torch.zeros_like(starts[:P])
+    none = starts.new_zeros(len(starts) - len(batch.prompt_index))  # prompts have no prompt
     prompt_starts = torch.cat((none, starts[batch.prompt_index]))
     return starts, prompt_starts, torch.cat((none, batch.lengths[batch.prompt_index]))
 
@@ -82,9 +74,8 @@ def kv_indices(batch: "Packed") -> tuple[Tensor, Tensor]:
     starts, prompt_starts, prompt_lengths = prompts_of_segments(batch)
     n_keys = prompt_lengths + batch.lengths
     j = torch.arange(int(n_keys.max()), device=starts.device)
-    in_prompt = j < prompt_lengths[:, None]
     own = (starts - prompt_lengths)[:, None] + j
-    keys = torch.where(in_prompt, prompt_starts[:, None] + j, own)
+    keys = torch.where(j < prompt_lengths[:, None], prompt_starts[:, None] + j, own)
     return keys.where(j < n_keys[:, None], 0), n_keys
 
 
@@ -103,8 +94,7 @@ def kernel_attention(batch: "Packed", config: ModelConfig) -> Attend:
 def padded_attention(batch: "Packed", config: ModelConfig) -> Attend:
     """Attend by PyTorch's kernel on segments that are padded to the longest."""
     (keys, n_keys), S, Tq = kv_indices(batch), len(batch.lengths), int(batch.lengths.max())
-    Tk = keys.shape[1]
-    i, j = torch.arange(Tq, device=keys.device), torch.arange(Tk, device=keys.device)
+    i, j = (torch.arange(n, device=keys.device) for n in (Tq, keys.shape[1]))
     queries = (i < batch.lengths[:, None]).flatten().nonzero()[:, 0]  # (N,) into S * Tq
     allowed = j <= i[:, None] + (n_keys - batch.lengths)[:, None, None]  # (S, Tq, Tk)
     bias = torch.zeros(allowed.shape, device=keys.device).masked_fill(~allowed, -torch.inf)[:, None]
@@ -114,7 +104,7 @@ def padded_attention(batch: "Packed", config: ModelConfig) -> Attend:
         q, k, v = split_heads(qkv, rope, config, torch.float32)
         H, d = q.shape[1:]
         q = q.new_zeros(S * Tq, H, d).index_copy(0, queries, q).view(S, Tq, H, d).transpose(1, 2)
-        k, v = (x.index_select(0, keys.flatten()).view(S, Tk, -1, d) for x in (k, v))
+        k, v = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (k, v))
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (S, K, Tk, d)
         out = F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=k.shape[1] != H)
         out = out.transpose(1, 2).reshape(S * Tq, H * d)
@@ -125,11 +115,8 @@ def padded_attention(batch: "Packed", config: ModelConfig) -> Attend:
 
 @functools.cache
 def torch_varlen() -> tuple[Callable, dict]:
-    """Return PyTorch's varlen kernel, and its options for causal masks and shared key heads.
-
-    The options differ between releases of torch. The import takes two seconds.
-    """
-    from torch.nn.attention.varlen import varlen_attn
+    """Return PyTorch's varlen kernel and its options, which differ between releases."""
+    from torch.nn.attention.varlen import varlen_attn  # takes two seconds to import
 
     parameters = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
@@ -137,10 +124,10 @@ def torch_varlen() -> tuple[Callable, dict]:
 
 
 def varlen_attention(batch: "Packed", config: ModelConfig) -> Attend:
-    """Attend by flash-attn's or PyTorch's varlen kernel, without padding.
-
-    Both align the causal mask to the ends of queries and keys.
-    """
+    """Attend by a varlen kernel, whose causal mask is aligned to the ends of queries and keys."""
+    kernel, options = flash_attn_varlen_func, {"causal": True}
+    if kernel is None:
+        kernel, options = torch_varlen()
     keys, n_keys = kv_indices(batch)
     keys = keys[torch.arange(keys.shape[1], device=keys.device) < n_keys[:, None]]
     cu_seqlens_q = F.pad(batch.lengths.cumsum(0), (1, 0)).int()
@@ -150,41 +137,27 @@ def varlen_attention(batch: "Packed", config: ModelConfig) -> Attend:
     def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         q, k, v = split_heads(qkv, rope, config)
         k, v = k.index_select(0, keys), v.index_select(0, keys)
-        if flash_attn_varlen_func is not None:
-            kernel, options = flash_attn_varlen_func, {"causal": True}
-        else:
-            kernel, options = torch_varlen()
         return kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, *max_seqlens, **options).flatten(1)
 
     return attend
 
 
-# ------------------------------------------------------------------------------------------------
-# Decoding
-
-
 class KVCache:
-    """Keys and values of up to P groups of G responses.
+    """Keys and values of up to P groups of G responses, for decoding; a prompt's are stored once.
 
-    A prompt's are computed and stored once for its group. Responses lie in buffers in which all
-    rows stand at the same step, so prompts of any length need no left padding. One softmax runs
-    over both.
+    Responses have buffers of their own, in which all rows stand at the same step, so prompts of any
+    length need no left padding. One softmax runs over both.
     """
 
     def __init__(self, model: Transformer, groups: int, G: int, max_prompt_len: int, T: int):
         self.config, self.groups, self.G, self.T = model.config, groups, G, T
         self.max_prompt_len, self.backend = max_prompt_len, decode_backend(model)
         K, d, device = self.config.num_key_value_heads, self.config.head_dim, model.device
+        options, layers = {"dtype": model.dtype, "device": device}, self.config.num_hidden_layers
         # The kernel reads valid entries only; the other back ends also read what they mask.
         new = torch.empty if self.backend == "kernel" else torch.zeros
-
-        def buffers(rows: int, length: int) -> list[Tensor]:  # keys and values for each layer
-            shape = (2, rows, K, length, d)
-            layers = range(self.config.num_hidden_layers)
-            return [new(shape, dtype=model.dtype, device=device) for _ in layers]
-
-        self.prompt_kv = buffers(groups, max_prompt_len)  # (2, P, K, Tp, d) each
-        self.response_kv = buffers(groups * G, T)  # (2, P * G, K, T, d) each
+        self.prompt_kv = [new(2, groups, K, max_prompt_len, d, **options) for _ in range(layers)]
+        self.response_kv = [new(2, groups * G, K, T, d, **options) for _ in range(layers)]
         self.prompt_lengths = torch.zeros(groups, dtype=torch.long, device=device)  # (P,)
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # response token read next
 
@@ -220,8 +193,7 @@ class KVCache:
     def start_step(self, t: int, window: int) -> Attend:
         """Return the attention of a step that reads response token `t`, on `window` cached ones.
 
-        `t` and `window` are the host's numbers: a captured step may depend on `window` alone and
-        reads the token's number from the device, self.t.
+        A captured step depends on the host's `window` alone: it reads the device's self.t, not `t`.
         """
         self.host_t, self.window = t, window
         if self.backend == "matmul":
@@ -243,10 +215,9 @@ class KVCache:
 
     def attend_by_kernel(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         """Rotate, store and attend in one C function."""
-        prompt_kv = self.prompt_kv[layer][:, : self.P]
-        response_kv = self.response_kv[layer][:, : len(qkv)]
         lengths = self.prompt_lengths[: self.P]
-        return kernels.attend(qkv, rope, lengths, prompt_kv, response_kv, self.host_t)
+        kv = self.prompt_kv[layer][:, : self.P], self.response_kv[layer][:, : len(qkv)]
+        return kernels.attend(qkv, rope, lengths, *kv, self.host_t)
 
     def attend_by_matmul(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         """Attend by PyTorch's matrix products, on any device."""
@@ -259,8 +230,7 @@ class KVCache:
         prompt_k, prompt_v = self.prompt_kv[layer][:, :P].flatten(1, 2)  # (P * K, Tp, d)
         response_k, response_v = response_kv[:, :, :, : self.window].flatten(1, 2)  # (B * K, W, d)
 
-        # The R heads that share a key head are rows of one matrix; for the prompt so are the G
-        # rows of its group.
+        # The R heads that share a key head are rows of one matrix, as are a prompt's G responses.
         by_group = q.view(P, G, K, R, d).transpose(1, 2).reshape(P * K, G * R, d)
         by_row = q.reshape(B * K, R, d)
         to_prompt = attention_scores(by_group, prompt_k, self.prompt_bias, scale)
@@ -276,25 +246,14 @@ class KVCache:
         """Attend by flash-attn to prompt and response, and join the softmaxes by their sums."""
         q, k, v = split_heads(qkv, rope, self.config)
         (B, H, d), P, G = q.shape, self.P, self.G
-        prompt_k, prompt_v = self.prompt_kv[layer][:, :P].transpose(2, 3)  # (P, Tp, K, d)
-        response_k, response_v = self.response_kv[layer][:, :B].transpose(2, 3)  # (B, T, K, d)
-        prompt_lengths, t = self.prompt_lengths[:P].int(), self.t.int().expand(B).contiguous()
-        on_prompt, prompt_sums = flash_attn_with_kvcache(
-            q.view(P, G, H, d),
-            prompt_k,
-            prompt_v,
-            cache_seqlens=prompt_lengths,
-            return_softmax_lse=True,
-        )  # (P, G, H, d), (P, H, G)
-        on_response, response_sums = flash_attn_with_kvcache(
-            q[:, None],
-            response_k,
-            response_v,
-            k[:, None],
-            v[:, None],
-            cache_seqlens=t,
-            return_softmax_lse=True,
-        )  # (B, 1, H, d), (B, H, 1); stores k and v at t first
+        prompt_kv = self.prompt_kv[layer][:, :P].transpose(2, 3)  # (2, P, Tp, K, d)
+        response_kv = self.response_kv[layer][:, :B].transpose(2, 3)  # (2, B, T, K, d)
+        attend = functools.partial(flash_attn_with_kvcache, return_softmax_lse=True)
+        lengths, t = self.prompt_lengths[:P].int(), self.t.int().expand(B).contiguous()
+        # (P, G, H, d), (P, H, G); then (B, 1, H, d), (B, H, 1), once k and v are stored at t
+        on_prompt, prompt_sums = attend(q.view(P, G, H, d), *prompt_kv, cache_seqlens=lengths)
+        responses = q[:, None], *response_kv, k[:, None], v[:, None]
+        on_response, response_sums = attend(*responses, cache_seqlens=t)
         prompt_sums = prompt_sums.transpose(1, 2).reshape(B, H)
         share = torch.sigmoid(prompt_sums - response_sums[..., 0])[..., None]
         mixed = share * on_prompt.reshape(B, H, d) + (1 - share) * on_response[:, 0]

@@ -27,24 +27,14 @@ def new_model(words: list[str], seed: int) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
-# ------------------------------------------------------------------------------------------------
-# config.json
-
-
 def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
     """Return the config.json of a model."""
-    special = {name: getattr(tokenizer.inner, name) for name in ("bos_token_id", "eos_token_id")}
-    return {
-        "architectures": [FAMILIES[config.model_type]],
-        **asdict(config),
-        **special,
-        "pad_token_id": tokenizer.inner.pad_token_id,
-        "hidden_act": "silu",
-        "attention_bias": config.model_type == "qwen2",
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "dtype": "float32",
-    }
+    raw = {"architectures": [FAMILIES[config.model_type]], **asdict(config)}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        raw[name] = getattr(tokenizer.inner, name)
+    raw |= {"hidden_act": "silu", "attention_bias": config.model_type == "qwen2"}
+    raw |= {"attention_dropout": 0.0, "use_sliding_window": False, "dtype": "float32"}
+    return raw
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -95,10 +85,6 @@ def parse_dataclass(kind: type, raw: dict, path: Path):
             sound = number and (value > 0 or (value == 0 and field.name == "head_dim"))
         require(sound, f"{path}: bad {field.name}")
     return kind(**{field.name: raw[field.name] for field in fields(kind)})
-
-
-# ------------------------------------------------------------------------------------------------
-# Weights
 
 
 def load_model(
@@ -193,10 +179,6 @@ def weights_to_save(model: Transformer, meta: dict, is_master: bool = True) -> d
         return weights
     weights = hf_weights(model)
     return {name: weight.float().cpu().contiguous() for name, weight in weights if is_master}
-
-
-# ------------------------------------------------------------------------------------------------
-# training.json
 
 
 def load_meta(checkpoint: Path) -> dict:

@@ -2,7 +2,15 @@
 
 from statistics import fmean
 
-DIAGNOSE_WINDOW = 20  # updates over which trouble has to last
+DIAGNOSE_WINDOW = 20  # updates over which a problem has to last
+TRUNCATED = """every response is cut off before its end: give more --max-new-tokens, or train the
+    start longer by SFT"""
+SOLVED = """every response is right, so nothing is learned any more: stop here, or go on with harder
+    problems (--steps, --difficulty extreme)"""
+NO_SIGNAL = """all responses to a problem earn the same, so nothing is learned: try easier problems
+    (--steps), a larger --group-size, a higher --temperature or more SFT"""
+COLLAPSED = """the policy has collapsed: its entropy is near zero though many responses are wrong.
+    Start again with a lower --lr, a KL term (--beta 0.05) or a larger --clip-high"""
 
 
 def diagnose(rows: list[dict]) -> set[str]:
@@ -12,26 +20,11 @@ def diagnose(rows: list[dict]) -> set[str]:
         return set()
     messages, reward = set(), fmean(row["reward"] for row in recent)
     if all(row["frac_truncated"] == 1 for row in recent):
-        messages.add(
-            "every response is cut off before its end: give more --max-new-tokens, or train the "
-            "start longer by SFT"
-        )
+        messages.add(TRUNCATED)
     if all(row["frac_reward_zero_std"] == 1 for row in recent):
-        if reward > 0.99:
-            messages.add(
-                "every response is right, so nothing is learned any more: stop here, or go on with "
-                "harder problems (--steps, --difficulty extreme)"
-            )
-        else:
-            messages.add(
-                "all responses to a problem earn the same, so nothing is learned: try easier "
-                "problems (--steps), a larger --group-size, a higher --temperature or more SFT"
-            )
+        messages.add(SOLVED if reward > 0.99 else NO_SIGNAL)
     learning = [r for r in recent if r["frac_reward_zero_std"] < 1 and not r.get("skipped")]
     entropies = [row["entropy"] for row in learning]
     if entropies and max(entropies) < 1e-3 and reward < 0.9:
-        messages.add(
-            "the policy has collapsed: its entropy is near zero though many responses are wrong. "
-            "Start again with a lower --lr, a KL term (--beta 0.05) or a larger --clip-high"
-        )
+        messages.add(COLLAPSED)
     return messages

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.flags import require, warn
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +52,7 @@ class World:
             return
         weights = [w for w in model.parameters() if w.requires_grad]
         for w in weights:
-            if w.grad is None:
-                w.grad = torch.zeros_like(w)
+            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
         flat = torch.cat([w.grad.flatten() for w in weights])
         dist.all_reduce(flat)
         for w, piece in zip(weights, flat.split([w.numel() for w in weights])):
@@ -80,17 +77,13 @@ def init_distributed() -> World:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        message = f"one process per GPU: there are {n_gpus} GPUs and more processes"
-        require(local < n_gpus, message)
+        require(local < n_gpus, f"one process per GPU: there are {n_gpus} GPUs and more processes")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world_size > 1:
-        on_gpu = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            device_id=device if on_gpu else None,
-            timeout=datetime.timedelta(hours=2),  # the others wait while rank 0 evaluates and saves
-        )
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        patience = datetime.timedelta(hours=2)  # the others wait while rank 0 evaluates and saves
+        dist.init_process_group(backend, device_id=device_id, timeout=patience)
     return World(rank, world_size, device)
 
 
@@ -98,8 +91,7 @@ def init_distributed() -> World:
 def distributed() -> Iterator[World]:
     """Initialise the process group and destroy it on exit.
 
-    On an error exit at once: destroy_process_group() would wait for the other ranks, and torchrun
-    could not end them.
+    On an error exit at once: destroy_process_group() would wait for the other ranks.
     """
     world = init_distributed()
     try:
@@ -145,8 +137,7 @@ class Signals:
 
     def during(self, updates: tqdm) -> Iterator[int]:
         """Yield the updates with the handlers installed."""
-        self.bar = updates
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.bar, numbers = updates, (signal.SIGTERM, signal.SIGINT)
         before = {number: signal.signal(number, self.note) for number in numbers}
         try:
             yield from updates
@@ -157,8 +148,7 @@ class Signals:
     def note(self, number: int, frame) -> None:
         first, self.caught = not self.caught, number
         if first:
-            # Ctrl-C ends all of `python ... | tee`, so the bar's pipe may be gone.
-            self.bar.disable = True
+            self.bar.disable = True  # Ctrl-C ends all of `python ... | tee`: its pipe may be gone
             name = signal.Signals(number).name
             warn(f"{name}: saving after this update (kill -9 does not wait for it)")
 
@@ -186,9 +176,7 @@ def _pool(n: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def in_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], device: torch.device
-) -> list[Result]:
+def in_threads(function: Callable, items: Sequence, device: torch.device) -> list:
     """Map the function over the items, in order; without threads on a GPU or for a single item."""
     n = n_threads(device)
     if len(items) == 1 or n == 1:

@@ -2,13 +2,9 @@
 
 PyTorch's FSDP2 shards the master weights, their gradients and the optimizer over all processes: a
 weight takes 16 bytes (fp32, gradient, two moments) divided by their number, and blocks are gathered
-one at a time where they run, forward and backward. Beside it every process holds a whole policy to
-sample with, 2 bytes a weight in bf16, which is synced in place after each step; with --beta, the
-reference takes another 2. Each process loads the whole model into CPU memory before it is sharded
-(4 bytes a weight).
-
-With LoRA, or where the model fits, it saves nothing: then every process computes with its own
-policy, and only gradients are summed.
+one at a time where they run. Beside it every process holds a whole policy to sample with, 2 bytes a
+weight in bf16, synced in place after each step; with --beta, the reference takes another 2. Each
+process loads the whole model into CPU memory before it is sharded (4 bytes a weight).
 """
 
 import torch
@@ -22,11 +18,10 @@ from lib.transformer import HeadNorm, RMSNorm, Transformer
 
 def validate_fsdp(config, world: World) -> None:
     """Refuse --fsdp with one process or with LoRA."""
-    several = world.world_size > 1
-    message = "--fsdp needs several processes: torchrun --nproc-per-node N"
-    require(not config.fsdp or several, message)
-    message = "--fsdp shards the weights that are trained: it needs --lora 0"
-    require(not (config.fsdp and config.lora), message)
+    if config.fsdp:
+        several = world.world_size > 1
+        require(several, "--fsdp needs several processes: torchrun --nproc-per-node N")
+        require(not config.lora, "--fsdp shards the weights that are trained: it needs --lora 0")
 
 
 def shard(model: Transformer, precision: str, world: World) -> Transformer:

@@ -1,9 +1,9 @@
 """Fused CPU kernels, from kernels.c: built once a process, in seconds, where there is a C compiler.
 
-Between its matrix products a decoding step of a small model is a hundred operations of a few
-microseconds each, and its attention multiplies thousands of vectors by small matrices, which BLAS
-is slow at. Training spends a quarter of its time on the same operations. Without a compiler and on
-a GPU the same formulas run as PyTorch's operations; tests compare the two.
+Between its matrix products a decoding step of a small model is a hundred operations of microseconds
+each, and attention multiplies thousands of vectors by small matrices, which BLAS is slow at. They
+take a quarter of training, too. Without a compiler and on a GPU the same formulas run as PyTorch's
+operations; tests compare the two.
 """
 
 import ctypes
@@ -15,24 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+Rope = tuple[Tensor, Tensor]  # cos and sin of the tokens' rotations, (N, d/2) each
 # Sums may be reordered, so that they vectorise, and nothing is infinite. -ffast-math would also
 # make every thread that loads the library flush denormals to zero.
-FLAGS = (
-    "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
-    "-ffinite-math-only"
-)
-Pointer, Int, Float = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros "
+FLAGS += "-fassociative-math -ffinite-math-only -shared -fPIC"
+Int, Float, Pointer = [ctypes.c_long], [ctypes.c_float], [ctypes.c_void_p]
 ELEMENTWISE = {
-    "add_rms_norm": (Int, Int, Float, *[Pointer] * 5),
-    "add_rms_norm_backward": (Int, Int, Float, *[Pointer] * 7),
-    "swiglu": (Int, Int, Pointer, Pointer),
-    "swiglu_backward": (Int, Int, Pointer, Pointer, Pointer),
+    "add_rms_norm": Int * 2 + Float + Pointer * 5,
+    "add_rms_norm_backward": Int * 2 + Float + Pointer * 7,
+    "swiglu": Int * 2 + Pointer * 2,
+    "swiglu_backward": Int * 2 + Pointer * 3,
 }
-ATTENTION = {
-    "attend": (*[Int] * 7, *[Pointer] * 9),
-    "packed": (*[Int] * 4, *[Pointer] * 7),
-    "packed_backward": (*[Int] * 5, *[Pointer] * 8),
-}
+ATTENTION = {"attend": Int * 7 + Pointer * 9, "packed": Int * 4 + Pointer * 7}
+ATTENTION["packed_backward"] = Int * 5 + Pointer * 8
 
 
 def apply_to(x: Tensor) -> bool:
@@ -51,21 +47,14 @@ def available() -> bool:
 
 @functools.cache
 def library(dtype: torch.dtype, head_dim: int = 0) -> ctypes.CDLL:
-    """Build the kernels for weights in fp32 or bf16.
-
-    With `head_dim` these are the attention kernels for heads of that size, else the others.
-    """
-    flags = FLAGS.split()
-    if dtype == torch.bfloat16:
-        flags.append("-DBF16")
-    if head_dim:
-        flags.append(f"-DHEAD_DIM={head_dim}")
-    source = Path(__file__).with_name("kernels.c")
+    """Build the kernels for fp32 or bf16: with `head_dim` those of attention, else the others."""
+    options = ["-DBF16"] * (dtype == torch.bfloat16) + [f"-DHEAD_DIM={head_dim}"] * (head_dim > 0)
+    source = str(Path(__file__).with_name("kernels.c"))
     with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "kernels.so"
-        command = ["cc", *flags, "-shared", "-fPIC", str(source), "-o", str(built)]
+        built = f"{folder}/kernels.so"
+        command = ["cc", *FLAGS.split(), *options, source, "-o", built]
         subprocess.run(command, check=True, capture_output=True)
-        kernels = ctypes.CDLL(str(built))
+        kernels = ctypes.CDLL(built)
     for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = kinds, None
@@ -113,6 +102,7 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
 class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
+        """Return silu of the first half of gate_up (N, 2 I) times the second, (N, I)."""
         ctx.save_for_backward(gate_up)
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         library(gate_up.dtype).swiglu(*out.shape, *pointers(gate_up, out))
@@ -126,18 +116,11 @@ class SwiGLU(torch.autograd.Function):
         return d_gate_up
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Return silu of the first half of gate_up (N, 2 I) times the second, (N, I)."""
-    return SwiGLU.apply(gate_up)
+swiglu = SwiGLU.apply
 
 
 def attend(
-    qkv: Tensor,
-    rope: tuple[Tensor, Tensor],
-    prompt_lengths: Tensor,
-    prompt_kv: Tensor,
-    response_kv: Tensor,
-    t: int,
+    qkv: Tensor, rope: Rope, prompt_lengths: Tensor, prompt_kv: Tensor, response_kv: Tensor, t: int
 ) -> Tensor:
     """Attend to a KV cache in a decoding step that stores response token t: see kernels.c.
 
@@ -154,9 +137,7 @@ def attend(
 
 class PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, qkv: Tensor, cos: Tensor, sin: Tensor, segments: Tensor, K: int, max_keys: int
-    ) -> Tensor:
+    def forward(ctx, qkv, cos, sin, segments, K: int, max_keys: int) -> Tensor:
         N, heads, d = qkv.shape
         H = heads - 2 * K
         out, top, total = qkv.new_empty(N, H * d), cos.new_empty(N, H), cos.new_empty(N, H)
@@ -168,17 +149,14 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        qkv = saved[1]
+        segments, qkv, *others = ctx.saved_tensors
         d_qkv, d_out = torch.empty_like(qkv), d_out.contiguous()
         function = library(qkv.dtype, qkv.shape[2]).packed_backward
-        function(*ctx.sizes, *pointers(*saved, d_out, d_qkv))
-        return d_qkv, None, None, None, None, None
+        function(*ctx.sizes, *pointers(segments, qkv, *others, d_out, d_qkv))
+        return d_qkv, *[None] * 5
 
 
-def packed_attention(
-    qkv: Tensor, rope: tuple[Tensor, Tensor], segments: Tensor, K: int, max_keys: int
-) -> Tensor:
+def packed_attention(qkv: Tensor, rope: Rope, segments: Tensor, K: int, max_keys: int) -> Tensor:
     """Attend in a packed batch: see kernels.c.
 
     qkv (N, H + 2 K, d), segments (S, 4) of at most `max_keys` keys -> (N, H * d)

@@ -5,11 +5,9 @@
 
 For a matrix W (out, in), A (rank, in) and B (out, rank), which starts at zero, add B A x * alpha /
 rank to W x. Where our model stacks several of a checkpoint's matrices, each has its own A and B,
-stacked likewise. The model without its adapters is the reference of the KL term; it costs no
-memory.
-
-A checkpoint holds the model with its adapters merged; beside it they lie in PEFT's format, for
-`peft` to load and for runs to resume from.
+stacked likewise. The base is the reference of the KL term, without a second copy in memory.
+A checkpoint holds the model with its adapters merged, and the adapters in PEFT's format, for `peft`
+to load and for runs to resume from.
 """
 
 import math
@@ -33,10 +31,8 @@ WEIGHTS = "adapter_model.safetensors"
 class Adapter(nn.Module):
     def __init__(self, linear: Linear, rank: int, alpha: int, dropout: float, number: int):
         super().__init__()
-        self.sizes, self.rank, self.alpha = linear.sizes, rank, alpha
-        self.dropout = dropout
-        self.number = number  # among the model's adapters, for the seed of its dropout
-        self.scale = alpha / rank
+        self.sizes, self.rank, self.alpha, self.scale = linear.sizes, rank, alpha, alpha / rank
+        self.dropout, self.number = dropout, number  # among the model's adapters: part of its seed
         self.a = nn.Parameter(torch.empty(len(linear.sizes) * rank, linear.in_features))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
 
@@ -49,8 +45,7 @@ class Adapter(nn.Module):
         scale = self.scale
         if self.dropout and dropout_key is not None:
             generator = torch.Generator(x.device).manual_seed(dropout_key + self.number)
-            uniforms = torch.rand(x.shape, generator=generator, device=x.device)
-            x = x * (uniforms >= self.dropout)
+            x = x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout)
             scale = scale / (1 - self.dropout)
         low = (scale * F.linear(x, self.a)).chunk(len(self.sizes), -1)  # (N, rank) each
         return torch.cat([F.linear(part, b) for part, b in zip(low, self.b.split(self.sizes))], -1)
@@ -58,13 +53,10 @@ class Adapter(nn.Module):
 
 def adapted(model: Transformer) -> dict[str, Linear]:
     """Return the matrices that have adapters, by name."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    return {name: linear for name, linear in linears.items() if linear.adapter is not None}
+    return {name: m for name, m in model.named_modules() if getattr(m, "adapter", None) is not None}
 
 
-def add_lora(
-    base: Transformer, rank: int, alpha: int, dropout: float, generator: torch.Generator
-) -> Transformer:
+def add_lora(base: Transformer, rank: int, alpha: int, dropout: float, generator) -> Transformer:
     """Freeze `base`; return it with fp32 adapters on every matrix of its blocks, weights shared.
 
     `generator` is a CPU generator, whatever the device.
@@ -74,8 +66,7 @@ def add_lora(
     for number, linear in enumerate(m for m in model.modules() if isinstance(m, Linear)):
         adapter = Adapter(linear, rank, alpha, dropout, number)
         bound = 1 / math.sqrt(linear.in_features)
-        with torch.no_grad():
-            adapter.a.uniform_(-bound, bound, generator=generator)
+        nn.init.uniform_(adapter.a, -bound, bound, generator)
         linear.adapter = adapter.to(base.device)
     return model
 
@@ -96,9 +87,8 @@ def validate_lora(config) -> None:
 
 def dropout_key(config, update: int, rank: int, micro_batch: int) -> int | None:
     """Return the dropout seed of one micro-batch; None if dropout is off."""
-    if not (config.lora and config.lora_dropout):
-        return None
-    return rng(config.seed, "dropout", update, rank, micro_batch).getrandbits(60)
+    stream = rng(config.seed, "dropout", update, rank, micro_batch)
+    return stream.getrandbits(60) if config.lora and config.lora_dropout else None
 
 
 def weight_deltas(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -106,10 +96,6 @@ def weight_deltas(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     for name, linear in adapted(model).items():
         for part, (a, b) in zip(part_names(name), linear.adapter.pairs()):
             yield f"{part}.weight", (linear.adapter.scale * (b @ a)).detach().cpu()
-
-
-# ------------------------------------------------------------------------------------------------
-# PEFT's format
 
 
 def peft_weights(model: Transformer) -> dict[str, Tensor]:
@@ -130,17 +116,9 @@ def save_adapters(model: Transformer, base: str, folder: Path) -> None:
     linears = adapted(model)
     parts = {part.rpartition(".")[2] for name in linears for part in part_names(name)}
     one = next(iter(linears.values())).adapter
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": one.rank,
-        "lora_alpha": one.alpha,
-        "lora_dropout": one.dropout,
-        "target_modules": sorted(parts),
-        "bias": "none",
-        "inference_mode": True,
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
+    config |= {"r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout}
+    config |= {"target_modules": sorted(parts), "bias": "none", "inference_mode": True}
     write_json(folder / "adapter_config.json", config)
 
 
@@ -151,8 +129,8 @@ def load_adapters(model: Transformer, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         fail(f"cannot read the adapters in {folder / WEIGHTS}: {error}")
     weights = peft_weights(model)
-    same = saved.keys() == weights.keys()
-    same = same and all(saved[name].shape == w.shape for name, w in weights.items())
+    shapes, expected = ({name: w.shape for name, w in x.items()} for x in (saved, weights))
+    same = shapes == expected
     require(same, f"the adapters in {folder / WEIGHTS} are not those of this model and --lora")
     for name, weight in weights.items():
         weight.copy_(saved[name])

@@ -6,24 +6,23 @@
 N tokens lie one after the other in one row; lib/attention.py masks what they must not see.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lib.attention import packed_attention
 from lib.transformer import Transformer
 
+Rows = list[list[int]]  # token lists
 
-def pad(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+
+def pad(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Pad token lists on the right with zeros: return (B, T) and the lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    real = torch.arange(padded.shape[1]) < lengths[:, None]
-    padded[real] = torch.tensor([token for row in rows for token in row])
-    return padded.to(device), lengths.to(device)
+    padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    return padded.to(device), torch.tensor([len(row) for row in rows], device=device)
 
 
 @dataclass
@@ -31,13 +30,12 @@ class Packed:
     """P prompts, then B responses, concatenated: N tokens in S = P + B segments.
 
     A prompt's tokens attend within the prompt, a response's to its prompt and to itself. The last
-    token of a response predicts nothing, so it is no input: it is a target only.
+    token of a response predicts nothing, so it is a target only. With prompt [a b c],
+    responses [x y] and [z]:
 
-        prompt [a b c], responses [x y] and [z]:
-
-            tokens         a b c x      (z is predicted, never read)
-            logit_indices  2 3 2        (c, x and c predict)
-            targets        x y z
+        tokens         a b c x      (z is predicted, never read)
+        logit_indices  2 3 2        (c, x and c predict)
+        targets        x y z
     """
 
     tokens: Tensor  # (N,)
@@ -71,19 +69,15 @@ def pack(
     if positions is None:
         prompt_positions = torch.arange(Tp, device=device).expand(P, Tp)
         positions = prompt_positions, prompt_lengths[prompt_index][:, None] + t
-
     if scored is not None:
         target_mask &= t >= (response_lengths - scored)[:, None]
     last_of_prompt = (prompt_lengths.cumsum(0) - 1)[prompt_index][:, None]  # (B, 1)
     predictors = torch.cat((last_of_prompt, input_index[:, :-1]), 1)  # (B, Tr)
-    return Packed(
-        tokens=torch.cat((prompts[prompt_mask], responses[input_mask])),
-        positions=torch.cat((positions[0][prompt_mask], positions[1][input_mask])),
-        lengths=torch.cat((prompt_lengths, response_lengths - 1)),
-        prompt_index=prompt_index,
-        logit_indices=predictors[target_mask],
-        targets=responses[target_mask],
-    )
+    tokens = torch.cat((prompts[prompt_mask], responses[input_mask]))
+    packed_positions = torch.cat((positions[0][prompt_mask], positions[1][input_mask]))
+    lengths = torch.cat((prompt_lengths, response_lengths - 1))
+    targets = predictors[target_mask], responses[target_mask]
+    return Packed(tokens, packed_positions, lengths, prompt_index, *targets)
 
 
 def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:
@@ -92,9 +86,7 @@ def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:
     return pack(prompts, lengths, none[:, None], none, none)
 
 
-def pack_examples(
-    prompts: list[list[int]], responses: list[list[int]], device: torch.device
-) -> Packed:
+def pack_examples(prompts: Rows, responses: Rows, device: torch.device) -> Packed:
     """Pack prompts, each with one response; compute the prefix that all prompts share once."""
     differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
     shared = next(differ, min(map(len, prompts)))
@@ -104,12 +96,9 @@ def pack_examples(
     return pack(*prefix, rests, lengths, torch.zeros_like(lengths), scored=scored)
 
 
-def pack_with_gaps(
-    prompts: list[list[int]], responses: list[list[int]], device: torch.device, gaps: list[tuple]
-) -> Packed:
+def pack_with_gaps(prompts: Rows, responses: Rows, device: torch.device, gaps: list) -> Packed:
     """Pack prompts, each with one response; `gaps` are random_position_gaps' arguments for each."""
-    pairs = zip(prompts, responses, gaps)
-    rows = [random_position_gaps(prompt, response, *how) for prompt, response, how in pairs]
+    rows = [random_position_gaps(p, r, *how) for p, r, how in zip(prompts, responses, gaps)]
     positions = tuple(pad(list(column), device)[0] for column in zip(*rows))
     index = torch.arange(len(prompts), device=device)
     return pack(*pad(prompts, device), *pad(responses, device), index, positions)
@@ -120,9 +109,8 @@ def random_position_gaps(
 ) -> tuple[list[int], list[int]]:
     """Return positions of both with random gaps, `max_gap` in all, before the tokens `starts`.
 
-    A model that learns on short chains finds the steps of its prompt by their distance and counts
-    lines to know when to stop, and fails on longer chains. With gaps it must go by the labels.
-    (Randomised positions: arXiv 2305.16843.)
+    A model trained on short chains finds steps by their distance and counts lines to know when to
+    stop, and fails on longer chains. With gaps it must go by the labels (arXiv 2305.16843).
     """
     tokens = torch.tensor(prompt + response)
     weights = torch.rand(len(tokens), generator=generator) * torch.isin(tokens, starts)
@@ -132,9 +120,7 @@ def random_position_gaps(
     return positions[: len(prompt)], positions[len(prompt) :]
 
 
-def micro_batches(
-    prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor, budget: int
-) -> Iterator[Tensor]:
+def micro_batches(prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor, budget: int):
     """Split the groups `active` into runs of at most `budget` tokens; yield their indices.
 
     prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
@@ -146,13 +132,12 @@ def micro_batches(
             yield active[first:i]
             first, total = i, 0
         total += cost
-    if first < len(costs):
+    if costs:
         yield active[first:]
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Return log-probs (N, V) at a temperature, for sampler and trainer alike."""
-    # Skip the division at T=1: it would copy the (N, V) logits.
+    """Return log-probs (N, V); without the division at T=1, which would copy the logits."""
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
@@ -166,9 +151,8 @@ def response_logps(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs (M,) of the response tokens, and entropies (M,), or (0,) unless asked for.
 
-    `temperature` is the one they were sampled at. Entropies carry no gradient. At most
-    `max_logits` logits exist at a time, and they are recomputed in the backward pass, so memory
-    does not grow with tokens x vocabulary.
+    `temperature` is the sampler's. Entropies carry no gradient. At most `max_logits` logits exist
+    at a time, recomputed in the backward pass, so memory does not grow with tokens x vocabulary.
     """
     attend = packed_attention(batch, model)
     hidden = model(batch.tokens, batch.positions, attend, dropout_key)  # (N, D)
@@ -183,5 +167,4 @@ def response_logps(
     predictors = hidden.index_select(0, batch.logit_indices).split(chunk)
     chunks = zip(predictors, batch.targets.split(chunk))
     outputs = [checkpoint(head, h, t, use_reentrant=False) for h, t in chunks]
-    logps, entropies = zip(*outputs)
-    return torch.cat(logps), torch.cat(entropies)
+    return tuple(map(torch.cat, zip(*outputs)))

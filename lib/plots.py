@@ -2,8 +2,6 @@
 
 python -m lib.plots ckpt/grpo-hard-gf11
 python -m lib.plots ckpt/grpo-1 ckpt/grpo-2 ckpt/grpo-3 --out three.png
-
-Problem types and strategies are whatever the metrics name.
 """
 
 from dataclasses import dataclass, field
@@ -36,8 +34,7 @@ def new_figure(width: float, height: float, rows: int, columns: int):
 
 
 def legend_below(axis) -> None:
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
-    axis.legend(fontsize=8, ncols=2, frameon=False, **place)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8, ncols=2, frameon=False)
 
 
 def save(figure, path: Path) -> None:
@@ -45,15 +42,8 @@ def save(figure, path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-# ------------------------------------------------------------------------------------------------
-# An evaluation
-
-
 def plot_evaluation(summaries: dict[str, dict], path: Path, reasons: dict | None = None) -> None:
-    """Draw accuracy by steps and type, and strategies by type; of two checkpoints also the split.
-
-    `summaries` are eval.summarise's by name, `reasons` eval.decompose_gain's.
-    """
+    """Draw eval.summarise's summaries by name, and of two of them eval.decompose_gain's reasons."""
     figure, axes = new_figure(16.5 if reasons else 11, 4, 1, 3 if reasons else 2)
     draw_accuracy(axes[0], summaries)
     draw_strategies(axes[1], summaries)
@@ -62,18 +52,23 @@ def plot_evaluation(summaries: dict[str, dict], path: Path, reasons: dict | None
     save(figure, path)
 
 
+def draw_intervals(axis, x: np.ndarray, metrics: list[dict], mean: str, **style) -> None:
+    """Draw the means of all metrics, and their intervals "ci95"."""
+    means = np.array([of_one[mean] for of_one in metrics])
+    low, high = np.array([of_one["ci95"] for of_one in metrics]).T
+    bars = np.maximum([means - low, high - means], 0)
+    axis.errorbar(x, means, bars, capsize=2, **style)
+
+
 def draw_accuracy(axis, summaries: dict[str, dict]) -> None:
+    style = {"fmt": "o--", "markerfacecolor": "white"}
     for i, (name, summary) in enumerate(summaries.items()):
-        style = {"fmt": "o--", "markerfacecolor": "white"}
         if i == len(summaries) - 1:
             style = {"fmt": "o-"}
         for j, (kind, by_steps) in enumerate(summary["by_type_and_steps"].items()):
-            mean = np.array([metrics["pass@1"] for metrics in by_steps.values()])
-            low, high = np.array([metrics["ci95"] for metrics in by_steps.values()]).T
             x = np.array([int(n) for n in by_steps]) + 0.08 * j  # side by side where they agree
-            bars = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
-            label = f"{kind} {name}"
-            axis.errorbar(x, mean, bars, color=f"C{j}", capsize=2, label=label, **style)
+            style |= {"color": f"C{j}", "label": f"{kind} {name}"}
+            draw_intervals(axis, x, list(by_steps.values()), "pass@1", **style)
     axis.set(xlabel="number of steps", ylabel="pass@1", ylim=(0, 1.02))
     axis.set_title("Accuracy, with 95% intervals")
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -84,13 +79,12 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
     kinds = next(iter(summaries.values()))["by_type"]
     columns = [(kind, name) for kind in kinds for name in summaries]
     metrics = [summaries[name]["by_type"][kind] for kind, name in columns]
-    shares = [key for key in metrics[0] if key.endswith("_share")]
-    base = np.zeros(len(columns))
+    shares, base = [key for key in metrics[0] if key.endswith("_share")], np.zeros(len(columns))
     for key, colour in zip(shares, STRATEGY_COLOURS):
         share = np.array([of_column[key] for of_column in metrics])
         if share.any():
-            label = key.removesuffix("_share")
-            axis.bar(range(len(columns)), share, bottom=base, color=colour, label=label)
+            style = {"color": colour, "label": key.removesuffix("_share")}
+            axis.bar(range(len(columns)), share, bottom=base, **style)
             base += share
     axis.set(ylabel="share of responses", title="Strategies", ylim=(0, 1.02))
     axis.set_xticks(range(len(columns)), [f"{kind}\n{name}" for kind, name in columns])
@@ -98,13 +92,9 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
 
 
 def draw_reasons(axis, reasons: dict) -> None:
-    """Draw side by side what selection and what improvement brought, with 95% intervals.
-
-    Improvement is stacked by its causes, those that lost below zero.
-    """
-    rows = {"all": reasons["overall"], **reasons["by_type"]}
-    for n, parts in reasons["by_steps"].items():
-        rows[f"{n}\nstep{'s' * (n != '1')}"] = parts
+    """Draw what selection and what improvement, stacked by its causes, brought to pass@1."""
+    by_steps = {f"{n}\nstep{'s' * (n != '1')}": row for n, row in reasons["by_steps"].items()}
+    rows = {"all": reasons["overall"], **reasons["by_type"], **by_steps}
     causes = [key for key in rows["all"] if key not in ("gain", "selection", "improvement")]
     means = {key: np.array([row[key]["mean"] for row in rows.values()]) for key in rows["all"]}
     x = np.arange(len(rows))
@@ -113,24 +103,18 @@ def draw_reasons(axis, reasons: dict) -> None:
     for cause, colour in zip(causes, CAUSE_COLOURS):
         part = means[cause]
         if np.abs(part).max() > 0.001:
-            base = np.where(part > 0, above, below)
-            label = f"improvement: {cause}"
-            axis.bar(x + 0.2, part, 0.38, bottom=base, color=colour, label=label)
+            style = {"color": colour, "label": f"improvement: {cause}"}
+            axis.bar(x + 0.2, part, 0.38, bottom=np.where(part > 0, above, below), **style)
         above, below = above + np.maximum(part, 0), below + np.minimum(part, 0)
-    style = {"fmt": "none", "ecolor": "black", "elinewidth": 0.9, "capsize": 2}
+    style = {"fmt": "none", "ecolor": "black", "elinewidth": 0.9}
     for side, key in ((-0.2, "selection"), (0.2, "improvement")):
-        low, high = np.array([row[key]["ci95"] for row in rows.values()]).T
-        bars = [np.maximum(means[key] - low, 0), np.maximum(high - means[key], 0)]
-        axis.errorbar(x + side, means[key], bars, **style)
+        draw_intervals(axis, x + side, [row[key] for row in rows.values()], "mean", **style)
     axis.plot(x, means["gain"], "k_", markersize=22, label="gain: their sum")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(ylabel="change of pass@1", title="Why accuracy changed")
     axis.set_xticks(x, rows, fontsize=8)
     legend_below(axis)
 
-
-# ------------------------------------------------------------------------------------------------
-# The course of a run
 
 PANELS = {  # title: a metric of the log, or with /* one for each problem type
     "reward": "reward",
@@ -166,17 +150,12 @@ def draw_smoothly(axis, rows: list[dict], metric: str, faint: float = 0.0, **sty
 
 
 def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
-    """Draw the logs of GRPO runs, by name: a line style per problem type.
-
-    Colours tell runs apart or, if there is one, problem types.
-    """
+    """Draw GRPO runs' logs, by name: a line style per problem type, a colour per run (or type)."""
     figure, axes = new_figure(16, 7, 2, 4)
     logged = {metric for rows in runs.values() for row in rows for metric in row}
     kinds = sorted(m.removeprefix("accuracy/") for m in logged if m.startswith("accuracy/"))
     for axis, (title, metric) in zip(axes, PANELS.items()):
-        metrics = [metric]
-        if metric.endswith("/*"):
-            metrics = [metric.replace("*", kind) for kind in kinds]
+        metrics = [metric.replace("*", kind) for kind in kinds] if "*" in metric else [metric]
         for j, (name, line) in enumerate(zip(metrics, LINE_STYLES)):
             for i, rows in enumerate(runs.values()):
                 colour = f"C{(i if len(runs) > 1 else j) % 10}"
@@ -206,10 +185,8 @@ def main(config: PlotConfig) -> None:
     for name in config.runs:
         log = Path(name) / "metrics.jsonl"
         require(log.is_file(), f"{name} is no run folder: it holds no metrics.jsonl")
-        rows = read_log(log)
-        is_grpo = bool(rows) and "reward" in rows[0]
-        require(is_grpo, f"{log} is not the log of a GRPO run")
-        runs[name] = rows
+        rows = runs[name] = read_log(log)
+        require(bool(rows) and "reward" in rows[0], f"{log} is not the log of a GRPO run")
     plot_training(runs, Path(config.out))
     drawn = ", ".join(f"{name} ({len(rows)} updates)" for name, rows in runs.items())
     print(f"{config.out}: {drawn}")

@@ -9,11 +9,10 @@ Weights kept in bf16 would swallow small updates: at lr 1e-5 most round to nothi
 """
 
 import math
-import time
-from collections.abc import Callable, Sequence
+import timeit
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,6 @@ from lib.distributed import full_tensor, in_threads, is_fsdp, n_threads
 from lib.flags import require
 from lib.transformer import ModelConfig, Transformer
 
-Item, Metrics = TypeVar("Item"), TypeVar("Metrics")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,15 +35,12 @@ def detect_dtype(config: ModelConfig, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in training; and on a busy machine two threads would stall
-    x = torch.ones(256, config.hidden_size)
-    w = torch.ones(2 * config.intermediate_size, config.hidden_size)
-    inputs = {name: (x.to(dtype), w.to(dtype)) for name, dtype in DTYPES.items()}
+    x, w = (torch.ones(n, config.hidden_size) for n in (256, 2 * config.intermediate_size))
+    products = {name: partial(F.linear, x.to(dtype), w.to(dtype)) for name, dtype in DTYPES.items()}
     best = dict.fromkeys(DTYPES, math.inf)
     for _ in range(20):
-        for name in DTYPES:  # in turn, so that neither meets a busier moment
-            clock = time.perf_counter()
-            F.linear(*inputs[name])
-            best[name] = min(best[name], time.perf_counter() - clock)
+        for name, product in products.items():  # in turn, so that neither meets a busier moment
+            best[name] = min(best[name], timeit.timeit(product, number=1))
     torch.set_num_threads(threads)
     return "bf16" if 1.25 * best["bf16"] < best["fp32"] else "fp32"
 
@@ -87,56 +82,43 @@ def trainable_parameters(model: Transformer) -> list[nn.Parameter]:
 @torch.no_grad()
 def sync_weights(policy: Transformer, master: Transformer) -> None:
     """Copy the master's trainable weights into the policy, in place."""
+    pairs = list(zip(trainable_parameters(policy), trainable_parameters(master)))
     if is_fsdp(master):
-        for mine, weight in zip(trainable_parameters(policy), trainable_parameters(master)):
+        for mine, weight in pairs:  # one at a time: whole weights take memory
             mine.copy_(full_tensor(weight.to(mine.dtype)))
     elif policy is not master:
-        pairs = list(zip(trainable_parameters(policy), trainable_parameters(master)))
         for dtype in {mine.dtype for mine, _ in pairs}:  # one kernel for all weights of a dtype
             mine, weights = zip(*(pair for pair in pairs if pair[0].dtype == dtype))
             torch._foreach_copy_(list(mine), list(weights))
 
 
-# ------------------------------------------------------------------------------------------------
-# Gradients
+def accumulate_gradients(master: Transformer, policy: Transformer, loss_fn, items) -> list:
+    """Add the gradient of the summed losses to master.grad, in fp32; return `loss_fn`'s metrics.
 
-
-def accumulate_gradients(
-    master: Transformer,
-    policy: Transformer,
-    loss_fn: Callable[[int, Item], tuple[Tensor, Metrics]],
-    items: Sequence[Item],
-) -> list[Metrics]:
-    """Add the gradient of the summed losses to master.grad; return `loss_fn`'s metrics.
-
-    `loss_fn(i, items[i])` returns the loss and metrics of a micro-batch, computed by the policy,
-    or by the master itself under FSDP. Metrics come in thread order, not input order. Gradients
-    are summed in fp32, in an order that does not depend on timing.
+    `loss_fn(i, items[i])` returns a micro-batch's loss and metrics, computed by the policy (under
+    FSDP by the master). Metrics come in thread order, not input order; no sum depends on timing.
     """
+    metrics = []
     if is_fsdp(master):  # the model itself runs forward and backward, in lockstep on all ranks
-        metrics = []
         for loss, of_item in map(loss_fn, range(len(items)), items):
             (loss * dist.get_world_size()).backward()  # FSDP averages over the processes
             metrics.append(of_item)
         return metrics
 
-    weights = trainable_parameters(policy)
-
-    def worker(numbers: range) -> tuple[list[Tensor], list[Metrics]]:
-        total, metrics = [], []
+    def worker(numbers: range) -> tuple[list[Tensor], list]:
+        total, of_items = [], []
         for i in numbers:
             loss, of_item = loss_fn(i, items[i])
-            gradients = torch.autograd.grad(loss, weights)
-            metrics.append(of_item)
+            gradients = torch.autograd.grad(loss, trainable_parameters(policy))
+            of_items.append(of_item)
             if total:
                 torch._foreach_add_(total, gradients)
             else:
                 total = [gradient.float() for gradient in gradients]
-        return total, metrics
+        return total, of_items
 
     n = min(n_threads(master.device), len(items))
     shares = [range(i, len(items), n) for i in range(n)]
-    metrics = []
     for total, of_worker in in_threads(worker, shares, master.device):
         metrics += of_worker
         for weight, gradient in zip(trainable_parameters(master), total):
@@ -146,15 +128,13 @@ def accumulate_gradients(
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradient down to norm `max_norm` where it is longer; return its norm before."""
-    weights = [w for w in model.parameters() if w.requires_grad]
-    return full_tensor(nn.utils.clip_grad_norm_(weights, max_norm)).item()
+    return full_tensor(nn.utils.clip_grad_norm_(trainable_parameters(model), max_norm)).item()
 
 
 def count_nonfinite(nonfinite: int, loss: float, grad_norm: float, run: Path) -> int:
-    """Return how many updates in a row had a loss or gradient that is not finite.
+    """Return how many updates in a row had a non-finite loss or gradient: `nonfinite` before this.
 
-    `nonfinite` is the number before this update. The caller skips such an update; the fifth in a
-    row ends the run.
+    The caller skips such an update; the fifth in a row ends the run.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return 0

@@ -1,7 +1,7 @@
 """Random streams, each made anew from its key, so that a resumed run has no RNG state to restore.
 
-Keys look like (seed, "sampling", update, prompt). Every prompt has its own key, so its random
-numbers do not depend on the batch or the process that it falls into.
+Keys look like (seed, "sampling", update, prompt): each prompt has its own, so that its random
+numbers do not depend on its batch or process.
 """
 
 import random
@@ -22,8 +22,7 @@ def torch_rng(*key: int | str) -> torch.Generator:
 def epoch_indices(seed: int, size: int, first: int, n: int) -> list[int]:
     """Return indices [first, first + n) of an endless sequence of shuffled epochs of `size`."""
     positions = [divmod(i, size) for i in range(first, first + n)]
-    orders = {}
-    for epoch in {epoch for epoch, _ in positions}:
-        orders[epoch] = list(range(size))
-        rng(seed, "order", epoch).shuffle(orders[epoch])
+    orders = {epoch: list(range(size)) for epoch, _ in positions}
+    for epoch, order in orders.items():
+        rng(seed, "order", epoch).shuffle(order)
     return [orders[epoch][position] for epoch, position in positions]

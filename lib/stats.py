@@ -6,19 +6,16 @@ acc(s, x). Between two policies, on the same problem, exactly
     gain = sum_s (pi' - pi) (acc + acc') / 2      selection:   strategies are taken more or less
          + sum_s (pi + pi') / 2 (acc' - acc)      improvement: they succeed more or less often
 
-This is the decomposition of Kitagawa (1955) and of Oaxaca and Blinder (1973) in symmetric form, in
-which neither policy is the base; it is the Shapley value of the two changes. It is arithmetic on
-outcomes, not a cause: a strategy that became better may be taken more often for that reason.
+This is the decomposition of Kitagawa (1955), Oaxaca and Blinder (1973) in symmetric form, which is
+the Shapley value of the two changes. It is arithmetic on outcomes, not a cause: a strategy that
+became better may be taken more often for that reason.
 
-How well a strategy does on a problem is unknown where no response took it there. Its accuracy is
-imputed from similar problems; where a policy never takes it, from the other policy, so that all it
-brings counts as selection. The parts add up to the gain whatever is imputed; but a policy that
-takes a strategy mainly on problems that suit it makes the strategy look better than it is on the
-others, and selection comes out too small or too large by that. More samples need less of it.
-
-A strategy that was rarely taken makes bootstrapped intervals wide. If it was taken a few times in
-all, they hold the truth 85 to 90 times in 100, not 95 (tests/test_decompose_gain.py); of what was
-never seen to happen, a bootstrap cannot say how often it might.
+Where no response to a problem took a strategy, its accuracy is imputed from similar problems; where
+a policy never takes it, from the other policy, so that all it brings counts as selection. The parts
+add up to the gain whatever is imputed. But a policy that takes a strategy mainly on problems that
+suit it makes it look better than it is on the others, which biases selection; more samples help. If
+a strategy was taken only a few times in all, bootstrapped intervals hold the truth 85 to 90 times
+in 100, not 95 (tests/test_decompose_gain.py).
 """
 
 import math
@@ -35,8 +32,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
     """Return Wilson's score interval of a rate over n problems."""
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    spread = math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    half = z / (1 + z * z / n) * spread
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
@@ -50,28 +46,22 @@ def paired_interval(changes: list[float], z: float = 1.96) -> list[float]:
 def outcome_rates(counts: np.ndarray, cells: list[np.ndarray]) -> np.ndarray:
     """Return how often a strategy comes to each outcome, (X, S, 4), from counts (X, S, 4).
 
-    Where it was not taken on a problem, its rates are imputed from the problem's first cell in
-    which it was: each of `cells` numbers the problems' cells, (X,). NaN where there is none.
+    Where a problem has none: of its cell in the first of `cells`, (X,) each, that has any, or NaN.
     """
     with np.errstate(invalid="ignore"):
         rates = counts / counts.sum(2, keepdims=True)
         for cell in cells:
             totals = np.zeros((cell.max() + 1, *counts.shape[1:]))
             np.add.at(totals, cell, counts)
-            imputed = (totals / totals.sum(2, keepdims=True))[cell]
-            rates = np.where(np.isnan(rates), imputed, rates)
+            rates = np.where(np.isnan(rates), (totals / totals.sum(2, keepdims=True))[cell], rates)
     return rates
 
 
 def contributions(before: np.ndarray, after: np.ndarray, cells: list[np.ndarray]) -> np.ndarray:
-    """Return what selection and each cause bring on each problem, (4, X), from counts (X, S, 4).
-
-    They add up to the problem's gain; improvement is the sum of the causes. A strategy that one
-    policy never takes has the rates of the other: all it brings counts as selection.
-    """
+    """Return what selection and each cause of improvement bring to each problem's gain, (4, X)."""
     share, share_after = (c.sum(2) / c.sum((1, 2))[:, None] for c in (before, after))  # (X, S)
     a, b = outcome_rates(before, cells), outcome_rates(after, cells)
-    rate = np.nan_to_num(np.where(np.isnan(a), b, a))
+    rate = np.nan_to_num(np.where(np.isnan(a), b, a))  # of one never taken: the other policy's
     rate_after = np.nan_to_num(np.where(np.isnan(b), a, b))
     accuracy = (rate + rate_after)[:, :, 0] / 2
     selection = ((share_after - share) * accuracy).sum(1)

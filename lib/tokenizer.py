@@ -63,9 +63,10 @@ class Tokenizer:
     def require_vocabulary(self, words: list[str]) -> None:
         """Refuse a tokenizer that cannot write these words."""
         known = self.decode([self.solution(" ".join(words))[:-1]])[0].split()
-        missing = next((word for word in words if word not in known), "the order of words")
-        message = f"the model's tokenizer cannot write {missing!r}, which the problems need"
-        require(known == words, message)
+        missing = repr(next((word for word in words if word not in known), "the order of words"))
+        require(
+            known == words, f"the model's tokenizer cannot write {missing}, which problems need"
+        )
 
     def max_response_tokens(self, task, max_positions: int, wanted: int = 0) -> int:
         """Return `wanted`, or where that is 0 the tokens of the longest solution and a line more.
@@ -74,12 +75,9 @@ class Tokenizer:
         """
         problems, solutions = task.longest_examples(rng("token budget"))
         lines = [line for solution in solutions[:2] for line in solution.split("\n")]
-        longest_solution, longest_line = (
-            max(len(self.solution(text)) - 1 for text in texts) for texts in (solutions, lines)
-        )
-        prompt = max(len(self.prompt(problem)) for problem in problems)
-        budget = wanted or longest_solution + longest_line
-        total = prompt + budget
+        line, solution = (max(len(self.solution(x)) - 1 for x in xs) for xs in (lines, solutions))
+        budget = wanted or solution + line
+        total = max(len(self.prompt(problem)) for problem in problems) + budget
         message = f"prompts and responses take {total} tokens, the model {max_positions} positions"
         require(total <= max_positions, message)
         return budget
@@ -101,8 +99,8 @@ def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
         inner = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises no narrower one
         fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
-    message = f"the tokenizer in {folder} names no end-of-sequence token"
-    require(inner.eos_token_id is not None, message)
+    named = inner.eos_token_id is not None
+    require(named, f"the tokenizer in {folder} names no end-of-sequence token")
     if not chat_template:
         inner.chat_template = None
     path, stops = folder / "generation_config.json", []

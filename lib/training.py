@@ -12,14 +12,7 @@ from lib.attention import describe
 from lib.distributed import Signals, World
 from lib.flags import flag_name, require, require_min
 from lib.lora import validate_lora, without_adapters
-from lib.policy import (
-    DTYPES,
-    clip_grad_norm,
-    count_nonfinite,
-    make_policy,
-    sync_weights,
-    trainable_parameters,
-)
+from lib.policy import DTYPES, clip_grad_norm, count_nonfinite, make_policy, sync_weights
 from lib.tokenizer import Tokenizer
 from lib.transformer import Transformer
 
@@ -62,7 +55,6 @@ def load_run(
     resume_from: Path | None,
     words: list[str],
     world: World,
-    weight_decay: float = 0.0,
 ) -> Run:
     """Load weights, optimizer and log of a run that `open_run` has opened.
 
@@ -73,15 +65,15 @@ def load_run(
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
     precision = checkpoint.choose_dtype(config.precision, shape, resume_from, world)
     if source:
-        sources = (init, resume_from)
-        loaded = checkpoint.load_master(config, *sources, precision, world.device)
+        where = (init, resume_from, precision, world.device)
+        master, tokenizer = checkpoint.load_master(config, *where)
     else:
-        loaded = checkpoint.new_model(words, config.seed)
-    master, tokenizer = loaded[0].to(world.device), loaded[1]
+        master, tokenizer = checkpoint.new_model(words, config.seed)
+    master = master.to(world.device)
     policy = fsdp.shard(master, precision, world) if config.fsdp else make_policy(master, precision)
-    weights = trainable_parameters(master)
-    options = {"betas": (0.9, 0.95), "weight_decay": weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, **options)
+    weights = [w for w in master.parameters() if w.requires_grad]
+    options = {"betas": (0.9, 0.95), "weight_decay": getattr(config, "weight_decay", 0.0)}
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, fused=True, **options)
     if resume_from:
         run_dir.load_optimizer(resume_from, optimizer)
 
@@ -89,12 +81,12 @@ def load_run(
     if init:
         sha256 = run_dir.weights_sha256(init)
         meta |= {"init_from": str(init.resolve()), "init_sha256": sha256}
-    log = None
+    folder, log = Path(config.out), None
     if world.is_master:
         print(f"Starting from {init}.\n" * bool(init) + describe(policy))
-        log = run_dir.Log(Path(config.out), first_update)
-    place = (Path(config.out), updates, first_update, init)
-    return Run(*place, meta, tokenizer, master, policy, optimizer, log)
+        log = run_dir.Log(folder, first_update)
+    models = (tokenizer, master, policy, optimizer)
+    return Run(folder, updates, first_update, init, meta, *models, log)
 
 
 def initial_policy(run: Run) -> Transformer:

@@ -1,8 +1,7 @@
 """The transformer: weights of Qwen2, Qwen3 and Llama in Hugging Face format, on packed tokens.
 
 The body never sees a padded batch. It maps N tokens, whatever sequences they belong to, to N hidden
-states, and calls `attend(layer, qkv, rope)` for attention. Training, prefill and decoding differ in
-that function alone; lib/attention.py has them all.
+states. Training, prefill and decoding differ only in `attend(layer, qkv, rope)`: lib/attention.py.
 
     hidden = model(tokens, positions, attend)         # (N,), (N,) -> (N, D)
     logits = model.logits(hidden)                     # (N, D) -> (N, V)
@@ -22,10 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import kernels
 from lib.distributed import full_tensor
+from lib.kernels import Rope
 
-Rope = tuple[Tensor, Tensor]  # cos and sin of the tokens' rotations, (N, d/2) each
-# layer, qkv (N, H + 2 K, d) before rotation, rope -> (N, H * d)
-Attend = Callable[[int, Tensor, Rope], Tensor]
+Attend = Callable[[int, Tensor, Rope], Tensor]  # layer, qkv (N, H + 2 K, d), rope -> (N, H * d)
 
 
 @dataclass(frozen=True)
@@ -66,18 +64,13 @@ class ModelConfig:
         return self.num_key_value_heads * self.head_dim
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`."""
         if kernels.apply_to(x):
             return kernels.add_rms_norm(x, added, self.weight, self.eps)
         x = x + added
-        return x, F.rms_norm(x, (x.shape[-1],), self.weight, self.eps).to(added.dtype)
+        return x, super().forward(x).to(added.dtype)
 
 
 class Linear(nn.Linear):
@@ -94,9 +87,8 @@ class Linear(nn.Linear):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm of each head by itself, in fp32."""
-
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise each head of x (N, heads, d) by itself, in fp32."""
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -113,8 +105,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend, dropout_key: int | None) -> Tensor:
         H, K = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = self.qkv_proj(x, dropout_key)
-        qkv = qkv.unflatten(-1, (-1, self.config.head_dim))  # (N, H + 2 K, d)
+        qkv = self.qkv_proj(x, dropout_key).unflatten(-1, (-1, self.config.head_dim))
         if self.config.model_type == "qwen3":
             q, k, v = qkv.split((H, K, K), 1)
             qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), 1)
@@ -122,14 +113,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, D: int, inner: int):
         super().__init__()
-        D, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = Linear(D, inner, inner)
         self.down_proj = Linear(inner, D)
 
     def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
-        gate_up = self.gate_up_proj(x, dropout_key)  # (N, 2 I)
+        gate_up = self.gate_up_proj(x, dropout_key)  # (N, 2 * inner)
         if kernels.apply_to(gate_up):
             return self.down_proj(kernels.swiglu(gate_up), dropout_key)
         gate, up = gate_up.chunk(2, -1)
@@ -142,27 +132,16 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x: Tensor, added: Tensor, rope: Rope, attend: Attend, dropout_key: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Map the residual stream (N, D), fp32, and what is to be added to it to the same.
-
-        The addition is left to the next norm, which is fused with it.
-        """
+        """Map the residual stream (N, D), fp32, and what the next norm adds to it, to the same."""
         x, normed = self.input_layernorm(x, added)
         added = self.self_attn(normed, rope, attend, dropout_key)
         x, normed = self.post_attention_layernorm(x, added)
         return x, self.mlp(normed, dropout_key)
-
-
-class Body(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
@@ -171,7 +150,10 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # set by lib/fsdp.py, whose weights are fp32
         self.gradient_checkpointing = False  # keep only the blocks' inputs for the backward pass
-        self.model = Body(config)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -187,19 +169,16 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, positions: Tensor, attend: Attend, dropout_key: int | None = None
     ) -> Tensor:
-        """Return the final hidden states (N, D) of tokens (N,) at RoPE positions (N,).
-
-        The residual stream is fp32, whatever the weights' dtype. Without a key nothing is dropped.
-        """
+        """Return the final hidden states (N, D) of tokens (N,) at RoPE positions (N,)."""
         added = self.model.embed_tokens(tokens)  # (N, D)
-        x = torch.zeros_like(added, dtype=torch.float32)
-        rope = rope_tables(positions, self.config)
+        x = torch.zeros_like(added, dtype=torch.float32)  # the residual stream, in fp32 always
+        angles = positions[:, None].float() * rope_frequencies(self.config, positions.device)
+        context = (angles.cos(), angles.sin()), attend, dropout_key  # for each block
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                inputs = (x, added, rope, attend, dropout_key)
-                x, added = checkpoint(block, *inputs, use_reentrant=False)
+                x, added = checkpoint(block, x, added, *context, use_reentrant=False)
             else:
-                x, added = block(x, added, rope, attend, dropout_key)
+                x, added = block(x, added, *context)
         return self.model.norm(x, added)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -212,35 +191,29 @@ PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 def part_names(name: str) -> list[str]:
     """Return a checkpoint's names for the matrices that are stacked in the one of this name."""
-    path, _, last = name.rpartition(".")
-    return [f"{path}.{part}" for part in PARTS.get(last, (last,))]
+    last = name.rpartition(".")[2]
+    return [name.removesuffix(last) + part for part in PARTS.get(last, (last,))]
 
 
 def hf_weights(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights with their names in a checkpoint; adapters are left out, tied weights once.
-
-    They are views, except those of a sharded model, which are gathered.
-    """
+    """Yield a checkpoint's names and weights, as views (gathered if sharded), without adapters."""
     for name, module in model.named_modules():
         if ".adapter" in name or (name == "lm_head" and model.config.tie_word_embeddings):
             continue
         for kind, weight in module.named_parameters(recurse=False):
-            if isinstance(module, Linear):
-                pieces = full_tensor(weight.detach()).split(module.sizes)
-                for part, piece in zip(part_names(name), pieces):
-                    yield f"{part}.{kind}", piece
-            else:
-                yield f"{name}.{kind}", full_tensor(weight.detach())
+            pieces = full_tensor(weight.detach()).split(getattr(module, "sizes", len(weight)))
+            for part, piece in zip(part_names(name), pieces):
+                yield f"{part}.{kind}", piece
 
 
+@torch.no_grad()
 def init_weights(model: Transformer, generator: torch.Generator) -> None:
     """Draw normal weights, scaled down where they write to the residual stream (GPT-2).
 
-    The first layer is initialised with previous-token heads. Much of a small transformer's training
-    goes into finding heads that attend a fixed number of tokens back, on which everything else then
-    builds (induction heads, arXiv 2209.11895), and Qwen2's query and key biases can express such a
-    head outright: with biases of length b in a rotated pair of frequency f, turned by f * back, the
-    score b^2 cos(f * (distance - back)) is largest `back` tokens away.
+    The first layer starts with heads that attend a fixed number of tokens back: finding them takes
+    much of a small model's training, and all else builds on them (induction heads, arXiv
+    2209.11895). Qwen2's query and key biases can express them: with length b in a rotated pair of
+    frequency f, turned by f * back, the score b^2 cos(f * (distance - back)) peaks at `back`.
     """
     config, std = model.config, 0.06
     for name, weight in model.named_parameters():
@@ -255,21 +228,19 @@ def init_weights(model: Transformer, generator: torch.Generator) -> None:
     frequencies = rope_frequencies(config, weight.device)[:pairs]
     first = model.model.layers[0].self_attn.qkv_proj
     H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    with torch.no_grad():
-        first.weight[: (H + K) * d].mul_(0.25)  # content must weigh little against distance
-        q_bias, k_bias, _ = first.bias.view(-1, 2, d // 2).split((H, K, K))
-        k_bias[:, 0, :pairs] = length
-        for head, back in zip(q_bias, (1, 2, 3, 5)):
-            head[0, :pairs] = length * torch.cos(frequencies * back)
-            head[1, :pairs] = -length * torch.sin(frequencies * back)
+    first.weight[: (H + K) * d].mul_(0.25)  # content must weigh little against distance
+    q_bias, k_bias, _ = first.bias.view(-1, 2, d // 2).split((H, K, K))
+    k_bias[:, 0, :pairs] = length
+    for head, back in zip(q_bias, (1, 2, 3, 5)):
+        head[0, :pairs] = length * torch.cos(frequencies * back)
+        head[1, :pairs] = -length * torch.sin(frequencies * back)
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Return the radians per position (d/2,) of the rotated pairs (RoFormer, arXiv 2104.09864).
 
-    Llama 3.1's scaling slows pairs that turn less than `low_freq_factor` times over the original
-    positions by `factor`, leaves those that turn more than `high_freq_factor` times, and
-    interpolates between.
+    Llama 3.1's scaling slows those that turn less than `low_freq_factor` times over the original
+    positions by `factor`, keeps those above `high_freq_factor` turns, and interpolates between.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequencies = config.rope_theta ** -(pairs / config.head_dim)
@@ -281,27 +252,14 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def rope_tables(positions: Tensor, config: ModelConfig) -> Rope:
-    """Return cos and sin, (N, d/2) each in fp32, of the rotation angles at positions (N,)."""
-    angles = positions[:, None].float() * rope_frequencies(config, positions.device)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the pairs (x[i], x[i + d/2]) of x (N, heads, d), in fp32."""
-    cos, sin = (table[:, None] for table in rope)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def split_heads(
-    qkv: Tensor, rope: Rope, config: ModelConfig, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, rope: Rope, config: ModelConfig, dtype=None) -> tuple[Tensor, ...]:
     """Split qkv (N, H + 2 K, d) into rotated queries (N, H, d), rotated keys and values (N, K, d).
 
-    In qkv's dtype unless another is given.
+    Pairs (x[i], x[i + d/2]) are rotated in fp32. All are returned in `dtype`, or else in qkv's.
     """
     H, K, dtype = config.num_attention_heads, config.num_key_value_heads, dtype or qkv.dtype
     qk, v = qkv.split((H + K, K), 1)
-    q, k = rotate(qk, rope).to(dtype).split((H, K), 1)
-    return q, k, v.to(dtype)
+    cos, sin = (table[:, None] for table in rope)
+    a, b = qk.chunk(2, -1)
+    qk = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return *qk.to(dtype).split((H, K), 1), v.to(dtype)

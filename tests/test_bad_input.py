@@ -17,7 +17,7 @@ import train_grpo
 import train_sft
 from lib import plots
 from lib.distributed import init_distributed
-from lib.flags import flag_name, parse_flags
+from lib.flags import parse_flags
 from lib.run_dir import save_checkpoint
 from paper import bench, reproduce
 
@@ -292,4 +292,5 @@ def test_every_flag_has_a_line_of_help(script, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for name in config.__dataclass_fields__:
-        assert (flag_name(name) if name != positional else name.upper()) in text
+        flag = f"--{name.replace('_', '-')}"
+        assert (flag if name != positional else name.upper()) in text

@@ -15,7 +15,6 @@ from conftest import refusal, same_weights, small_model, word_tokenizer
 import train_sft
 from lib.checkpoint import load_model
 from lib.distributed import World
-from lib.flags import flag_name
 from lib.run_dir import (
     Log,
     checkpoints,
@@ -231,12 +230,12 @@ def test_processes_have_to_see_the_same_checkpoint(run, capsys, monkeypatch):
 
 
 def flags_of(config: dict) -> list[str]:
-    return [f"{flag_name(name)}={value}" for name, value in config.items()]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in config.items()]
 
 
 def start_sft(out: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(HERE / "train_sft.py"), f"--out={out}", *flags]
-    command += flags_of(SHORT | {"updates": 5000})
+    command = [sys.executable, str(HERE / "train_sft.py"), f"--out={out}"]
+    command += [*flags_of(SHORT | {"updates": 5000}), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -1,6 +1,7 @@
 """SFT: which tokens count, which problems come, position gaps, and exact resume."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -48,13 +49,13 @@ def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
     assert batch.targets.tolist() == sum(expected, [])
     read = [len(tokenizer.prompt(p)) + len(r) - 1 for (p, _), r in zip(chosen, expected)]
     assert len(batch.tokens) == sum(read) - (len(chosen) - 1), (
-        "the word `start`, with which all begin, is there once"
+        "the word `start`, which begins every prompt, is computed once"
     )
     assert loss_sum(small_model(), batch).item() / len(batch.targets) > 1
 
 
 def test_what_prompts_share_is_computed_once_and_changes_nothing(tokenizer):
-    """Against prompts packed whole; gaps of less than one place are none."""
+    """Compare with prompts packed whole; gaps below one position are none."""
     model, chosen = small_model(), examples(5)
     longer = [
         (Problem(p.field, p.parts, 7), p.solution("forward")) for p, _ in chosen[:1]
@@ -71,9 +72,8 @@ def test_what_prompts_share_is_computed_once_and_changes_nothing(tokenizer):
 
 def test_gaps_keep_lines_together_and_order(tokenizer):
     chosen = examples(20)
-    plain = make_batch(
-        tokenizer, chosen, torch.device("cpu"), 1, keys(chosen)
-    )  # gaps below 1 are none
+    # Gaps below 1 are none.
+    plain = make_batch(tokenizer, chosen, torch.device("cpu"), 1, keys(chosen))
     gapped = make_batch(tokenizer, chosen, torch.device("cpu"), 130, keys(chosen))
     assert torch.equal(plain.tokens, gapped.tokens) and torch.equal(plain.targets, gapped.targets)
     moved = gapped.positions - plain.positions
@@ -148,7 +148,7 @@ def test_paper_defaults_for_a_pretrained_model():
 
 
 def test_training_goes_on_from_a_given_checkpoint(tmp_path):
-    """As a pretrained model's does: from a data set, in epochs, at plain positions."""
+    """As for a pretrained model: a data set, in epochs, without position gaps."""
     main(SftConfig(out=str(tmp_path / "first"), **TINY_RUN), ONE)
     flags = {"examples": 6, "epochs": 2, "batch_size": 4, "steps": "1-2", "warmup": 0}
     main(SftConfig(model=str(tmp_path / "first"), out=str(tmp_path / "second"), **flags), ONE)
@@ -161,11 +161,7 @@ def test_resume_is_exact(tmp_path):
     """Four updates equal two, a stop, and two more: to the last bit, in weights and log."""
     main(SftConfig(out=str(tmp_path / "whole"), **TINY_RUN), ONE)
     main(SftConfig(out=str(tmp_path / "parts"), save_every=2, **TINY_RUN), ONE)
-    for path in (
-        tmp_path / "parts" / "step-4"
-    ).iterdir():  # as if it had been killed after the second update
-        path.unlink()
-    (tmp_path / "parts" / "step-4").rmdir()
+    shutil.rmtree(tmp_path / "parts" / "step-4")  # as if killed after the second update
     main(SftConfig(out=str(tmp_path / "parts"), resume=True, **TINY_RUN), ONE)
     whole, parts = (load_model(tmp_path / name / "step-4")[0] for name in ("whole", "parts"))
     assert same_weights(whole, parts)
