@@ -33,7 +33,6 @@ from lib.distributed import Signals, World, distributed, is_fsdp, peak_memory_gb
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors, warn
 from lib.lora import dropout_key
 from lib.packing import micro_batches, response_logps
-from lib.policy import accumulate_gradients
 from lib.rng import epoch_indices, rng
 from lib.run_dir import newest_checkpoint, open_run
 from lib.tokenizer import load_tokenizer, word_tokenizer
@@ -192,7 +191,8 @@ def grpo_backward(
     if is_fsdp(master):  # every rank needs as many passes: pad with dummy batches of weight 0
         dummy = torch.zeros(1, dtype=torch.long, device=active.device)
         batches += [dummy] * (max(world.all_gather([n_micro])) - n_micro)
-    metrics = world.all_gather(accumulate_gradients(master, policy, loss_fn, batches)[:n_micro])
+    metrics = training.accumulate_gradients(master, policy, loss_fn, batches)[:n_micro]
+    metrics = world.all_gather(metrics)
 
     names = ["loss", "tokens", "entropy", "ratio", "clip_ratio"] + ["kl"] * (reference is not None)
     total = {name: sum(of_batch[name] for of_batch in metrics) for name in names}

@@ -26,7 +26,6 @@ from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors
 from lib.lora import dropout_key
 from lib.packing import Packed, pack_examples, pack_with_gaps, response_logps
-from lib.policy import accumulate_gradients
 from lib.rng import epoch_indices, rng, torch_rng
 from lib.run_dir import changed_flags, checkpoints, find_checkpoint, newest_checkpoint, open_run
 from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
@@ -137,8 +136,8 @@ def sft_backward(run: Run, batches: list, config: SftConfig, world: World, updat
         loss = loss_sum(model, batch, key) / n_tokens
         return loss, loss.item()
 
-    (loss,) = world.all_reduce(sum(accumulate_gradients(run.master, run.policy, loss_fn, batches)))
-    return loss, n_tokens
+    losses = training.accumulate_gradients(run.master, run.policy, loss_fn, batches)
+    return world.all_reduce(sum(losses))[0], n_tokens
 
 
 @torch.no_grad()

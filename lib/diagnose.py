@@ -27,4 +27,4 @@ def diagnose(rows: list[dict]) -> set[str]:
     entropies = [row["entropy"] for row in learning]
     if entropies and max(entropies) < 1e-3 and reward < 0.9:
         messages.add(COLLAPSED)
-    return messages
+    return {" ".join(message.split()) for message in messages}

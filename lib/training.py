@@ -1,18 +1,20 @@
-"""What the two training scripts share: loading a run, the optimizer step, the end of an update."""
+"""What the two training scripts share: loading a run, gradients, the optimizer step, saving."""
 
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
-from lib.distributed import Signals, World
+from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads
 from lib.flags import flag_name, require, require_min
 from lib.lora import validate_lora, without_adapters
-from lib.policy import DTYPES, clip_grad_norm, count_nonfinite, make_policy, sync_weights
+from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
 from lib.tokenizer import Tokenizer
 from lib.transformer import Transformer
 
@@ -71,9 +73,9 @@ def load_run(
         master, tokenizer = checkpoint.new_model(words, config.seed)
     master = master.to(world.device)
     policy = fsdp.shard(master, precision, world) if config.fsdp else make_policy(master, precision)
-    weights = [w for w in master.parameters() if w.requires_grad]
     options = {"betas": (0.9, 0.95), "weight_decay": getattr(config, "weight_decay", 0.0)}
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, fused=True, **options)
+    options |= {"lr": config.lr, "fused": True}
+    optimizer = torch.optim.AdamW(trainable_parameters(master), **options)
     if resume_from:
         run_dir.load_optimizer(resume_from, optimizer)
 
@@ -116,17 +118,58 @@ def cosine_decay(config, update: int, updates: int) -> float:
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
+def accumulate_gradients(master: Transformer, policy: Transformer, loss_fn, items) -> list:
+    """Add the gradient of the summed losses to master.grad, in fp32; return `loss_fn`'s metrics.
+
+    `loss_fn(i, items[i])` returns a micro-batch's loss and metrics, computed by the policy (under
+    FSDP by the master). Metrics come in thread order, not input order; no sum depends on timing.
+    """
+    metrics = []
+    if is_fsdp(master):  # the model itself runs forward and backward, in lockstep on all ranks
+        for loss, of_item in map(loss_fn, range(len(items)), items):
+            (loss * dist.get_world_size()).backward()  # FSDP averages over the processes
+            metrics.append(of_item)
+        return metrics
+
+    def worker(numbers: range) -> tuple[list[Tensor], list]:
+        total, of_items = [], []
+        for i in numbers:
+            loss, of_item = loss_fn(i, items[i])
+            gradients = torch.autograd.grad(loss, trainable_parameters(policy))
+            of_items.append(of_item)
+            if total:
+                torch._foreach_add_(total, gradients)
+            else:
+                total = [gradient.float() for gradient in gradients]
+        return total, of_items
+
+    n = min(n_threads(master.device), len(items))
+    shares = [range(i, len(items), n) for i in range(n)]
+    for total, of_worker in in_threads(worker, shares, master.device):
+        metrics += of_worker
+        for weight, gradient in zip(trainable_parameters(master), total):
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+    return metrics
+
+
 def optimizer_step(
     run: Run, loss: float, lr: float, max_grad_norm: float, world: World, has_signal: bool = True
 ) -> dict[str, float | bool]:
     """Sum gradients over the ranks, clip, step, sync the policy's weights; return metrics.
 
-    Skips updates whose loss or gradient is not finite, and those without signal: momentum alone
-    must not move the weights.
+    Skips updates without signal (momentum alone must not move the weights) and those whose loss or
+    gradient is not finite; the fifth of these in a row ends the run.
     """
     world.all_reduce_gradients(run.master)
-    grad_norm = clip_grad_norm(run.master, max_grad_norm)
-    run.nonfinite = count_nonfinite(run.nonfinite, loss, grad_norm, run.folder)
+    weights = trainable_parameters(run.master)
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(weights, max_grad_norm)).item()
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    run.nonfinite = 0 if finite else run.nonfinite + 1
+    message = f"""the loss ({loss}) or the gradient's norm ({grad_norm}) was not finite in five
+        updates in a row. None of them was taken. Start a new run with a lower --lr or with
+        --precision fp32, from the newest checkpoint in {run.folder} if there is one (--init, for
+        SFT --model)"""
+    require(run.nonfinite < 5, message)
     if has_signal and not run.nonfinite:
         for group in run.optimizer.param_groups:
             group["lr"] = lr

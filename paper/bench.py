@@ -33,7 +33,7 @@ from data.finite_field import MATCHING_STRATEGY, Task, vocabulary
 from lib import checkpoint
 from lib.distributed import World, distributed
 from lib.flags import parse_flags, require, require_min, require_writable, user_errors, write_json
-from lib.policy import DTYPES, clip_grad_norm, detect_dtype, make_policy, sync_weights
+from lib.policy import DTYPES, detect_dtype, make_policy, sync_weights
 from lib.tokenizer import word_tokenizer
 from lib.transformer import ModelConfig, Transformer, hf_weights
 from rollout import Rollout, Sampler
@@ -174,7 +174,7 @@ class Ours:
         rollout.rewards, rollout.advantages = self.rewards, group_advantages(self.rewards)
         models = self.model, self.policy, self.reference
         grpo_backward(*models, rollout, self.config, self.world)
-        clip_grad_norm(self.model, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         self.optimizer.step()
         sync_weights(self.policy, self.model)
         self.optimizer.zero_grad()

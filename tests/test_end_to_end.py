@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import train_grpo
 import train_sft
+from lib import training
 from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.run_dir import find_checkpoint, read_log
@@ -133,7 +134,7 @@ def test_a_resumed_run_computes_as_it_began(sft, tmp_path, monkeypatch):
 
 def poison(monkeypatch, updates: set[int]) -> None:
     """Make the gradient infinite in some updates, numbered from 1."""
-    real, calls = train_grpo.accumulate_gradients, iter(range(1, 100))
+    real, calls = training.accumulate_gradients, iter(range(1, 100))
 
     def poisoned(master, policy, loss_fn, items):
         metrics = real(master, policy, loss_fn, items)
@@ -141,7 +142,7 @@ def poison(monkeypatch, updates: set[int]) -> None:
             next(w for w in master.parameters() if w.grad is not None).grad.view(-1)[0] = math.inf
         return metrics
 
-    monkeypatch.setattr(train_grpo, "accumulate_gradients", poisoned)
+    monkeypatch.setattr(training, "accumulate_gradients", poisoned)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(sft, tmp_path, monkeypatch):
