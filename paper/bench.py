@@ -4,14 +4,12 @@
     python -m paper.bench --json bench.json    # also the rows as JSON: ours and peer in seconds
     python -m paper.bench --plot linear.png    # also an update's time against its tokens
 
-Ours and the peer take turns on the same random weights and the same numbers of tokens; the best of
-a few rounds counts, which is what an idle machine would show. Responses always run to their full
-length. The tiny rows compute the main job's model. The peers are transformers' `generate` and TRL,
-where it is installed (pip install trl==1.16.0).
+Ours and the peer take turns on the same random weights and numbers of tokens; the best of a few
+rounds counts, as on an idle machine. Responses always run to their full length. The tiny rows use
+the main job's model. Peers: transformers' `generate`; TRL if installed (pip install trl==1.16.0).
 
-The limit is a roofline: a step's minimum bytes and operations over the bandwidth and matmul rate
-measured at the start. A decoding step reads the weights and the cached keys and values once, and a
-token costs two operations a weight; training costs six.
+The limit is a roofline: a step's minimum bytes and FLOPs over measured bandwidth and matmul rate.
+A decoding step reads weights and KV cache once; a token costs two FLOPs a weight, in training six.
 """
 
 import importlib.util
@@ -26,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from data.finite_field import MATCHING_STRATEGY, Task, vocabulary
@@ -51,20 +49,27 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class Work:
-    """What an update does: P prompts of `prompt` tokens, G responses of `new` tokens to each."""
+    """The sizes of an update: those of the model, of the prompts and of the responses."""
 
     shape: ModelConfig
     prompts: int
-    group: int
-    prompt: int
-    new: int
+    group: int  # responses to each prompt
+    prompt_len: int
+    new_tokens: int  # the length of every response
 
     @property
     def tokens(self) -> int:
-        return self.prompts * self.group * self.new
+        return self.prompts * self.group * self.new_tokens
+
+    @property
+    def matrix_weights(self) -> int:
+        """Return how many weights matrix products use; the embedding counts only as the head."""
+        shape, D = self.shape, self.shape.hidden_size
+        layer = D * (2 * D + 2 * shape.kv_size + 3 * shape.intermediate_size)
+        return shape.num_hidden_layers * layer + shape.vocab_size * D
 
     def __str__(self) -> str:
-        return f"{self.prompts} x {self.group}, prompt {self.prompt}, {self.new} new"
+        return f"{self.prompts} x {self.group}, prompt {self.prompt_len}, {self.new_tokens} new"
 
 
 WORDS = word_tokenizer(vocabulary(11))
@@ -74,109 +79,77 @@ SMOLLM2 = Work(ModelConfig(49152, 576, 1536, 30, 9, 3), 8, 8, 45, 64)  # 135M
 QWEN = Work(ModelConfig(151936, 1536, 8960, 28, 12, 2), 32, 8, 128, 256)  # Qwen2.5-1.5B
 
 
-def best(function: Callable[[], object], rounds: int) -> float:
-    """Return the seconds of the fastest of some calls; wait for the device after each."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def in_turn(ours: Callable, peer: Callable, rounds: int) -> tuple[float, float]:
-    """Return the best seconds of both, timed in turn after one call each to warm up."""
-    best(ours, 1), best(peer, 1)
-    times = [(best(ours, 1), best(peer, 1)) for _ in range(rounds)]
-    return min(a for a, _ in times), min(b for _, b in times)
-
-
-# ------------------------------------------------------------------------------------------------
-# The machine
-
-
-@dataclass(frozen=True)
-class Rates:
-    bandwidth: float  # bytes a second read from memory
-    operations: float  # operations a second of a large matrix product, at the precision used
-
-    def decode_seconds(self, work: Work, itemsize: int) -> float:
-        """Return the least time of decoding: each step reads weights, prompts and responses."""
-        c, steps = work.shape, work.new - 1
-        weights = matrix_weights(c)
-        kv = 2 * c.num_hidden_layers * c.kv_size
-        cached = work.prompts * (steps * work.prompt + work.group * steps * (steps + 1) / 2)
-        moved = itemsize * (steps * weights + cached * kv)
-        return max(moved / self.bandwidth, 2 * weights * work.tokens / self.operations)
-
-    def training_seconds(self, work: Work) -> float:
-        """Return the least time of forward and backward on all tokens, each prompt once."""
-        tokens = work.tokens + work.prompts * work.prompt
-        return 6 * matrix_weights(work.shape) * tokens / self.operations
-
-
-def matrix_weights(c: ModelConfig) -> int:
-    """Return the number of weights in matrix products; the vocabulary's count once."""
-    layer = c.hidden_size * (2 * c.hidden_size + 2 * c.kv_size + 3 * c.intermediate_size)
-    return c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
-
-
-def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
-    size, n = (8192, 2**30) if device.type == "cuda" else (1024, 2**24)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    large = torch.zeros(n, dtype=torch.int64, device=device)
-    F.linear(a, b), large.sum()
-    operations = 2 * size**3 / best(lambda: F.linear(a, b), 10)
-    return Rates(large.numel() * 8 / best(large.sum, 10), operations)
-
-
 @dataclass(frozen=True)
 class Machine:
-    """What is measured on, and how."""
+    """A device, the precision and the number of rounds to time with, and the device's rates."""
 
     world: World
     precision: str
-    rates: Rates
     rounds: int
+    bandwidth: float  # bytes per second read from memory
+    flops: float  # FLOP/s of a large matrix product in this precision
+
+    def decode_seconds(self, work: Work) -> float:
+        """Return the least time of decoding: each step reads weights, prompts and responses."""
+        steps = work.new_tokens - 1  # prefill samples the first token
+        kv_size = 2 * work.shape.num_hidden_layers * work.shape.kv_size
+        cached = work.prompts * (steps * work.prompt_len + work.group * steps * (steps + 1) / 2)
+        n_bytes = DTYPES[self.precision].itemsize * (steps * work.matrix_weights + cached * kv_size)
+        return max(n_bytes / self.bandwidth, 2 * work.matrix_weights * work.tokens / self.flops)
 
 
-# ------------------------------------------------------------------------------------------------
-# Ours and the peers
+def fastest(rounds: int, *calls: Callable[[], object], warmup: int = 1) -> list[float]:
+    """Return the least seconds of each call, timed in turn; wait for the device after each."""
+    times = [[] for _ in calls]
+    for call, seconds in list(zip(calls, times)) * (warmup + rounds):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return [min(seconds[warmup:]) for seconds in times]
+
+
+def measure(world: World, rounds: int) -> Machine:
+    """Measure the machine's rates, in the precision that training would use on it."""
+    device, precision = world.device, detect_dtype(TINY.shape, world.device)
+    size, n = (8192, 2**30) if device.type == "cuda" else (1024, 2**24)
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
+    large = torch.zeros(n, dtype=torch.int64, device=device)
+    (matmul,) = fastest(10, lambda: nn.functional.linear(a, b))
+    (read,) = fastest(10, large.sum)
+    return Machine(world, precision, rounds, large.nbytes / read, 2 * size**3 / matmul)
 
 
 class Ours:
-    """A model of random weights; its update is train_grpo.py's, on made-up rewards."""
+    """A model of random weights, and an update like train_grpo.py's on made-up rewards."""
 
     def __init__(self, work: Work, machine: Machine, beta: float = 0.0):
         self.work, self.world, device = work, machine.world, machine.world.device
         self.config = GrpoConfig(beta=beta, temperature=1.0)
         torch.manual_seed(0)
         with device:
-            self.model = Transformer(work.shape)
-        with torch.no_grad():
-            for weight in self.model.parameters():
-                if weight.ndim == 2:
-                    weight.normal_(0, 0.02)
-        self.policy = make_policy(self.model, machine.precision)
-        self.reference = make_policy(self.model, machine.precision) if beta else None
-        self.sampler = Sampler(self.policy, [], work.group, work.new)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        self.prompts = torch.randint(3, work.shape.vocab_size, (work.prompts, work.prompt)).tolist()
-        rewards = torch.tensor([0.0, 1.0]).repeat(work.prompts, work.group)
-        self.rewards = rewards[:, : work.group].to(device)
+            self.master = Transformer(work.shape)
+        for weight in self.master.parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=0.02)
+        self.policy = make_policy(self.master, machine.precision)
+        self.reference = make_policy(self.master, machine.precision) if beta else None
+        self.sampler = Sampler(self.policy, [], work.group, work.new_tokens)
+        self.optimizer = torch.optim.AdamW(self.master.parameters(), lr=1e-5, fused=True)
+        shape = (work.prompts, work.prompt_len)
+        self.prompts = torch.randint(3, work.shape.vocab_size, shape).tolist()
+        self.rewards = (torch.arange(work.group, device=device) % 2.0).repeat(work.prompts, 1)
 
     def rollout(self) -> Rollout:
         return self.sampler.sample(self.prompts, [("bench", i) for i in range(self.work.prompts)])
 
     def train(self, rollout: Rollout) -> None:
         rollout.rewards, rollout.advantages = self.rewards, group_advantages(self.rewards)
-        models = self.model, self.policy, self.reference
-        grpo_backward(*models, rollout, self.config, self.world)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        grpo_backward(self.master, self.policy, self.reference, rollout, self.config, self.world)
+        nn.utils.clip_grad_norm_(self.master.parameters(), 1.0).item()
         self.optimizer.step()
-        sync_weights(self.policy, self.model)
+        sync_weights(self.policy, self.master)
         self.optimizer.zero_grad()
 
     def update(self) -> None:
@@ -185,27 +158,26 @@ class Ours:
 
 def peer_model(ours: Ours, eos_token_id: int | None) -> Qwen2ForCausalLM:
     """Return transformers' model of the same shape and weights."""
-    shape = checkpoint.hf_config(ours.work.shape, WORDS)
+    config = checkpoint.hf_config(ours.work.shape, WORDS) | {"eos_token_id": eos_token_id}
     with ours.world.device:
-        config = Qwen2Config(**shape | {"eos_token_id": eos_token_id, "pad_token_id": 0})
-        peer = Qwen2ForCausalLM(config)
-    peer.load_state_dict(dict(hf_weights(ours.model)), strict=False)  # tied: without the head
+        peer = Qwen2ForCausalLM(Qwen2Config(**config))
+    peer.load_state_dict(dict(hf_weights(ours.master)), strict=False)  # tied: without the head
     return peer
 
 
-def generate(ours: Ours, dtype: torch.dtype, static: bool = False) -> Callable[[], object]:
+def generate(ours: Ours, dtype: torch.dtype, cache: str) -> Callable[[], object]:
     """Return a call of transformers' generate that does the same work with the same weights."""
     work, device = ours.work, ours.world.device
     peer = peer_model(ours, None).eval().to(device, dtype)
     prompts = torch.tensor(ours.prompts, device=device).repeat_interleave(work.group, 0)
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
-    options |= {"max_new_tokens": work.new, "min_new_tokens": work.new}
-    options |= {"cache_implementation": "static"} if static else {}
+    options |= {"max_new_tokens": work.new_tokens, "min_new_tokens": work.new_tokens}
+    options |= {"cache_implementation": "static"} if cache == "static" else {}
     return lambda: peer.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
 
 
 def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
-    """Return the seconds of the fastest update of TRL's GRPOTrainer but the first."""
+    """Return the seconds of the fastest update of TRL's GRPOTrainer, without the first."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -218,81 +190,62 @@ def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.start)
 
-    def random_reward(completions, **_):
-        return [float(hash(str(completion)) % 2) for completion in completions]
-
     work, seconds = ours.work, []
-    # Three words of our tokenizer's own and the others make the vocabulary.
+    # The tokenizer adds three special tokens to the words. Rewards are random: a hash's last bit.
     tokenizer = word_tokenizer([f"w{i}" for i in range(work.shape.vocab_size - 3)]).inner
-    tokenizer.padding_side = "left"
-    prompts = [{"prompt": " ".join(["w5"] * work.prompt)}] * (work.prompts * (rounds + 2))
+    prompts = [{"prompt": " ".join(["w5"] * work.prompt_len)}] * (work.prompts * (rounds + 2))
+    data = {"train_dataset": Dataset.from_list(prompts), "processing_class": tokenizer}
+    data |= {"reward_funcs": lambda completions, **_: [float(hash(c) % 2) for c in completions]}
     batch_size = work.prompts * work.group
     options = {"use_cpu": not torch.cuda.is_available(), "bf16": precision == "bf16"}
     options |= {"per_device_train_batch_size": min(batch_size, 64)}
     options |= {"gradient_accumulation_steps": max(1, batch_size // 64)}
-    options |= {"num_generations": work.group, "max_completion_length": work.new}
-    options |= {"generation_kwargs": {"min_new_tokens": work.new}, "max_steps": 1 + rounds}
+    options |= {"num_generations": work.group, "max_completion_length": work.new_tokens}
+    options |= {"generation_kwargs": {"min_new_tokens": work.new_tokens}, "max_steps": 1 + rounds}
     options |= {"learning_rate": 1e-5, "beta": ours.config.beta, "temperature": 1.0, "top_k": 0}
-    options |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
-    options |= {"gradient_checkpointing": False, "logging_steps": 1000}
-    with tempfile.TemporaryDirectory() as folder:
-        peer_model(ours, 1).save_pretrained(folder)  # TRL loads its reference model by name
-        peer = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        trainer = GRPOTrainer(
-            model=peer,
-            reward_funcs=random_reward,
-            args=GRPOConfig(output_dir=folder, **options),
-            train_dataset=Dataset.from_list(prompts),
-            processing_class=tokenizer,
-            callbacks=[Clock()],
-        )
-        trainer.train()
+    options |= {"gradient_checkpointing": False, "save_strategy": "no"}
+    options |= {"report_to": [], "disable_tqdm": True, "logging_steps": 1000}
+    with tempfile.TemporaryDirectory() as folder:  # TRL loads policy and reference from it
+        peer_model(ours, WORDS.inner.eos_token_id).save_pretrained(folder)
+        GRPOTrainer(folder, args=GRPOConfig(folder, **options), callbacks=[Clock()], **data).train()
     return min(seconds[1:])
 
 
 # ------------------------------------------------------------------------------------------------
-# Rows
+# Rows, as tuples: name, text, and the seconds of ours, of the peer and of the limit
 
 
-def row(name: str, what: str, ours: float, peer: float | None, limit: float | None = None) -> dict:
-    """Return a row of seconds; the ratio is the peer's over ours, `of_limit` the limit's."""
-    times = {"name": name, "what": what, "ours": ours, "peer": peer}
-    return times | {"ratio": peer and peer / ours, "of_limit": limit and limit / ours}
-
-
-def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
-    ours, own, rounds = Ours(work, machine), DTYPES[machine.precision], machine.rounds
-    limit = machine.rates.decode_seconds(work, own.itemsize)
+def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
+    ours, rounds, own = Ours(work, machine), machine.rounds, DTYPES[machine.precision]
     on_gpu = machine.world.device.type == "cuda"
-    for static in (False, True) if on_gpu else (False,):
-        dtypes = {own} if on_gpu else {own, torch.float32}
-        timed = [in_turn(ours.rollout, generate(ours, dtype, static), rounds) for dtype in dtypes]
-        seconds, peer = (min(times) for times in zip(*timed))
-        kind = "static cache" if static else "dynamic cache"
-        kind += ", its better of 2" * (len(dtypes) > 1)
-        what = f"rollout in {machine.precision}, {work}; transformers generate, {kind}"
-        yield row(name + "-static" * static, what, seconds, peer, limit)
+    dtypes = {own} if on_gpu else {own, torch.float32}
+    better = ", its better of 2" if len(dtypes) > 1 else ""
+    for cache in ("dynamic", "static") if on_gpu else ("dynamic",):
+        timed = [fastest(rounds, ours.rollout, generate(ours, dtype, cache)) for dtype in dtypes]
+        seconds, peer = map(min, zip(*timed))
+        what = f"rollout in {machine.precision}, {work}; transformers generate, {cache} cache"
+        name = name if cache == "dynamic" else f"{name}-static"
+        yield name, what + better, seconds, peer, machine.decode_seconds(work)
 
 
-def update_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
+def update_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
     ours, rounds, peer = Ours(work, machine, beta=0.05), machine.rounds, None
-    ours.update()
-    seconds = best(ours.update, rounds)
+    (seconds,) = fastest(rounds, ours.update)
     if importlib.util.find_spec("trl"):
-        # TRL computes in our precision, a small model also in fp32, where that may be faster.
+        # TRL computes in our precision; a small model also in fp32, which may be faster.
         precisions = {machine.precision} | ({"fp32"} if work.shape.hidden_size < 512 else set())
         peer = min(trl_update_seconds(ours, precision, rounds) for precision in precisions)
-        seconds = min(seconds, best(ours.update, rounds))
-    yield row(name, f"GRPO update in {machine.precision}, KL 0.05, {work}; TRL", seconds, peer)
+        seconds = min(seconds, *fastest(rounds, ours.update, warmup=0))
+    yield name, f"GRPO update in {machine.precision}, KL 0.05, {work}; TRL", seconds, peer, None
 
 
-def training_rows(name: str, work: Work, machine: Machine) -> Iterator[dict]:
+def training_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
     ours = Ours(work, machine)
     rollout = ours.rollout()
-    ours.train(rollout)
-    seconds = best(lambda: ours.train(rollout), machine.rounds)
+    (seconds,) = fastest(machine.rounds, lambda: ours.train(rollout))
+    flops = 6 * work.matrix_weights * (work.tokens + work.prompts * work.prompt_len)
     what = f"training half in {machine.precision}, {work}; of the limit: of a matrix product's rate"
-    yield row(name, what, seconds, None, machine.rates.training_seconds(work))
+    yield name, what, seconds, None, flops / machine.flops
 
 
 ROWS = {
@@ -303,42 +256,43 @@ ROWS = {
     "cpu-tiny-training": (training_rows, TINY),
     "cpu-smollm2-update": (update_rows, SMOLLM2),
 }
+HEADER = """| row | what | ours, s | peer, s | ratio | of the limit |
+| --- | --- | ---: | ---: | ---: | ---: |"""
 
 
-def plot_lengths(work: Work, machine: Machine, path: Path) -> float:
-    """Draw the time of updates of 3 to 9 steps over their tokens; return R^2 of a straight line."""
+def report(name: str, what: str, ours: float, peer: float | None, limit: float | None) -> dict:
+    """Print a row of the table and return it; ratios are the peer's and the limit's over ours."""
+    row = {"name": name, "what": what, "ours": ours, "peer": peer}
+    row |= {"ratio": peer and peer / ours, "of_limit": limit and limit / ours}
+    formats = ("{}", "{}", "{:.3f}", "{:.3f}", "{:.1f}x", "{:.0%}")
+    cells = [cell.format(value) if value else "" for cell, value in zip(formats, row.values())]
+    print(f"| {' | '.join(cells)} |", flush=True)
+    return row
+
+
+def plot_lengths(work: Work, machine: Machine, path: Path) -> None:
+    """Draw the time of updates of 3 to 9 steps over their tokens; print R^2 of a straight line."""
     from lib.plots import new_figure, save  # matplotlib takes a second to import
 
     tokens, seconds = [], []
     for steps in range(3, 10):
         problem = Task((steps, steps)).sample(random.Random(0), "train")
         solution = WORDS.solution(problem.solution(MATCHING_STRATEGY[problem.kind]))
-        ours = Ours(replace(work, prompt=len(WORDS.prompt(problem)), new=len(solution)), machine)
-        ours.update()
+        lengths = {"prompt_len": len(WORDS.prompt(problem)), "new_tokens": len(solution)}
+        ours = Ours(replace(work, **lengths), machine)
         tokens.append(ours.work.tokens)
-        seconds.append(best(ours.update, machine.rounds))
-    slope, start = np.polyfit(tokens, seconds, 1)
-    line = start + slope * np.array(tokens)
-    explained = 1 - ((seconds - line) ** 2).sum() / (len(seconds) * np.var(seconds))
+        seconds += fastest(machine.rounds, ours.update)
+    line = np.polyval(np.polyfit(tokens, seconds, 1), tokens)
+    r2 = np.corrcoef(tokens, seconds)[0, 1] ** 2
     figure, (axes,) = new_figure(6, 4, 1, 1)
-    axes.plot(tokens, line, color="0.7", label=f"straight line, R² = {explained:.3f}")
+    axes.plot(tokens, line, color="0.7", label=f"straight line, R² = {r2:.3f}")
     axes.plot(tokens, seconds, "o", color="tab:blue", label="updates of 3 to 9 steps")
     for steps, point in enumerate(zip(tokens, seconds), 3):
         axes.annotate(str(steps), point, (0, 7), textcoords="offset points", ha="center")
     axes.set(xlabel="tokens generated", ylabel="seconds an update", xlim=(0, None), ylim=(0, None))
     axes.legend(loc="lower right")
     save(figure, path)
-    return float(explained)
-
-
-HEADER = """| row | what | ours, s | peer, s | ratio | of the limit |
-| --- | --- | ---: | ---: | ---: | ---: |"""
-
-
-def line(r: dict) -> str:
-    peer, ratio = (f"{r['peer']:.3f}", f"{r['ratio']:.1f}x") if r["peer"] else ("", "")
-    limit = f"{100 * r['of_limit']:.0f}%" if r["of_limit"] else ""
-    return f"| {r['name']} | {r['what']} | {r['ours']:.3f} | {peer} | {ratio} | {limit} |"
+    print(f"\ntime of updates of 3 to 9 steps against tokens: a straight line explains {r2:.1%}")
 
 
 def name_of(world: World) -> str:
@@ -351,24 +305,20 @@ def name_of(world: World) -> str:
 
 def main(config: BenchConfig, world: World) -> None:
     require_min(config, rounds=1)
-    known = config.only in ("", *ROWS)
-    require(known, f"--only takes one of {', '.join(ROWS)}, not {config.only!r}")
+    require(config.only in ("", *ROWS), f"--only is one of {', '.join(ROWS)}, not {config.only!r}")
     require_writable(config.json, config.plot)
-    precision = detect_dtype(TINY.shape, world.device)
-    rates = measure_rates(DTYPES[precision], world.device)
-    machine = Machine(world, precision, rates, config.rounds)
-    print(f"{name_of(world)}, torch {torch.__version__}; computing in {precision}")
-    speed = f"matrix products {rates.operations / 1e12:.2f} TFLOP/s"
-    print(f"memory {rates.bandwidth / 1e9:.0f} GB/s, {speed}\n\n{HEADER}", flush=True)
+    machine = measure(world, config.rounds)
+    print(f"{name_of(world)}, torch {torch.__version__}; computing in {machine.precision}")
+    matmul = f"matrix products {machine.flops / 1e12:.2f} TFLOP/s"
+    print(f"memory {machine.bandwidth / 1e9:.0f} GB/s, {matmul}\n\n{HEADER}", flush=True)
+    prefix = config.only or ("gpu" if world.device.type == "cuda" else "cpu")
     timed = []
     for name, (rows, work) in ROWS.items():
-        if name.startswith(config.only or ("gpu" if world.device.type == "cuda" else "cpu")):
-            for r in rows(name, SMALL if config.small else work, machine):
-                timed.append(r)
-                print(line(r), flush=True)
+        if name.startswith(prefix):
+            for row in rows(name, SMALL if config.small else work, machine):
+                timed.append(report(*row))
     if config.plot:
-        explained = plot_lengths(SMALL if config.small else TINY, machine, Path(config.plot))
-        print(f"\na straight line explains {100 * explained:.1f}% of the time of 3 to 9 steps")
+        plot_lengths(SMALL if config.small else TINY, machine, Path(config.plot))
     if config.json:
         with user_errors():
             write_json(Path(config.json), timed)

@@ -1,4 +1,4 @@
-"""The bench runs, its rows are complete, and its limits are what a step has to move."""
+"""The benchmark runs, its rows are complete, and its limits follow from bytes and FLOPs."""
 
 import importlib.util
 import json
@@ -8,30 +8,24 @@ import torch
 
 from lib.distributed import World
 from lib.transformer import ModelConfig
-from paper.bench import BenchConfig, Machine, Ours, Rates, Work, main, matrix_weights
+from paper.bench import BenchConfig, Machine, Ours, Work, main
 
 ONE = World(0, 1, torch.device("cpu"))
 SMALL = Work(ModelConfig(64, 32, 48, 2, tie_word_embeddings=False), 2, 3, 5, 4)
 
 
-def machine(precision: str) -> Machine:
-    return Machine(ONE, precision, Rates(1e10, 1e11), 1)
+def machine(precision: str, bandwidth: float = 1e10, flops: float = 1e11) -> Machine:
+    return Machine(ONE, precision, 1, bandwidth, flops)
 
 
 def test_rows_and_plot(tmp_path, capsys):
-    main(
-        BenchConfig(
-            rounds=1, small=True, json=str(tmp_path / "b.json"), plot=str(tmp_path / "p.png")
-        ),
-        ONE,
-    )
+    files = {"json": str(tmp_path / "b.json"), "plot": str(tmp_path / "p.png")}
+    main(BenchConfig(rounds=1, small=True, **files), ONE)
     rows = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())}
     assert {"cpu-tiny-rollout", "cpu-tiny-update"} <= rows.keys()
     rollout = rows["cpu-tiny-rollout"]
-    assert (
-        rollout["ratio"] == pytest.approx(rollout["peer"] / rollout["ours"])
-        and 0 < rollout["of_limit"] < 1
-    )
+    assert rollout["ratio"] == pytest.approx(rollout["peer"] / rollout["ours"])
+    assert 0 < rollout["of_limit"] < 1
     assert (rows["cpu-tiny-update"]["peer"] is not None) == bool(importlib.util.find_spec("trl"))
     assert (tmp_path / "p.png").stat().st_size > 10_000
     assert "cpu-tiny-update" in capsys.readouterr().out
@@ -39,28 +33,28 @@ def test_rows_and_plot(tmp_path, capsys):
 
 def test_matrix_weights():
     """All weights but norms and biases; the embedding counts only where it is also the head."""
-    model = Ours(SMALL, machine("fp32")).model
+    model = Ours(SMALL, machine("fp32")).master
     matrices = sum(w.numel() for w in model.parameters() if w.ndim == 2)
-    assert matrix_weights(SMALL.shape) == matrices - model.model.embed_tokens.weight.numel()
+    assert SMALL.matrix_weights == matrices - model.model.embed_tokens.weight.numel()
 
 
 def test_decoding_is_limited_by_memory_or_by_arithmetic():
-    """Step by step: weights once, each group's prompt once, each response's tokens so far."""
+    """A step reads the weights, each group's prompt and each response's tokens so far, all once."""
     per_token = 2 * 2 * 2 * 8  # keys and values, layers, key heads, head size
     numbers = 0
-    for step in range(1, SMALL.new):
-        numbers += (
-            matrix_weights(SMALL.shape)
-            + SMALL.prompts * (SMALL.prompt + SMALL.group * step) * per_token
-        )
-    assert Rates(1e9, 1e18).decode_seconds(SMALL, 2) == pytest.approx(2 * numbers / 1e9)
-    operations = 2 * matrix_weights(SMALL.shape) * SMALL.prompts * SMALL.group * SMALL.new
-    assert Rates(1e18, 1e9).decode_seconds(SMALL, 2) == pytest.approx(operations / 1e9)
+    for step in range(1, SMALL.new_tokens):
+        cached = SMALL.prompts * (SMALL.prompt_len + SMALL.group * step)
+        numbers += SMALL.matrix_weights + cached * per_token
+    by_memory = machine("bf16", 1e9, 1e18).decode_seconds(SMALL)
+    assert by_memory == pytest.approx(2 * numbers / 1e9)
+    flops = 2 * SMALL.matrix_weights * SMALL.prompts * SMALL.group * SMALL.new_tokens
+    by_arithmetic = machine("bf16", 1e18, 1e9).decode_seconds(SMALL)
+    assert by_arithmetic == pytest.approx(flops / 1e9)
 
 
 def test_an_update_moves_the_weights():
     ours = Ours(SMALL, machine("bf16"), beta=0.05)
-    before = ours.model.lm_head.weight.clone()
+    before = ours.master.lm_head.weight.clone()
     ours.update()
-    assert not torch.equal(before, ours.model.lm_head.weight)
-    assert torch.equal(ours.policy.lm_head.weight, ours.model.lm_head.weight.bfloat16())
+    assert not torch.equal(before, ours.master.lm_head.weight)
+    assert torch.equal(ours.policy.lm_head.weight, ours.master.lm_head.weight.bfloat16())
