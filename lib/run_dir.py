@@ -3,21 +3,19 @@
 A checkpoint is a Hugging Face folder. Beside the model lie `training.json` (what made it),
 `training_state.pt` (the optimizer; random streams are regenerated from the update's number) and
 `manifest.json` (the SHA-256 of every file). With LoRA the model has its adapters merged, and
-`adapter/` holds them alone.
-
-A checkpoint is renamed when complete, so a crash never leaves half of one; one that is damaged
-later is detected by its manifest and passed over. One process at a time writes to a run: it holds a
-lock on the log. Nothing loaded here can run code.
+`adapter/` holds them alone. A checkpoint is renamed when complete, so a crash never leaves half of
+one; one that is damaged later is detected by its manifest and passed over. One process at a time
+writes to a run: it holds a lock on the log. Nothing loaded here can run code.
 """
 
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -25,12 +23,10 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 from lib.checkpoint import find_weights, hf_config, load_meta, weights_to_save
-from lib.distributed import World, full_tensor, is_fsdp
+from lib.distributed import World, full_tensor
 from lib.flags import fail, flag_name, require, user_errors, warn, write_json
 from lib.fsdp import shard_like
 from lib.lora import save_adapters
-from lib.tokenizer import Tokenizer
-from lib.transformer import Transformer
 
 MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
 MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}  # flags that may change when a run is resumed
@@ -40,13 +36,11 @@ LOG, MANIFEST = "metrics.jsonl", "manifest.json"
 def open_run(run: Path, resume_from: Path | None, config, stage: str, world: World) -> int:
     """Return how many updates are done: 0 in a new run, or those of the checkpoint `resume_from`.
 
-    Refuses a new run where one already lies, a folder that another process writes to or that
-    cannot be written, and resuming with other flags or from another start.
+    Refuses a new run over another, a folder in use or not writable, and changed flags or start.
     """
     with user_errors():
-        existing = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-        writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-        require(writable, f"cannot write to {existing}")
+        path = next(path for path in (run, *run.absolute().parents) if path.exists())
+        require(path.is_dir() and os.access(path, os.W_OK | os.X_OK), f"cannot write to {path}")
         if world.is_master and (run / LOG).exists():
             with (run / LOG).open("a") as file:
                 lock(file, run)
@@ -60,10 +54,8 @@ def open_run(run: Path, resume_from: Path | None, config, stage: str, world: Wor
         check_start(run, meta)
         done = meta["update"]
     else:
-        message = f"{run} holds a run already: --resume continues it, --out names another folder"
-        require(not checkpoints(run), message)
-    same = len(set(world.all_gather([done]))) == 1
-    require(same, f"the processes see different checkpoints in {run}")
+        require(not checkpoints(run), f"{run} holds a run already: give --resume or another --out")
+    require(len(set(world.all_gather([done]))) == 1, f"ranks see different checkpoints in {run}")
     return done
 
 
@@ -93,28 +85,19 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------
-# Writing checkpoints
-
-
 def save_checkpoint(
-    run: Path,
-    update: int,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizer,
-    meta: dict,
-    is_master: bool = True,
+    run: Path, update: int, model, tokenizer, optimizer, meta: dict, is_master: bool = True
 ) -> Path:
     """Write RUN/step-UPDATE, whole or not at all. `meta` says as JSON what made it.
 
-    Rank 0 writes; the other ranks are needed if the model is sharded. The run's newest
-    meta["keep"] checkpoints are kept, or all if that is 0.
+    Rank 0 writes; the others help to gather a sharded model. The newest meta["keep"] checkpoints
+    are kept, or all if that is 0.
     """
     folder, draft = run / f"step-{update}", run / f".step-{update}.part"
-    if not is_master and not is_fsdp(model):
-        return folder
-    weights, state = weights_to_save(model, meta, is_master), full_state(optimizer, is_master)
+    weights, state = weights_to_save(model, meta, is_master), optimizer.state_dict()
+    for i, of_weight in state["state"].items():
+        whole = {key: full_tensor(value) for key, value in of_weight.items()}
+        state["state"][i] = {key: value.cpu() for key, value in whole.items() if is_master}
     if not is_master:
         return folder
     for old in run.glob(".step-*.part"):  # left by a run that was killed while it wrote
@@ -131,13 +114,11 @@ def save_checkpoint(
         if meta.get("lora"):
             save_adapters(model, meta["init_from"], draft / "adapter")
         files = sorted(file for file in draft.rglob("*") if file.is_file())
-        hashes = {str(file.relative_to(draft)): sha256(file) for file in files}
-        write_json(draft / MANIFEST, hashes)
+        write_json(draft / MANIFEST, {str(f.relative_to(draft)): sha256(f) for f in files})
         for path in (*draft.rglob("*"), draft, run / LOG):
             fsync(path)
-        for old in checkpoints(run):  # damaged ones, which were passed over
-            if number(old) >= update:
-                remove(old)
+        for old in checkpoints(run, first=update):  # damaged ones, which were passed over
+            remove(old)
         os.replace(draft, folder)
         fsync(run)
     except Exception as error:  # mostly a full disk, for which each library raises its own kind
@@ -145,9 +126,8 @@ def save_checkpoint(
         fail(f"cannot write the checkpoint {folder} ({free:.0f} MB are free): {error}")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    if keep := meta.get("keep", 0):
-        for old in checkpoints(run)[:-keep]:
-            remove(old)
+    for old in checkpoints(run)[: -meta.get("keep", 0)]:  # [:-0] is empty
+        remove(old)
     return folder
 
 
@@ -166,15 +146,6 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def full_state(optimizer: torch.optim.Optimizer, is_master: bool) -> dict:
-    """Return the optimizer's state, unsharded, on the CPU; empty on ranks other than 0."""
-    state, gathered = optimizer.state_dict(), {}
-    for i, of_weight in state["state"].items():
-        whole = {key: full_tensor(value) for key, value in of_weight.items()}
-        gathered[i] = {key: value.cpu() for key, value in whole.items() if is_master}
-    return state | {"state": gathered}
-
-
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Load the state that `save_checkpoint` wrote, sharded as the weights are."""
     path = checkpoint / "training_state.pt"
@@ -186,10 +157,6 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         optimizer.load_state_dict(state)
     except Exception as error:  # a truncated file fails in many ways
         fail(f"cannot read the optimizer in {path}: {str(error)[:200]}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Finding checkpoints
 
 
 def verify_manifest(checkpoint: Path) -> str | None:
@@ -210,22 +177,14 @@ def verify_manifest(checkpoint: Path) -> str | None:
     return None
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Return the folders RUN/step-N, ordered by N."""
-    folders = [p for p in run.glob("step-*") if re.fullmatch(r"step-[0-9]+", p.name)]
-    return sorted(folders, key=number)
-
-
-def number(checkpoint: Path) -> int:
-    """Return N of RUN/step-N."""
-    return int(checkpoint.name.removeprefix("step-"))
+def checkpoints(run: Path, first: int = 0) -> list[Path]:
+    """Return the folders RUN/step-N from N = `first` on, ordered by N."""
+    found = [(int(p.name[5:]), p) for p in run.glob("step-*") if p.name[5:].isdecimal()]
+    return [folder for n, folder in sorted(found) if n >= first]
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """Return the sound RUN/step-N with the largest N; None if the run has no checkpoint.
-
-    Refuses a run in which all are broken.
-    """
+    """Return the sound RUN/step-N with the largest N, or None; refuse a run if all are broken."""
     faults = {}
     for folder in reversed(checkpoints(run)):
         if not (fault := verify_manifest(folder)):
@@ -238,42 +197,34 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def newest_run(folder: Path) -> Path | None:
-    """Return the run in a folder of runs whose newest checkpoint was written last; None if none."""
-    runs = {step.parent for step in folder.glob("*/step-*") if step in checkpoints(step.parent)}
-    return max(runs, key=lambda run: checkpoints(run)[-1].stat().st_mtime, default=None)
-
-
 def find_checkpoint(name: str) -> Path:
     """Return a checkpoint, a run's newest one, or a model from the hub or its cache."""
     path = Path(name)
     with user_errors():  # names that no file system takes
-        path.exists()
-    is_local = path.exists() or name.startswith(("ckpt/", "models/"))
+        is_local = path.exists() or name.startswith(("ckpt/", "models/"))
     if not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         try:
             patterns = ["*.json", "*.safetensors", "*.jinja"]
             return Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as error:  # no such model, no permission, no network: dozens of kinds
-            reason = str(error)[:300]
-            fail(f"there is no folder {name}, nor can the hub be asked for that model: {reason}")
+            fail(f"there is no folder {name}, nor a model on the hub: {str(error)[:300]}")
     if (path / "config.json").exists() or (path / MANIFEST).exists():
         fault = verify_manifest(path)
         require(not fault, f"{path} is broken: {fault}")
         return path
     require(path.is_dir(), f"there is no folder {path}")
     newest = newest_checkpoint(path)
-    message = f"{path} holds no checkpoint: neither config.json nor step-N folders"
-    require(newest is not None, message)
+    require(newest is not None, f"{path} holds no checkpoint: no config.json, no step-N folder")
     return newest
 
 
 def choose_checkpoints(names: list[str]) -> list[Path]:
     """Return one or two checkpoints; of a folder of runs the newest run's, beside its start."""
     require(len(names) <= 2, "name one checkpoint, or two to compare")
-    folder = Path(names[0] if names else "ckpt")
     with user_errors():  # names that no file system takes
-        run = newest_run(folder) if len(names) < 2 else None
+        steps = Path(names[0] if names else "ckpt").glob("*/step-*") if len(names) < 2 else []
+        runs = {step.parent for step in steps if step in checkpoints(step.parent)}
+        run = max(runs, key=lambda run: checkpoints(run)[-1].stat().st_mtime, default=None)
     if run:
         paths = [find_checkpoint(str(run))]
         start = Path(load_meta(paths[0]).get("init_from", ""))
@@ -284,13 +235,8 @@ def choose_checkpoints(names: list[str]) -> list[Path]:
         return paths
     require(any(names), "name one checkpoint, or train one: there is no run in ckpt/")
     paths = [find_checkpoint(name) for name in names]
-    same = len({path.resolve() for path in paths}) < len(paths)
-    require(not same, f"both names mean the checkpoint {paths[0]}")
+    require(len(set(map(Path.resolve, paths))) == len(paths), f"both names mean {paths[0]}")
     return paths
-
-
-# ------------------------------------------------------------------------------------------------
-# The log
 
 
 def lock(file, run: Path) -> None:
@@ -300,38 +246,31 @@ def lock(file, run: Path) -> None:
     except BlockingIOError:
         fail(f"another process is writing to {run}")
     except OSError as error:
-        why = f"this file system has no locks ({error})"
-        warn(f"{why}: make sure that nothing else writes to {run}")
+        warn(f"this file system has no locks ({error}): make sure nothing else writes to {run}")
 
 
 class Log:
-    """RUN/metrics.jsonl, a row per update, which nobody else can write while this object lives.
-
-    Rows after `done`, where the run resumes, are cut off.
-    """
+    """RUN/metrics.jsonl, a row per update up to `done`; locked while this object lives."""
 
     def __init__(self, run: Path, done: int):
         self.path = run / LOG
-        message = f"{self.path} is gone, though step-{done} is there"
-        require(self.path.exists() or not done, message)
+        require(self.path.exists() or not done, f"{self.path} is gone, though step-{done} is there")
         with user_errors():
             run.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("ab", buffering=0)
         lock(self.file, run)
-        newer = [p for p in checkpoints(run) if number(p) > done and not verify_manifest(p)]
+        newer = [folder for folder in checkpoints(run, done + 1) if not verify_manifest(folder)]
         require(not newer, f"another process has just written to {run}")
         self.rows = read_log(self.path)[:done]
         updates = [row.get("update") for row in self.rows]
         for n in range(1, done + 1):
-            present = n <= len(updates) and updates[n - 1] == n
-            require(present, f"{self.path} lacks update {n}, though step-{done} is there")
+            require(updates[n - 1 : n] == [n], f"{self.path} lacks update {n} of {done}")
         with self.path.open("rb") as file:
             self.file.truncate(sum(len(file.readline()) for _ in range(done)))
 
     def write(self, row: dict) -> None:
         """Append a row; numbers that are not finite become null."""
-        nonfinite = {k for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)}
-        row = row | dict.fromkeys(nonfinite)
+        row = row | {k: None for k, x in row.items() if isinstance(x, float) and not isfinite(x)}
         self.rows.append(row)
         line = json.dumps(row).encode() + b"\n"
         with user_errors():
@@ -348,9 +287,8 @@ def read_log(path: Path) -> list[dict]:
     rows = []
     for line_number, line in enumerate(lines[:-1], 1):
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except (ValueError, RecursionError):
-            row = None
-        require(isinstance(row, dict), f"{path}, line {line_number}: this is no JSON object")
-        rows.append(row)
+            rows.append(None)
+        require(isinstance(rows[-1], dict), f"{path}, line {line_number}: this is no JSON object")
     return rows

@@ -39,14 +39,10 @@ class Tokenizer:
         text = f"{problem.explanation}\n\n{problem.prompt()}"
         if self.inner.chat_template is None:
             return self.inner.encode(text)  # with the BOS token, if the model has one
-        message = {"role": "user", "content": text}
-        return self.inner.apply_chat_template(
-            [message],
-            add_generation_prompt=True,
-            return_dict=False,
-            date_string="26 Jul 2024",  # Llama's template would write today's, and resuming differ
-            enable_thinking=False,  # Qwen3's: solutions are written out at once
-        )
+        messages = [{"role": "user", "content": text}]
+        # Llama's template would write today's date, and resuming differ; Qwen3's would think first.
+        options = {"date_string": "26 Jul 2024", "enable_thinking": False, "return_dict": False}
+        return self.inner.apply_chat_template(messages, add_generation_prompt=True, **options)
 
     def solution(self, text: str) -> list[int]:
         """Return the tokens of a solution, with the stop token."""
@@ -64,9 +60,7 @@ class Tokenizer:
         """Refuse a tokenizer that cannot write these words."""
         known = self.decode([self.solution(" ".join(words))[:-1]])[0].split()
         missing = repr(next((word for word in words if word not in known), "the order of words"))
-        require(
-            known == words, f"the model's tokenizer cannot write {missing}, which problems need"
-        )
+        require(known == words, f"the model's tokenizer cannot write {missing}")
 
     def max_response_tokens(self, task, max_positions: int, wanted: int = 0) -> int:
         """Return `wanted`, or where that is 0 the tokens of the longest solution and a line more.
@@ -77,9 +71,8 @@ class Tokenizer:
         lines = [line for solution in solutions[:2] for line in solution.split("\n")]
         line, solution = (max(len(self.solution(x)) - 1 for x in xs) for xs in (lines, solutions))
         budget = wanted or solution + line
-        total = max(len(self.prompt(problem)) for problem in problems) + budget
-        message = f"prompts and responses take {total} tokens, the model {max_positions} positions"
-        require(total <= max_positions, message)
+        n = max(len(self.prompt(problem)) for problem in problems) + budget
+        require(n <= max_positions, f"prompt and response take {n} of {max_positions} positions")
         return budget
 
 
@@ -99,14 +92,12 @@ def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
         inner = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises no narrower one
         fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
-    named = inner.eos_token_id is not None
-    require(named, f"the tokenizer in {folder} names no end-of-sequence token")
+    require(inner.eos_token_id is not None, f"the tokenizer in {folder} names no EOS token")
     if not chat_template:
         inner.chat_template = None
-    path, stops = folder / "generation_config.json", []
-    if path.exists():
-        stops = read_json(path).get("eos_token_id")
-        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-        sound = all(type(stop) is int and 0 <= stop < len(inner) for stop in stops)
-        require(sound, f"{path}: bad eos_token_id")
+    path = folder / "generation_config.json"
+    given = read_json(path).get("eos_token_id") if path.exists() else None
+    stops = [stop for stop in (given if isinstance(given, list) else [given]) if stop is not None]
+    sound = all(type(stop) is int and 0 <= stop < len(inner) for stop in stops)
+    require(sound, f"{path}: bad eos_token_id")
     return Tokenizer(inner, stops)

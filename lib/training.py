@@ -1,6 +1,7 @@
 """What the two training scripts share: loading a run, gradients, the optimizer step, saving."""
 
 import math
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
 from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads
-from lib.flags import flag_name, require, require_min
+from lib.flags import flag_name, require, require_min, warn
 from lib.lora import validate_lora, without_adapters
 from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
 from lib.tokenizer import Tokenizer
@@ -42,26 +43,18 @@ def validate(config, per_update: str, world: World) -> None:
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
     require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
     validate_lora(config)
-    enough = getattr(config, per_update) >= world.world_size
-    flag = flag_name(per_update)
-    require(enough, f"{flag} must be at least the number of processes, {world.world_size}")
+    flag, n = flag_name(per_update), world.world_size
+    require(getattr(config, per_update) >= n, f"{flag} is below {n}, the number of processes")
     fsdp.validate_fsdp(config, world)
 
 
 def load_run(
-    config,
-    stage: str,
-    updates: int,
-    first_update: int,
-    init: Path | None,
-    resume_from: Path | None,
-    words: list[str],
-    world: World,
+    config, stage: str, updates: int, first_update: int, init, resume_from, words, world: World
 ) -> Run:
     """Load weights, optimizer and log of a run that `open_run` has opened.
 
-    The weights are those of the checkpoint `resume_from`, else of `init`, else of a new tiny model
-    over the vocabulary `words`.
+    The weights are those of the checkpoint `resume_from`, else of `init` (both folders or None),
+    else of a new tiny model over the vocabulary `words`, a list.
     """
     source = init or resume_from
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
@@ -81,14 +74,12 @@ def load_run(
 
     meta = asdict(config) | {"stage": stage, "total": updates, "compute_dtype": precision}
     if init:
-        sha256 = run_dir.weights_sha256(init)
-        meta |= {"init_from": str(init.resolve()), "init_sha256": sha256}
+        meta |= {"init_from": str(init.resolve()), "init_sha256": run_dir.weights_sha256(init)}
     folder, log = Path(config.out), None
     if world.is_master:
         print(f"Starting from {init}.\n" * bool(init) + describe(policy))
         log = run_dir.Log(folder, first_update)
-    models = (tokenizer, master, policy, optimizer)
-    return Run(folder, updates, first_update, init, meta, *models, log)
+    return Run(folder, updates, first_update, init, meta, tokenizer, master, policy, optimizer, log)
 
 
 def initial_policy(run: Run) -> Transformer:
@@ -188,4 +179,5 @@ def end_update(run: Run, update: int, save_every: int, signals: Signals, world: 
         run_dir.save_checkpoint(run.folder, update + 1, *state, world.is_master)
     world.barrier()
     if stopping and not last:
-        signals.exit(run.folder)
+        warn(f"stopped and saved; --resume continues {run.folder}")
+        raise SystemExit(128 + (signals.caught or signal.SIGTERM))  # another rank may have it
