@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
         inner.chat_template = None
     path = folder / "generation_config.json"
     given = read_json(path).get("eos_token_id") if path.exists() else None
-    stops = [stop for stop in (given if isinstance(given, list) else [given]) if stop is not None]
+    stops = given if isinstance(given, list) else [] if given is None else [given]
     sound = all(type(stop) is int and 0 <= stop < len(inner) for stop in stops)
     require(sound, f"{path}: bad eos_token_id")
     return Tokenizer(inner, stops)
