@@ -119,14 +119,17 @@ def summarise(scored: Scored) -> dict:
         if taken := [r for group in scored for r in group if r.strategy == strategy]:
             by_strategy[strategy] = {"responses": len(taken), "accuracy": pass_rate(taken)}
 
-    def metrics_by(some: Scored, key: str) -> dict:
-        return {value: metrics_of(groups) for value, groups in group_by(some, key).items()}
+    def metrics_by_steps(some: Scored) -> dict:
+        return {steps: metrics_of(groups) for steps, groups in group_by(some, "steps").items()}
 
-    kinds = group_by(scored, "kind")
-    both = {kind: metrics_by(of_kind, "steps") for kind, of_kind in kinds.items()}
-    summary = {"overall": metrics_of(scored), "by_type": metrics_by(scored, "kind")}
-    summary |= {"by_steps": metrics_by(scored, "steps"), "by_type_and_steps": both}
-    return summary | {"by_strategy": by_strategy}
+    by_type = group_by(scored, "kind")
+    return {
+        "overall": metrics_of(scored),
+        "by_type": {kind: metrics_of(groups) for kind, groups in by_type.items()},
+        "by_steps": metrics_by_steps(scored),
+        "by_type_and_steps": {kind: metrics_by_steps(groups) for kind, groups in by_type.items()},
+        "by_strategy": by_strategy,
+    }
 
 
 def rollout_metrics(scored: Scored) -> dict[str, float | None]:
@@ -247,6 +250,11 @@ def signed(part: dict, key: str = "mean") -> str:
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in values))
 
 
+def largest_pass_rate(metrics: dict) -> str:
+    """Return the key of pass@k with the largest k, which comes last."""
+    return [key for key in metrics if key.startswith("pass@")][-1]
+
+
 def format_table(rows: list[list[str]]) -> str:
     """Align columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -259,7 +267,7 @@ def format_table(rows: list[list[str]]) -> str:
 
 def table(summary: dict) -> str:
     """Format the metrics of one checkpoint."""
-    columns = {key: key for key in summary["overall"] if key.startswith("pass@")}
+    columns = {key: key for key in ("pass@1", largest_pass_rate(summary["overall"]))}
     columns |= {"forward": "forward_share", "backward": "backward_share", "matching": "match_rate"}
     columns["right if matching"] = "accuracy_given_match"
     rows = [["", *columns, "95% interval", "problems"]]
@@ -285,8 +293,8 @@ def comparison_table(before: dict, after: dict, difference: dict, reasons: dict)
         rows.append([name, *(change_of(a, b, key) for key in columns.values()), *parts])
     a, b, why = before["overall"], after["overall"], reasons["overall"]
     causes = ", ".join(f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in CAUSES)
-    last = [key for key in a if key.startswith("pass@")][-1]  # the largest k
-    note = f"all problems: {last} {change_of(a, b, last)}; improvement by {causes}"
+    key = largest_pass_rate(a)
+    note = f"all problems: {key} {change_of(a, b, key)}; improvement by {causes}"
     return f"{format_table(rows)}\n{note}"
 
 

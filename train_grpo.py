@@ -262,6 +262,7 @@ def main(config: GrpoConfig, world: World) -> None:
             run.log.write(row)
             shown = {"reward": row["reward"], "no signal": row["frac_reward_zero_std"]}
             shown |= {key[9:]: row[key] for key in row if key.startswith("accuracy/")}
+            shown["grad norm"] = row["grad_norm"]
             bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
             messages = diagnose(run.log.rows)
             for message in messages - warned:

@@ -42,7 +42,8 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_json(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        fail(f"{folder} holds a {kind!r} model; supported: {', '.join(FAMILIES)}")
+        supported = "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)"
+        fail(f"{folder} holds a {kind!r} model; supported: {supported}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     layers = raw.get("layer_types") or []
     require(isinstance(rope, dict) and isinstance(layers, list), f"{path} is no model's")

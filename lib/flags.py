@@ -42,7 +42,8 @@ def require_min(config, **minima: float) -> None:
     """Refuse flags below their minimum, and NaN. None means that a flag was not given."""
     for name, low in minima.items():
         value = getattr(config, name)
-        require(value is None or value >= low, f"{flag_name(name)} must be at least {low}")
+        message = f"{flag_name(name)} must be at least {low}, not {value}"
+        require(value is None or value >= low, message)
 
 
 def set_missing(config, defaults: dict) -> None:

@@ -87,8 +87,9 @@ def validate_lora(config) -> None:
 
 def dropout_key(config, update: int, rank: int, micro_batch: int) -> int | None:
     """Return the dropout seed of one micro-batch; None if dropout is off."""
-    stream = rng(config.seed, "dropout", update, rank, micro_batch)
-    return stream.getrandbits(60) if config.lora and config.lora_dropout else None
+    if not (config.lora and config.lora_dropout):
+        return None
+    return rng(config.seed, "dropout", update, rank, micro_batch).getrandbits(60)
 
 
 def weight_deltas(model: Transformer) -> Iterator[tuple[str, Tensor]]:

@@ -179,7 +179,8 @@ def verify_manifest(checkpoint: Path) -> str | None:
 
 def checkpoints(run: Path, first: int = 0) -> list[Path]:
     """Return the folders RUN/step-N from N = `first` on, ordered by N."""
-    found = [(int(p.name[5:]), p) for p in run.glob("step-*") if p.name[5:].isdecimal()]
+    names = re.compile(r"step-[0-9]+")
+    found = [(int(p.name[5:]), p) for p in run.glob("step-*") if names.fullmatch(p.name)]
     return [folder for n, folder in sorted(found) if n >= first]
 
 
@@ -207,7 +208,8 @@ def find_checkpoint(name: str) -> Path:
             patterns = ["*.json", "*.safetensors", "*.jinja"]
             return Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as error:  # no such model, no permission, no network: dozens of kinds
-            fail(f"there is no folder {name}, nor a model on the hub: {str(error)[:300]}")
+            reason = str(error)[:300]
+            fail(f"there is no folder {name}, nor can the hub be asked for that model: {reason}")
     if (path / "config.json").exists() or (path / MANIFEST).exists():
         fault = verify_manifest(path)
         require(not fault, f"{path} is broken: {fault}")
@@ -221,11 +223,13 @@ def find_checkpoint(name: str) -> Path:
 def choose_checkpoints(names: list[str]) -> list[Path]:
     """Return one or two checkpoints; of a folder of runs the newest run's, beside its start."""
     require(len(names) <= 2, "name one checkpoint, or two to compare")
-    with user_errors():  # names that no file system takes
-        steps = Path(names[0] if names else "ckpt").glob("*/step-*") if len(names) < 2 else []
-        runs = {step.parent for step in steps if step in checkpoints(step.parent)}
-        run = max(runs, key=lambda run: checkpoints(run)[-1].stat().st_mtime, default=None)
-    if run:
+    runs = []
+    if len(names) < 2:
+        with user_errors():  # names that no file system takes
+            folder = Path(names[0] if names else "ckpt")
+            runs = [run for run in folder.glob("*") if checkpoints(run)]
+    if runs:
+        run = max(runs, key=lambda run: checkpoints(run)[-1].stat().st_mtime)
         paths = [find_checkpoint(str(run))]
         start = Path(load_meta(paths[0]).get("init_from", ""))
         if start.name and start.is_dir():

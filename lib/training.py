@@ -122,11 +122,13 @@ def accumulate_gradients(master: Transformer, policy: Transformer, loss_fn, item
             metrics.append(of_item)
         return metrics
 
+    weights = trainable_parameters(policy)
+
     def worker(numbers: range) -> tuple[list[Tensor], list]:
         total, of_items = [], []
         for i in numbers:
             loss, of_item = loss_fn(i, items[i])
-            gradients = torch.autograd.grad(loss, trainable_parameters(policy))
+            gradients = torch.autograd.grad(loss, weights)
             of_items.append(of_item)
             if total:
                 torch._foreach_add_(total, gradients)

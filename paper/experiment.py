@@ -230,7 +230,7 @@ class Plan:
         return f"{self.title}\n\n{markdown(head, lines)}"
 
     def draw(self, rows: list[dict]):
-        """Draw the rows, each of which has the `log` of its RL run."""
+        """Draw the rows; for curves each has the `log` of its RL run."""
         if self.figure:
             return self.figure(rows)
         if self.curves:

@@ -365,9 +365,11 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
     rows = [
         cell.labels | {"seed": seed} | plan.measure(cell, *runs) for cell, seed, runs in planned
     ]
-    with_logs = [row | {"log": runs[1].log()} for row, (_, _, runs) in zip(rows, planned)]
+    drawn = rows
+    if plan.curves:
+        drawn = [row | {"log": runs[1].log()} for row, (_, _, runs) in zip(rows, planned)]
     verdicts = [claim.verdict(rows) for claim in plan.claims]
-    experiment.report(rows, plan.table(rows), verdicts, plan.draw(with_logs))
+    experiment.report(rows, plan.table(rows), verdicts, plan.draw(drawn))
 
 
 def list_experiments(config: ReproduceConfig) -> None:
