@@ -34,7 +34,8 @@ except ImportError:
 
 def attn_backend(model: Transformer) -> str:
     """Choose the back end by device, dtype and what is installed: a name of the table above."""
-    if kernels.apply_to(model.lm_head.weight):
+    example = torch.empty(0, dtype=model.dtype, device=model.device)
+    if kernels.apply_to(example, model.config.head_dim):
         return "kernels.c"
     if model.device.type != "cuda" or model.dtype == torch.float32:
         return "torch padded"

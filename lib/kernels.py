@@ -10,16 +10,22 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from lib.flags import warn
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the tokens' rotations, (N, d/2) each
 # Sums may be reordered, so that they vectorise, and nothing is infinite. -ffast-math would also
 # make every thread that loads the library flush denormals to zero.
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros "
 FLAGS += "-fassociative-math -ffinite-math-only -shared -fPIC"
+COMPILER_SECONDS = 45
+failures: list[Exception] = []  # of building kernels: the first one ends the use of all
+one_build = threading.Lock()  # one thread builds, the others wait for it
 Int, Float, Pointer = [ctypes.c_long], [ctypes.c_float], [ctypes.c_void_p]
 ELEMENTWISE = {
     "add_rms_norm": Int * 2 + Float + Pointer * 5,
@@ -31,29 +37,47 @@ ATTENTION = {"attend": Int * 7 + Pointer * 9, "packed": Int * 4 + Pointer * 7}
 ATTENTION["packed_backward"] = Int * 5 + Pointer * 8
 
 
-def apply_to(x: Tensor) -> bool:
-    """Whether the kernels replace PyTorch's operations on x."""
-    return x.device.type == "cpu" and available()
+def apply_to(x: Tensor, head_dim: int = 0) -> bool:
+    """Whether the kernels replace PyTorch's operations on x: with `head_dim` those of attention."""
+    return x.device.type == "cpu" and available() and library(x.dtype, head_dim) is not None
 
 
-@functools.cache
 def available() -> bool:
-    """Whether there is a compiler that can build the kernels."""
-    try:
-        return bool(library(torch.float32))
-    except (OSError, subprocess.CalledProcessError):
-        return False
+    """Whether there is a compiler that has built all that it was asked for."""
+    return library(torch.float32) is not None and not failures
 
 
 @functools.cache
-def library(dtype: torch.dtype, head_dim: int = 0) -> ctypes.CDLL:
-    """Build the kernels for fp32 or bf16: with `head_dim` those of attention, else the others."""
+def library(dtype: torch.dtype, head_dim: int = 0) -> ctypes.CDLL | None:
+    """Build the kernels for fp32 or bf16: with `head_dim` those of attention, else the others.
+
+    Return None if that fails or has failed before, for whatever reason, and say so once.
+    """
+    with one_build:
+        if failures:
+            return None
+        try:
+            return build(dtype, head_dim)
+        except (OSError, subprocess.CalledProcessError, AttributeError) as error:
+            failures.append(error)
+            why = str(error)
+            if isinstance(error, subprocess.CalledProcessError):
+                why = f"cc ended with {error.returncode}. {error.stderr.decode(errors='replace')}"
+                if error.returncode == -9:
+                    why = f"cc was killed, or took more than {COMPILER_SECONDS} seconds"
+            warn(f"the CPU's kernels cannot be built, PyTorch serves, slower: {why[:300]}")
+            return None
+
+
+def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL:
     options = ["-DBF16"] * (dtype == torch.bfloat16) + [f"-DHEAD_DIM={head_dim}"] * (head_dim > 0)
     source = str(Path(__file__).with_name("kernels.c"))
+    # `timeout` ends the compiler with all that it has started.
+    command = f"timeout -s KILL {COMPILER_SECONDS} cc {FLAGS}".split()
     with tempfile.TemporaryDirectory() as folder:
         built = f"{folder}/kernels.so"
-        command = ["cc", *FLAGS.split(), *options, source, "-o", built]
-        subprocess.run(command, check=True, capture_output=True)
+        command += [*options, source, "-o", built]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
         kernels = ctypes.CDLL(built)
     for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)

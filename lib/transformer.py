@@ -11,7 +11,7 @@ names are those of transformers, but qkv_proj and gate_up_proj stack several of 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ class ModelConfig:
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`."""
-        if kernels.apply_to(x):
+        if kernels.apply_to(added):
             return kernels.add_rms_norm(x, added, self.weight, self.eps)
         x = x + added
         return x, super().forward(x).to(added.dtype)
@@ -157,6 +157,14 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.allow_tokens(range(config.vocab_size))
+
+    def allow_tokens(self, tokens: Iterable[int]) -> None:
+        """Give probability to these tokens alone: many checkpoints have rows for more (Qwen2.5)."""
+        allowed = set(tokens)
+        self.n_logits = max(allowed, default=-1) + 1
+        gaps = torch.tensor(sorted(set(range(self.n_logits)) - allowed), dtype=torch.long)
+        self.register_buffer("gaps", gaps.to(self.device), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,8 +190,15 @@ class Transformer(nn.Module):
         return self.model.norm(x, added)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits (N, V) in fp32 of hidden states (N, D)."""
-        return self.lm_head(hidden).float()
+        """Return the logits (N, V) in fp32 of hidden states (N, D), V up to the last token allowed.
+
+        What is not allowed gets a logit so low that its probability is zero and its p log p, too.
+        """
+        weight = self.lm_head.weight
+        if self.n_logits < len(weight):
+            weight = weight[: self.n_logits]
+        logits = F.linear(hidden, weight).float()
+        return logits.index_fill(1, self.gaps, -1e30) if len(self.gaps) else logits
 
 
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

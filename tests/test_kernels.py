@@ -1,6 +1,8 @@
 """The CPU kernels against the same formulas in PyTorch, values and gradients."""
 
-import subprocess
+import os
+import shutil
+import time
 
 import pytest
 import torch
@@ -87,12 +89,55 @@ def test_describe_names_device_precision_and_back_end(monkeypatch):
     assert line == "Computing on cpu in bf16, attention by torch padded."
 
 
-def test_no_compiler_is_no_error(monkeypatch):
-    def missing(*_, **__):
-        raise FileNotFoundError("cc")
+COMPILERS = {  # cc as a shell script, with REAL for the real one; what the line says
+    "missing": ("", "cc"),
+    "fails always": ("echo broken >&2; exit 1", "broken"),
+    "fails in bf16": (
+        'case "$*" in *BF16*) echo no __bf16 >&2; exit 1;; esac; REAL "$@"',
+        "__bf16",
+    ),
+    "fails for attention": ('case "$*" in *HEAD_DIM*) exit 3;; esac; REAL "$@"', "ended with 3"),
+    "killed": ("kill -9 $$", "killed"),
+    "hangs": ("sleep 1000 & wait", "more than 1 seconds"),
+    "writes nothing": ("exit 0", "kernels.so"),
+    "writes nonsense": ('for last; do :; done; echo text > "$last"', "kernels.so"),
+    "writes another library": (
+        'for last; do :; done; echo | REAL -x c - -shared -o "$last"',
+        "undefined symbol",
+    ),
+}
 
-    monkeypatch.setattr(subprocess, "run", missing)
-    for cached in (kernels.available, kernels.library):
-        cached.cache_clear()
-    assert not kernels.available() and not kernels.apply_to(torch.zeros(1))
-    kernels.available.cache_clear()
+
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """Forget the kernels that were built, and afterwards those that were not."""
+    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels, "failures", [])
+    yield
+    kernels.library.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", COMPILERS)
+def test_whatever_the_compiler_does_pytorch_serves_and_one_line_says_so(
+    how, unbuilt, tmp_path, monkeypatch, capsys
+):
+    script, says = COMPILERS[how]
+    compiler, path = tmp_path / "cc", os.environ["PATH"]
+    for name in ("timeout", "sleep"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    if script:
+        compiler.write_text(f"#!/bin/sh\n{script.replace('REAL', shutil.which('cc'))}\n")
+        compiler.chmod(0o755)
+    model = small_model(num_hidden_layers=1)
+    batch = pack(*pad([[3, 4, 5]]), *pad([[6, 7, 8, 9]]), torch.tensor([0]))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{path}" if "REAL" in script else str(tmp_path))
+    monkeypatch.setattr(kernels, "COMPILER_SECONDS", 1 if how == "hangs" else 30)
+    start = time.monotonic()
+    logps = [response_logps(make_policy(model, name), batch)[0] for name in ("fp32", "bf16")]
+    assert time.monotonic() - start < 20
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "PyTorch serves" in line and says in line
+    expected, _ = response_logps(model, batch)
+    for logp, tolerance in zip(logps, (1e-5, 0.1)):
+        torch.testing.assert_close(logp, expected, atol=tolerance, rtol=0.01)
