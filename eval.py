@@ -298,17 +298,17 @@ def comparison_table(before: dict, after: dict, difference: dict, reasons: dict)
     return f"{format_table(rows)}\n{note}"
 
 
-def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> None:
-    """Print the metrics of one checkpoint, or of two and why they differ; write and draw them."""
+def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> str:
+    """Write and draw one checkpoint's metrics, or two and why they differ; return their table."""
     summaries, reasons = [summarise(of_one) for of_one in scored.values()], None
     if len(scored) == 1:
         named, metrics = {"": summaries[0]}, summaries[0]
-        print(table(metrics))
+        text = table(metrics)
     else:
         reasons, difference = decompose_gain(*scored.values()), compare(*scored.values())
         named = dict(zip(("before", "after"), summaries))
         metrics = named | {"difference": difference, "reasons": reasons}
-        print(comparison_table(*summaries, difference, reasons))
+        text = comparison_table(*summaries, difference, reasons)
     if json:
         with user_errors():
             write_json(json, {"checkpoints": list(scored), **metrics})
@@ -316,6 +316,7 @@ def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> N
         from lib.plots import plot_evaluation  # matplotlib takes a second to import
 
         plot_evaluation(named, plot, reasons)
+    return text
 
 
 def main(config: EvalConfig, world: World) -> None:
@@ -348,8 +349,8 @@ def main(config: EvalConfig, world: World) -> None:
     low, high = task.steps
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
     which = f"{len(problems)} validation problems of {low}-{high} steps in GF({task.p})"
-    print(f"{' -> '.join(scored)}: {which}, {how}; in %\n")
-    report(scored, config.json and Path(config.json), config.plot and Path(config.plot))
+    text = report(scored, config.json and Path(config.json), config.plot and Path(config.plot))
+    print(f"{' -> '.join(scored)}: {which}, {how}; in %\n\n{text}")
 
 
 if __name__ == "__main__":

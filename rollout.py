@@ -15,14 +15,14 @@ first step. So its responses do not depend on which prompts share its batch or r
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lib.attention import KVCache, packed_attention
-from lib.distributed import in_threads, n_threads
+from lib.distributed import in_threads, n_threads, processes_here
+from lib.limits import memory_limit
 from lib.packing import Packed, log_softmax, pack, pack_prompts, pad
 from lib.rng import torch_rng
 from lib.transformer import Transformer
@@ -135,10 +135,9 @@ class Sampler:
                 cache = self.batch.cache
                 free += cache.groups * (cache.max_prompt_len + response_tokens) * per_token
         else:
-            # Total, not free, memory: free memory varies, the batch size would vary with it, and
+            # The limit, not what is free: that varies, the batch size would vary with it, and
             # results would differ in the last bits.
-            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            free = total / 4 / n_threads(device)
+            free = memory_limit() / 4 / n_threads(device) / processes_here()
         # The other half is for logits, activations and training.
         return max(1, int(free / 2 / ((max_prompt_len + response_tokens) * per_token)))
 

@@ -27,7 +27,7 @@ OPERAND = "wrong operand"  # a value, operation or operand that is not the one a
 SKIPPED = "skipped step"  # an expected line is missing; a later one appears instead
 ORDER = "wrong order"  # a line out of turn: it came before, or is never due
 FORMAT = "format"  # a line of another form
-NO_ANSWER = "no answer"  # the response ends before its answer
+NO_ANSWER = "no answer"  # the response ends before its answer does
 
 # No fault of a line: the strategy did not match the problem type, and its guess was wrong.
 GUESS = "wrong guess"
@@ -87,7 +87,7 @@ class Response:
     steps: int
     strategy: str
     matches: bool  # whether every part is solved with the strategy that needs no guess
-    correct: bool  # exact match of the answer: what tables count
+    correct: bool  # ended by a stop token and exact match of the answer: what tables count
     error: str | None  # what went wrong first: a wrong guess, or the kind of a line's error
     stopped: bool  # whether it ended before the token limit
     reward: float = 0.0  # what GRPO trains on
@@ -109,14 +109,15 @@ def score_rollout(rollout, problems: list[Problem], tokenizer) -> None:
 def score_response(problem: Problem, text: str, stopped: bool) -> Response:
     """Tag a response and compute its reward."""
     tagged = tag(problem, text)
-    error = tagged.error.kind if tagged.error else None
+    cut_off = None if stopped else NO_ANSWER  # perhaps within the answer
+    error = tagged.error.kind if tagged.error else cut_off
     return Response(
         kind=problem.kind,
         steps=problem.steps,
         strategy=tagged.strategy,
         matches=matches(problem, tagged),
-        correct=is_correct(problem, text),
-        reward=reward(problem, text),
+        correct=is_correct(problem, text, stopped),
+        reward=reward(problem, text, stopped),
         error=GUESS if tagged.misguessed else error,
         stopped=stopped,
     )

@@ -274,12 +274,14 @@ def main(config: GrpoConfig, world: World) -> None:
         from lib.plots import plot_training  # matplotlib takes a second to import
 
         folder, final = run.folder, run.folder / f"step-{config.updates}"
-        models = {str(run.init): reference or training.initial_policy(run), str(final): policy}
+        models = {str(final): policy}
+        if reference := reference or training.initial_policy(run):
+            models = {str(run.init): reference} | models
         scored = {name: evaluate(model, 4) for name, model in models.items()}
-        print(f"\nbefore -> after RL, 4 samples each at temperature {config.temperature}; in %")
-        eval.report(scored, folder / "evaluation.json", folder / "evaluation.png")
+        table = eval.report(scored, folder / "evaluation.json", folder / "evaluation.png")
         plot_training({folder.name: run.log.rows}, folder / "training.png")
-        print(f"\ncheckpoint  {final}\nlog, plots  {folder}")
+        print(f"\nbefore -> after RL, 4 samples each at temperature {config.temperature}; in %")
+        print(f"{table}\n\ncheckpoint  {final}\nlog, plots  {folder}")
     world.barrier()
 
 
@@ -308,11 +310,8 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, Task, list[Problem], 
     shape = read_config(init) if init else checkpoint.TINY
     limits = (shape.max_position_embeddings, config.max_new_tokens)
     max_new_tokens = tokenizer.max_response_tokens(task, *limits)
-    first_update = open_run(folder, resume_from, config, "grpo", world)
-
-    if resume_from:
-        init = Path(meta["init_from"])
-    init = init or train_sft.train_start(config, world)
+    first_update, start = open_run(folder, resume_from, config, "grpo", world)
+    init = start or init or train_sft.train_start(config, world)
     where = (first_update, init, resume_from, words, world)
     run = training.load_run(config, "grpo", config.updates, *where)
     model = run.master if config.fsdp else run.policy

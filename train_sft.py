@@ -78,16 +78,19 @@ def default_out(strategy: str, field: int, relabel: str) -> Path:
     return Path("ckpt") / f"sft-{strategy}-gf{field}{'-shown' * (relabel == 'shown')}"
 
 
+def default_folder(config: SftConfig) -> str:
+    out = default_out(config.strategy, config.field, config.relabel)
+    if config.model == "tiny":
+        return str(out)
+    return f"{out}-{Path(config.model).name}"  # not where train_grpo.py looks for the tiny one
+
+
 def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     """Fill in the defaults that depend on the model, and refuse impossible flags."""
     set_missing(config, TINY if tiny else PRETRAINED)
     if config.epochs is None and config.updates is None:
         set_missing(config, {"updates": 1600} if tiny else {"epochs": 20})
-    out = default_out(config.strategy, config.field, config.relabel)
-    if config.model != "tiny":  # not where train_grpo.py looks for the tiny one
-        out = out.with_name(f"{out.name}-{Path(config.model).name}")
-    config.out = config.out or str(out)
-
+    config.out = config.out or default_folder(config)
     require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
     require(config.epochs is None or config.updates is None, "give --epochs or --updates, not both")
     require(config.epochs is None or config.examples > 0, "--epochs needs a number of --examples")
@@ -195,12 +198,14 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], i
 
     Return it, the task, its validation problems, and the longest response in tokens.
     """
-    words = vocabulary(config.field)
-    tokenizer, init, shape = word_tokenizer(words), None, checkpoint.TINY
-    if config.model != "tiny":
-        init = find_checkpoint(config.model).resolve()
-        tokenizer = load_tokenizer(init, not config.no_chat_template)
-        shape = read_config(init)
+    words, folder = vocabulary(config.field), Path(config.out or default_folder(config))
+    tokenizer, shape = word_tokenizer(words), checkpoint.TINY
+    source = resume_from = newest_checkpoint(folder) if config.resume else None
+    if not resume_from and config.model != "tiny":
+        source = find_checkpoint(config.model)
+    if source:
+        tokenizer = load_tokenizer(source, not config.no_chat_template)
+        shape = read_config(source)
     fill_defaults(config, tokenizer.word_level)
     tokenizer.require_vocabulary(words)
     with user_errors():
@@ -208,12 +213,8 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], i
         problems = validation_problems(task, 128, rng(config.seed, "validation problems"))
     max_new_tokens = tokenizer.max_response_tokens(task, shape.max_position_embeddings)
     training.validate(config, "batch_size", world)
-    folder = Path(config.out)
-    resume_from = newest_checkpoint(folder) if config.resume else None
-    first_update = open_run(folder, resume_from, config, "sft", world)
-
-    if init and resume_from:
-        init = Path(load_meta(resume_from)["init_from"])
+    first_update, start = open_run(folder, resume_from, config, "sft", world)
+    init = start if resume_from else source
     in_epochs = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
     where = (config.updates or in_epochs, first_update, init, resume_from, words, world)
     run = training.load_run(config, "sft", *where)

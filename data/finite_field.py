@@ -32,7 +32,7 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lib.flags import parse_flags, require_min, user_errors
+from lib.flags import parse_flags, quiet_pipes, require_min, user_errors
 
 DIFFICULTY = {"easy": (2, 5), "hard": (6, 9), "extreme": (6, 15)}  # steps of a part
 MAX_LABEL = 40
@@ -189,15 +189,18 @@ class Problem:
         return lines, value
 
 
-def is_correct(problem: Problem, response: str) -> bool:
-    """Whether the response ends in the right answer, by exact match: what tables call accuracy."""
+def is_correct(problem: Problem, response: str, stopped: bool = True) -> bool:
+    """Whether the response ends in the right answer, by exact match: what tables call accuracy.
+
+    One that the token limit cut off (not `stopped`) is never right: `answer e1` may become e10.
+    """
     match = ANSWER.search(response)
-    return match is not None and match[1] == problem.answer
+    return stopped and match is not None and match[1] == problem.answer
 
 
-def reward(problem: Problem, response: str) -> float:
+def reward(problem: Problem, response: str, stopped: bool = True) -> float:
     """Return the reward that GRPO trains on, any float: here 1 for the right answer, else 0."""
-    return float(is_correct(problem, response))
+    return float(is_correct(problem, response, stopped))
 
 
 @dataclass(frozen=True)
@@ -340,4 +343,5 @@ def main(config: PrintConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(PrintConfig, "Print problems with both solutions."))
+    with quiet_pipes():
+        main(parse_flags(PrintConfig, "Print problems with both solutions."))

@@ -1,15 +1,17 @@
 """Models on disk: a Hugging Face folder and back. Nothing loaded here can run code."""
 
+import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lib.distributed import World
-from lib.flags import fail, read_json, require
-from lib.lora import add_lora, load_adapters, weight_deltas
+from lib.flags import fail, read_json, require, user_errors
+from lib.lora import adapters_alone, add_lora, load_adapters, weight_deltas
 from lib.policy import DTYPES, detect_dtype, empty_model
 from lib.rng import torch_rng
 from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
@@ -33,7 +35,8 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         raw[name] = getattr(tokenizer.inner, name)
     raw |= {"hidden_act": "silu", "attention_bias": config.model_type == "qwen2"}
-    return raw | {"attention_dropout": 0.0, "use_sliding_window": False, "dtype": "float32"}
+    raw |= {"attention_dropout": 0.0, "use_sliding_window": False, "dtype": "float32"}
+    return raw | {"transformers_version": transformers.__version__}
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -88,10 +91,16 @@ def load_model(
     Weights are read one at a time into place: memory never holds a second copy of the model.
     """
     require(folder.is_dir(), f"there is no folder {folder}")
+    adapters = folder / "adapter_config.json"
+    require(not adapters.exists(), f"{adapters}: merge these adapters into their model first")
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, chat_template)
-    require(len(tokenizer) <= config.vocab_size, f"{folder}: more words in tokenizer than model")
-    files = find_weights(folder)
+    tokens = set(tokenizer.inner.get_vocab().values())
+    require(max(tokens) < config.vocab_size, f"{folder}: more words in tokenizer than model")
+    alone = (folder / "adapter").is_dir() and not (folder / "model.safetensors").exists()
+    require(not alone, adapters_alone(folder))
+    with user_errors():
+        files = find_weights(folder)
     names = dict(hf_weights(empty_model(config, dtype, "meta"))).keys()
     missing, unknown = names - files.keys(), files.keys() - names - {"lm_head.weight"}
     unknown = {n for n in unknown if not n.endswith("rotary_emb.inv_freq")}  # old Llama checkpoints
@@ -104,24 +113,35 @@ def load_model(
         loaded = read_weight(files[name], name, device)
         require(loaded.shape == weight.shape, f"{folder}: the shape of {name} is not config.json's")
         weight.copy_(loaded)
+    model.allow_tokens(tokens)
     return model, tokenizer
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
-    """Return the file of each weight. Every file has to be there, and whole."""
+    """Return the file of each weight. Raises ValueError unless every file is there, and whole."""
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        require(isinstance(weight_map, dict) and bool(weight_map), f"{index} names no weights")
-        files = [folder / Path(name).name for name in sorted(set(map(str, weight_map.values())))]
-    weight_files = {}
+        if files[0].exists():  # the index may be left over; transformers would not say so
+            raise ValueError(f"{folder} holds both {files[0].name} and {index.name}: delete one")
+        try:
+            weight_map = dict(json.loads(index.read_bytes())["weight_map"])
+        except (KeyError, TypeError, RecursionError):
+            raise ValueError(f"{index} names no weights") from None
+        files = [folder / str(name) for name in sorted(set(map(str, weight_map.values())))]
+    weight_files: dict[str, Path] = {}
     for file in files:
+        if file.parent != folder:
+            raise ValueError(f"{index} names {file}, which does not lie in {folder}")
         try:
             with safe_open(file, "pt") as opened:
-                weight_files |= dict.fromkeys(opened.keys(), file)
+                names = opened.keys()
         except (OSError, SafetensorError) as error:
-            fail(f"cannot read the weights in {file}: {error}")
+            raise ValueError(f"cannot read the weights in {file}: {error}") from None
+        for name in names:
+            if name in weight_files:
+                raise ValueError(f"{name} lies in {weight_files[name]} and again in {file}")
+            weight_files[name] = file
     return weight_files
 
 
@@ -150,20 +170,36 @@ def load_master(
     return master, tokenizer
 
 
-def weights_to_save(model: Transformer, meta: dict, is_master: bool = True) -> dict[str, Tensor]:
+def weights_to_save(
+    model: Transformer, meta: dict, is_master: bool = True
+) -> dict[str, Tensor] | None:
     """Return the weights in fp32; with LoRA, the start's as they lie on disk plus the adapters.
 
-    Of a sharded model a collective: all processes have to call it, and rank 0 gets the weights.
+    None if the start is gone or has changed. Of a sharded model a collective: all processes have
+    to call it, and rank 0 gets the weights.
     """
     if meta.get("lora") and is_master:
-        files = find_weights(Path(meta["init_from"]))
-        names = [name for name, _ in hf_weights(model)]
-        weights = {name: read_weight(files[name], name).float() for name in names}
-        for name, delta in weight_deltas(model):
-            weights[name] += delta
-        return weights
+        return merged_weights(model, Path(meta["init_from"]))
     weights = hf_weights(model)
     return {name: weight.float().cpu().contiguous() for name, weight in weights if is_master}
+
+
+def merged_weights(model: Transformer, start: Path) -> dict[str, Tensor] | None:
+    """Return the weights in `start` plus the adapters, in fp32; None if it has others or none.
+
+    They are read again, since the model may hold them in bf16.
+    """
+    try:
+        files, weights = find_weights(start), {}
+        for name, loaded in hf_weights(model):
+            weights[name] = read_weight(files[name], name).float()
+            if not torch.equal(weights[name].to(loaded.dtype), loaded.cpu()):
+                return None
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+    for name, delta in weight_deltas(model):
+        weights[name] += delta
+    return weights
 
 
 def load_meta(checkpoint: Path) -> dict:

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.flags import require, warn
+from lib.flags import is_alone, quiet_pipes, require, warn
+from lib.limits import core_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,33 @@ class World:
             dist.barrier()
 
 
+def read_ranks() -> tuple[int, int, int]:
+    """Return rank, world size and the rank on this machine, by torchrun's variables."""
+    if is_alone():
+        return 0, 1, 0
+    names, advice = ("RANK", "WORLD_SIZE"), "start processes by torchrun, or unset WORLD_SIZE"
+    missing = [x for x in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(x)]
+    require(not missing, f"WORLD_SIZE is set but {', '.join(missing)} is not: {advice}")
+    values = [*map(os.environ.get, names), os.environ.get("LOCAL_RANK", "0")]
+    numbers = all(value.isascii() and value.isdigit() for value in values)
+    rank, world_size, local_rank = map(int, values) if numbers else (1, 0, 0)
+    message = f"RANK {values[0]} of WORLD_SIZE {values[1]} (LOCAL_RANK {values[2]}) is no rank"
+    require(max(rank, local_rank) < world_size, f"{message}: {advice}")
+    return rank, world_size, local_rank
+
+
+def processes_here() -> int:
+    """Return how many of a run's processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+
+
 def init_distributed() -> World:
     """Join the process group that torchrun describes in the environment, and pick the device."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, local = read_ranks()
     device = torch.device("cpu")
+    torch.set_num_threads(min(torch.get_num_threads(), core_limit()))
     if torch.cuda.is_available():
-        local, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        n_gpus = torch.cuda.device_count()
         require(local < n_gpus, f"one process per GPU: there are {n_gpus} GPUs and more processes")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -87,7 +109,8 @@ def distributed() -> Iterator[World]:
     """Initialise the process group and destroy it on exit."""
     world = init_distributed()
     try:
-        yield world
+        with quiet_pipes():
+            yield world
     except BaseException as error:
         if world.world_size == 1:
             raise
@@ -123,14 +146,15 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Signals:
-    """Catch SIGTERM and Ctrl-C, so that a run finishes its update and saves before it exits."""
+    """Catch SIGTERM, Ctrl-C and a closed terminal: a run finishes its update, saves and exits."""
 
     caught = 0
 
     def during(self, updates: tqdm) -> Iterator[int]:
         """Yield the updates with the handlers installed."""
-        self.bar, numbers = updates, (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self.note) for number in numbers}
+        self.bar, numbers = updates, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        heeded = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+        before = {number: signal.signal(number, self.note) for number in heeded}
         try:
             yield from updates
         finally:

@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -61,10 +63,26 @@ def require_writable(json_file: str, plot: str) -> None:
     require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
 
 
+def is_alone() -> bool:
+    """Whether this is one process, whatever rank something has left in the environment."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def warn(message: str) -> None:
     """Print a line on stderr, from rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_alone() or os.environ.get("RANK") == "0":
         print_error(message)
+
+
+@contextlib.contextmanager
+def quiet_pipes():
+    """End without a word, as `cat` does, where the reader of a pipe has gone: `... | head -1`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left to flush
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 @contextlib.contextmanager
@@ -72,6 +90,8 @@ def user_errors():
     """Turn a ValueError or OSError that says what is wrong into a user error."""
     try:
         yield
+    except BrokenPipeError:  # quiet_pipes
+        raise
     except (ValueError, OSError) as error:
         fail(str(error))
 
@@ -79,7 +99,7 @@ def user_errors():
 def read_json(path: Path) -> dict:
     """Read a file that holds one JSON object."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         fail(f"cannot read {path}: {error}")
     require(isinstance(value, dict), f"cannot read {path}: it holds no JSON object")
@@ -88,6 +108,16 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, value: dict | list) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def repair_streams() -> None:
+    """Let stdout and stderr take any text, though they are ASCII, or closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # python ... >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,6 +135,7 @@ def parse_flags(config_class: type[Config], description: str, positional: str = 
     The comment on a field's line is its help. A line that holds only a comment is the heading of
     the fields below it. The field named `positional` takes the arguments that are not flags.
     """
+    repair_streams()
     formatter = argparse.RawDescriptionHelpFormatter
     group = parser = _Parser(description=description, formatter_class=formatter)
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}

@@ -123,6 +123,13 @@ def save_adapters(model: Transformer, base: str, folder: Path) -> None:
     write_json(folder / "adapter_config.json", config)
 
 
+def adapters_alone(checkpoint: Path) -> str:
+    """Say what a checkpoint is whose start was gone when it was saved, and what to do."""
+    return f"""{checkpoint} holds adapters alone. Where START has the weights that they were trained
+        on, merge them by PEFT: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(
+        "START"), "{checkpoint}/adapter").merge_and_unload()"""
+
+
 def load_adapters(model: Transformer, folder: Path) -> None:
     """Load what `save_adapters` wrote into a model with adapters of the same rank."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from lib.flags import parse_flags, require, require_writable, user_errors
+from lib.flags import parse_flags, quiet_pipes, require, require_writable, user_errors
 from lib.run_dir import read_log
 
 STRATEGY_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "lightgrey")
@@ -193,4 +193,5 @@ def main(config: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(PlotConfig, __doc__, positional="runs"))
+    with quiet_pipes():
+        main(parse_flags(PlotConfig, __doc__, positional="runs"))

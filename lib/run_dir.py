@@ -8,6 +8,8 @@ one; one that is damaged later is detected by its manifest and passed over. One 
 writes to a run: it holds a lock on the log. Nothing loaded here can run code.
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,45 +28,98 @@ from lib.checkpoint import find_weights, hf_config, load_meta, weights_to_save
 from lib.distributed import World, full_tensor
 from lib.flags import fail, flag_name, require, user_errors, warn, write_json
 from lib.fsdp import shard_like
-from lib.lora import save_adapters
+from lib.lora import adapters_alone, save_adapters
 
 MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
 MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}  # flags that may change when a run is resumed
 LOG, MANIFEST = "metrics.jsonl", "manifest.json"
+OVERWRITTEN = (LOG, "evaluation.json", "evaluation.png", "training.png")
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF}
 
 
-def open_run(run: Path, resume_from: Path | None, config, stage: str, world: World) -> int:
-    """Return how many updates are done: 0 in a new run, or those of the checkpoint `resume_from`.
+def open_run(
+    run: Path, resume_from: Path | None, config, stage: str, world: World
+) -> tuple[int, Path | None]:
+    """Return how many updates are done, 0 in a new run, and where a resumed run started, if known.
 
     Refuses a new run over another, a folder in use or not writable, and changed flags or start.
     """
     with user_errors():
         path = next(path for path in (run, *run.absolute().parents) if path.exists())
         require(path.is_dir() and os.access(path, os.W_OK | os.X_OK), f"cannot write to {path}")
+        for file in map(run.joinpath, OVERWRITTEN):
+            inside = file.resolve().is_relative_to(run.resolve())
+            require(inside, f"{file} is a link to {file.resolve()}, which it would overwrite")
         if world.is_master and (run / LOG).exists():
             with (run / LOG).open("a") as file:
                 lock(file, run)
-    done = 0
+    done, start = 0, None
     if config.resume:
         require(resume_from is not None, f"{run} holds no checkpoint to resume")
         meta = load_meta(resume_from)
         require(meta.get("stage") == stage, f"{resume_from} is no checkpoint of this script")
-        for flag, then, now in changed_flags(meta, config):
-            fail(f"{run} was started with {flag} {then}, not {now or 'without'}")
-        check_start(run, meta)
-        done = meta["update"]
+        named = named_start(config)
+        moved = "init_sha256" in meta and named not in ("", "tiny")  # then its weights decide
+        changed = changed_flags(meta, config)
+        for flag, then, now in changed:
+            same = moved and now == named
+            require(same, f"{run} was started with {flag} {then}, not {now or 'without'}")
+        start, done = resumed_start(run, meta, named, bool(changed)), meta["update"]
     else:
         require(not checkpoints(run), f"{run} holds a run already: give --resume or another --out")
     require(len(set(world.all_gather([done]))) == 1, f"ranks see different checkpoints in {run}")
-    return done
+    return done, start
 
 
-def check_start(run: Path, meta: dict) -> None:
-    """Refuse a run whose start has changed or is gone."""
-    if start := meta.get("init_from"):
-        require(Path(start).is_dir(), f"{start}, where {run} started, is gone")
-        same = weights_sha256(Path(start)) == meta.get("init_sha256")
-        require(same, f"the weights in {start}, where {run} started, are no longer the same")
+def resumed_start(run: Path, meta: dict, named: str = "", changed=False) -> Path | None:
+    """Return where a run started; None for a new model. Refuses other weights, or none.
+
+    `named` is --init or --model: it counts if it is no longer what it was, or names the hub.
+    """
+    if "init_sha256" not in meta:
+        return None
+    start = None if changed else find_start(run, meta)
+    if start is None and (changed or is_hub_name(named)):
+        start = find_checkpoint(named)
+        with user_errors():
+            same = weights_sha256(start) == meta["init_sha256"]
+        require(same, f"the weights in {start} are not those from which {run} started")
+    place, flag = Path(meta["init_from"]), "--init" if meta["stage"] == "grpo" else "--model"
+    fault = f"there is no folder {place}, where {run} started"
+    if place.is_dir():
+        fault = f"the weights in {place}, where {run} started, are no longer the same"
+    require(start is not None, f"{fault}: say by {flag} where they are now")
+    return start
+
+
+def named_start(config) -> str:
+    """Return what --init or --model names."""
+    return config.init if hasattr(config, "init") else config.model
+
+
+def describe_start(start: Path, named: str, run: Path) -> dict[str, str]:
+    """Return what training.json says of a run's start, which --init or --model `named`."""
+    folder = start.resolve()
+    return {
+        "init_from": str(folder),
+        "init_beside": os.path.relpath(folder, run.resolve()),
+        "init_name": named if is_hub_name(named) else str(folder),  # how PEFT finds it
+        "init_sha256": weights_sha256(start),
+    }
+
+
+def find_start(run: Path, meta: dict) -> Path | None:
+    """Return the folder with the weights from which a run started; None if they are gone.
+
+    They are looked for where they were, and beside the run if both were moved together.
+    """
+    if "init_sha256" not in meta:
+        return None
+    for folder in (Path(meta["init_from"]), run / meta.get("init_beside", "")):
+        with contextlib.suppress(OSError, ValueError):  # no weights there
+            if weights_sha256(folder) == meta["init_sha256"]:
+                return folder
+    return None
 
 
 def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
@@ -75,7 +130,7 @@ def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a model's weights on disk."""
+    """Return the SHA-256 of a model's weights on disk. Raises ValueError if there are none."""
     files = sorted(set(find_weights(folder).values()))
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
@@ -91,7 +146,7 @@ def save_checkpoint(
     """Write RUN/step-UPDATE, whole or not at all. `meta` says as JSON what made it.
 
     Rank 0 writes; the others help to gather a sharded model. The newest meta["keep"] checkpoints
-    are kept, or all if that is 0.
+    are kept, or all if that is 0. Where the start under adapters is gone they are saved alone.
     """
     folder, draft = run / f"step-{update}", run / f".step-{update}.part"
     weights, state = weights_to_save(model, meta, is_master), optimizer.state_dict()
@@ -101,25 +156,29 @@ def save_checkpoint(
     if not is_master:
         return folder
     for old in run.glob(".step-*.part"):  # left by a run that was killed while it wrote
-        shutil.rmtree(old, ignore_errors=True)
+        delete(old)
     try:
         draft.mkdir(parents=True)
-        save_file(weights, draft / "model.safetensors", {"format": "pt"})
-        tokenizer.inner.save_pretrained(draft)
+        if weights is None:
+            warn(f"{meta['init_from']} is gone or has changed: {adapters_alone(folder)}")
+        else:
+            save_file(weights, draft / "model.safetensors", {"format": "pt"})
+        tokenizer.save(draft)
         stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
         write_json(draft / "config.json", hf_config(model.config, tokenizer))
         write_json(draft / "generation_config.json", stops)
         write_json(draft / "training.json", {"update": update, **meta})
         torch.save(state, draft / "training_state.pt")
         if meta.get("lora"):
-            save_adapters(model, meta["init_from"], draft / "adapter")
+            save_adapters(model, meta.get("init_name", meta["init_from"]), draft / "adapter")
+        follow_umask(draft)
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         write_json(draft / MANIFEST, {str(f.relative_to(draft)): sha256(f) for f in files})
         for path in (*draft.rglob("*"), draft, run / LOG):
             fsync(path)
         for old in checkpoints(run, first=update):  # damaged ones, which were passed over
             remove(old)
-        os.replace(draft, folder)
+        rename(draft, folder)
         fsync(run)
     except Exception as error:  # mostly a full disk, for which each library raises its own kind
         free = shutil.disk_usage(run).free / 1e6
@@ -131,19 +190,75 @@ def save_checkpoint(
     return folder
 
 
+# ------------------------------------------------------------------------------------------------
+# What file systems refuse
+
+
+def follow_umask(folder: Path) -> None:
+    """Give all files the mode of one made by open(): safetensors would hide its own from others."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    mode = (folder / "config.json").stat().st_mode
+    for file in files:
+        with contextlib.suppress(OSError):  # a file system without modes
+            file.chmod(mode)
+
+
 def fsync(path: Path) -> None:
-    """fsync a file or directory, if it exists."""
-    if path.exists():
+    """fsync a file or directory, if it exists and its file system can."""
+    if not path.exists():
+        return
+    try:
         file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        os.close(file)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a folder, or copy it where it cannot be renamed, its manifest first.
+
+    A copy that a crash cuts short is then broken by its manifest.
+    """
+    try:
+        os.replace(old, new)
+    except OSError:
+        new.mkdir()
+        shutil.copy2(old / MANIFEST, new)
+        shutil.copytree(old, new, dirs_exist_ok=True)
+        for path in (*new.rglob("*"), new):
+            fsync(path)
 
 
 def remove(checkpoint: Path) -> None:
-    """Rename before deleting, so a crash never leaves a half-deleted step-N."""
+    """Delete a checkpoint; rename it first, so a crash never leaves a half-deleted step-N.
+
+    overlayfs renames no folder of its lower layer; then its manifest goes last, which says what is
+    missing. A checkpoint that cannot be deleted stays.
+    """
     old = checkpoint.with_name(f".{checkpoint.name}.old.part")
-    os.replace(checkpoint, old)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.replace(checkpoint, old)
+    except OSError:
+        old = checkpoint
+    delete(old)
+    if old.exists():
+        warn(f"{old} cannot be deleted")
+
+
+def delete(path: Path) -> None:
+    """Delete a folder, its manifest last, or a link to one, as far as the file system lets us."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    for file in path.rglob("*"):
+        if file.name != MANIFEST and not file.is_dir():
+            with contextlib.suppress(OSError):
+                file.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -161,12 +276,13 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def verify_manifest(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint by its manifest; None if it is sound or has none."""
-    if not (checkpoint / MANIFEST).exists():  # not made here
-        return None
+    if not (checkpoint / MANIFEST).exists():
+        made_elsewhere = (checkpoint / "config.json").exists()
+        return None if made_elsewhere else "config.json is missing"
     try:
-        hashes = json.loads((checkpoint / MANIFEST).read_text())
+        hashes = json.loads((checkpoint / MANIFEST).read_bytes())
         for name, digest in hashes.items():
-            if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
+            if Path(name).is_absolute() or ".." in Path(name).parts:  # files may be links, though
                 return f"{MANIFEST} names {name}, which lies elsewhere"
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
@@ -198,14 +314,20 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether this is the name of a model of the hub: no folder here, and none of a run."""
+    is_local = Path(name).exists() or name.startswith(("ckpt/", "models/"))
+    return not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
 def find_checkpoint(name: str) -> Path:
     """Return a checkpoint, a run's newest one, or a model from the hub or its cache."""
     path = Path(name)
     with user_errors():  # names that no file system takes
-        is_local = path.exists() or name.startswith(("ckpt/", "models/"))
-    if not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from_hub = is_hub_name(name)
+    if from_hub:
         try:
-            patterns = ["*.json", "*.safetensors", "*.jinja"]
+            patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
             return Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as error:  # no such model, no permission, no network: dozens of kinds
             reason = str(error)[:300]
@@ -231,11 +353,11 @@ def choose_checkpoints(names: list[str]) -> list[Path]:
     if runs:
         run = max(runs, key=lambda run: checkpoints(run)[-1].stat().st_mtime)
         paths = [find_checkpoint(str(run))]
-        start = Path(load_meta(paths[0]).get("init_from", ""))
-        if start.name and start.is_dir():
+        meta = load_meta(paths[0])
+        if start := find_start(run, meta):
             return [find_checkpoint(os.path.relpath(start)), *paths]
-        if start.name:
-            warn(f"{start}, where {run} started, is gone: evaluating {run} alone")
+        if "init_from" in meta:
+            warn(f"{meta['init_from']}, where {run} started, is gone: evaluating {run} alone")
         return paths
     require(any(names), "name one checkpoint, or train one: there is no run in ckpt/")
     paths = [find_checkpoint(name) for name in names]

@@ -5,24 +5,38 @@ its own; its prompts begin with a sentence that explains the notation. A problem
 `prompt()` and `explanation`, a task anything with `longest_examples(rng)`.
 """
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lib.flags import fail, read_json, require
+from lib.flags import fail, read_json, require, write_json
 from lib.rng import rng
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+NO_TEMPLATE = "--no-chat-template does without"
+
+
+# A pretrained model's tokenizer is saved as it came: transformers 5 would write one that 4 cannot
+# open. A new one says by `auto_map`, a known class twice, that it is no Qwen2Tokenizer; without it
+# AutoTokenizer would give that to every model of the type qwen2, whatever words the model has.
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES += ("vocab.json", "merges.txt", "tokenizer.model")
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+FAST = "PreTrainedTokenizerFast"
+NEW_CONFIG = {"tokenizer_class": FAST, "auto_map": {"AutoTokenizer": [FAST, FAST]}}
+NEW_CONFIG |= {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
 
 
 class Tokenizer:
     """A model's tokenizer. Its EOS token ends a solution; any of `stops` ends a response."""
 
-    def __init__(self, inner: PreTrainedTokenizerFast, stops: list[int] | None = None):
+    def __init__(self, inner: PreTrainedTokenizerFast, stops=(), files: dict | None = None):
         self.inner = inner
-        self.stops = sorted({inner.eos_token_id, *(stops or [])})
+        self.stops = sorted({inner.eos_token_id, *stops})
+        self.files = files or {}  # a pretrained one's, by name, to be saved as they were
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -42,11 +56,24 @@ class Tokenizer:
         messages = [{"role": "user", "content": text}]
         # Llama's template would write today's date, and resuming differ; Qwen3's would think first.
         options = {"date_string": "26 Jul 2024", "enable_thinking": False, "return_dict": False}
-        return self.inner.apply_chat_template(messages, add_generation_prompt=True, **options)
+        options["add_generation_prompt"] = True
+        try:
+            return self.inner.apply_chat_template(messages, **options)
+        except Exception as error:  # a template is a program
+            fail(f"the model's chat template fails ({NO_TEMPLATE}): {str(error)[:300]}")
 
     def solution(self, text: str) -> list[int]:
         """Return the tokens of a solution, with the stop token."""
         return [*self.inner.encode(text, add_special_tokens=False), self.inner.eos_token_id]
+
+    def save(self, folder: Path) -> None:
+        """Write the files from which it was loaded, or those of a new one."""
+        if not self.files:
+            self.inner.save_pretrained(folder)
+            write_json(folder / "tokenizer_config.json", NEW_CONFIG)
+        for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
 
     def decode(self, rows: list[list[int]]) -> list[str]:
         return self.inner.batch_decode(rows, clean_up_tokenization_spaces=False)
@@ -55,6 +82,21 @@ class Tokenizer:
         """Return the tokens (words here) that begin a line which other lines refer to."""
         words = self.inner.get_vocab().items()
         return [i for word, i in words if word in ("start", "end") or word[-1] == ":"]
+
+    def require_prompts(self, problems: list) -> None:
+        """Refuse a template that loses the problem, and prompts that end in a stop token.
+
+        After a stop token models say anything. White space behind it does not count.
+        """
+        prompts = [self.prompt(problem) for problem in problems]
+        for problem, prompt, text in zip(problems, prompts, self.decode(prompts)):
+            held = " ".join(problem.prompt().split()) in " ".join(text.split())
+            require(held, f"the model's prompts do not hold the problem ({NO_TEMPLATE})")
+            for token in reversed(prompt):
+                ends = token in self.stops
+                require(not ends, "the model's prompts end in a stop token, which begins no answer")
+                if self.decode([[token]])[0].strip():
+                    break
 
     def require_vocabulary(self, words: list[str]) -> None:
         """Refuse a tokenizer that cannot write these words."""
@@ -68,6 +110,7 @@ class Tokenizer:
         Refuses a model whose `max_positions` are too few for the task's prompts and responses.
         """
         problems, solutions = task.longest_examples(rng("token budget"))
+        self.require_prompts(problems)
         lines = [line for solution in solutions[:2] for line in solution.split("\n")]
         line, solution = (max(len(self.solution(x)) - 1 for x in xs) for xs in (lines, solutions))
         budget = wanted or solution + line
@@ -81,7 +124,7 @@ def word_tokenizer(words: list[str]) -> Tokenizer:
     vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *words])}
     backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
+    special = {key: NEW_CONFIG[key] for key in ("pad_token", "eos_token", "unk_token")}
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **special))
 
 
@@ -93,11 +136,20 @@ def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises no narrower one
         fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
     require(inner.eos_token_id is not None, f"the tokenizer in {folder} names no EOS token")
+    names = FILES + TEMPLATES * chat_template
+    found = [file for name in names for file in folder.glob(name) if file.is_file()]
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in found}
     if not chat_template:
-        inner.chat_template = None
+        inner.chat_template, name = None, "tokenizer_config.json"
+        config = json.loads(files.get(name, "{}"))
+        config.pop("chat_template", None)
+        files[name] = json.dumps(config, indent=2).encode()
     path = folder / "generation_config.json"
+    if not path.exists():
+        path = folder / "config.json"
     given = read_json(path).get("eos_token_id") if path.exists() else None
     stops = given if isinstance(given, list) else [] if given is None else [given]
-    sound = all(type(stop) is int and 0 <= stop < len(inner) for stop in stops)
+    known = set(inner.get_vocab().values())
+    sound = all(type(stop) is int and stop in known for stop in stops)
     require(sound, f"{path}: bad eos_token_id")
-    return Tokenizer(inner, stops)
+    return Tokenizer(inner, stops, files)

@@ -1,6 +1,7 @@
 """What the two training scripts share: loading a run, gradients, the optimizer step, saving."""
 
 import math
+import os
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
 from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads
 from lib.flags import flag_name, require, require_min, warn
+from lib.limits import return_freed_memory
 from lib.lora import validate_lora, without_adapters
 from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
 from lib.tokenizer import Tokenizer
@@ -64,6 +66,8 @@ def load_run(
         master, tokenizer = checkpoint.load_master(config, *where)
     else:
         master, tokenizer = checkpoint.new_model(words, config.seed)
+    if not tokenizer.word_level:
+        return_freed_memory()
     master = master.to(world.device)
     policy = fsdp.shard(master, precision, world) if config.fsdp else make_policy(master, precision)
     options = {"betas": (0.9, 0.95), "weight_decay": getattr(config, "weight_decay", 0.0)}
@@ -73,19 +77,25 @@ def load_run(
         run_dir.load_optimizer(resume_from, optimizer)
 
     meta = asdict(config) | {"stage": stage, "total": updates, "compute_dtype": precision}
-    if init:
-        meta |= {"init_from": str(init.resolve()), "init_sha256": run_dir.weights_sha256(init)}
     folder, log = Path(config.out), None
+    if init:
+        meta |= run_dir.describe_start(init, run_dir.named_start(config), folder)
     if world.is_master:
         print(f"Starting from {init}.\n" * bool(init) + describe(policy))
         log = run_dir.Log(folder, first_update)
     return Run(folder, updates, first_update, init, meta, tokenizer, master, policy, optimizer, log)
 
 
-def initial_policy(run: Run) -> Transformer:
-    """Return the policy before RL: the frozen base under the adapters, or the start reloaded."""
+def initial_policy(run: Run) -> Transformer | None:
+    """Return the policy before RL: the frozen base under the adapters, or the start reloaded.
+
+    None, with a warning, if the start is gone meanwhile.
+    """
     if run.meta["lora"]:
         return without_adapters(run.master)
+    if run_dir.find_start(run.folder, run.meta) is None:
+        warn(f"{run.init}, where this run started, is gone or no longer the same")
+        return None
     dtype = DTYPES[run.meta["compute_dtype"]]
     return checkpoint.load_model(run.init, run.master.device, dtype)[0]
 
@@ -94,7 +104,16 @@ def progress_bar(run: Run, name: str, world: World) -> tqdm:
     """Return a bar over the numbers of the updates that are still to do."""
     updates = range(run.first_update, run.updates)
     bar = {"initial": run.first_update, "total": run.updates, "disable": not world.is_master}
-    return tqdm(updates, desc=name, **bar)
+    return ProgressBar(updates, desc=name, **bar)
+
+
+class ProgressBar(tqdm):
+    def display(self, *args, **kwargs) -> bool | None:
+        """Fall silent where nobody reads stderr any more, as in `2>&1 | head`; training goes on."""
+        try:
+            return super().display(*args, **kwargs)
+        except BrokenPipeError:
+            self.disable, self.fp = True, open(os.devnull, "w")  # noqa: SIM115
 
 
 def linear_decay(config, update: int, updates: int) -> float:

@@ -260,14 +260,16 @@ HEADER = """| row | what | ours, s | peer, s | ratio | of the limit |
 | --- | --- | ---: | ---: | ---: | ---: |"""
 
 
-def report(name: str, what: str, ours: float, peer: float | None, limit: float | None) -> dict:
-    """Print a row of the table and return it; ratios are the peer's and the limit's over ours."""
+def as_dict(name: str, what: str, ours: float, peer: float | None, limit: float | None) -> dict:
+    """Return a row by its columns' names; ratios are the peer's and the limit's over ours."""
     row = {"name": name, "what": what, "ours": ours, "peer": peer}
-    row |= {"ratio": peer and peer / ours, "of_limit": limit and limit / ours}
+    return row | {"ratio": peer and peer / ours, "of_limit": limit and limit / ours}
+
+
+def format_row(row: dict) -> str:
     formats = ("{}", "{}", "{:.3f}", "{:.3f}", "{:.1f}x", "{:.0%}")
     cells = [cell.format(value) if value else "" for cell, value in zip(formats, row.values())]
-    print(f"| {' | '.join(cells)} |", flush=True)
-    return row
+    return f"| {' | '.join(cells)} |"
 
 
 def plot_lengths(work: Work, machine: Machine, path: Path) -> None:
@@ -316,12 +318,13 @@ def main(config: BenchConfig, world: World) -> None:
     for name, (rows, work) in ROWS.items():
         if name.startswith(prefix):
             for row in rows(name, SMALL if config.small else work, machine):
-                timed.append(report(*row))
+                timed.append(as_dict(*row))
+                if config.json:
+                    with user_errors():
+                        write_json(Path(config.json), timed)
+                print(format_row(timed[-1]), flush=True)
     if config.plot:
         plot_lengths(SMALL if config.small else TINY, machine, Path(config.plot))
-    if config.json:
-        with user_errors():
-            write_json(Path(config.json), timed)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from data.finite_field import EVALUATION, INVERSION
 from lib.checkpoint import load_meta
 from lib.flags import flag_name, read_json, require, user_errors, write_json
 from lib.plots import draw_smoothly, new_figure, save
-from lib.run_dir import check_start, newest_checkpoint, read_log
+from lib.run_dir import newest_checkpoint, read_log, resumed_start
 
 ROOT = Path(__file__).parent.parent  # where the scripts lie
 SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")  # each needs what those before it wrote
@@ -65,7 +65,7 @@ class Run:
             then = str(meta.get(name, now))
             message = f"{self.output} was made with {flag_name(name)} {then}, not {now}"
             require(then == now, f"{message}: move it away")
-        check_start(self.output, meta)
+        resumed_start(self.output, meta)
         return bool(newest) and meta["update"] == meta["total"]
 
     @property

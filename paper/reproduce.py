@@ -18,7 +18,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION
-from lib.flags import parse_flags, read_json, require, require_min
+from lib.flags import parse_flags, quiet_pipes, read_json, require, require_min
 from lib.plots import new_figure
 from paper.experiment import (
     MODELS,
@@ -396,4 +396,5 @@ def main(config: ReproduceConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_flags(ReproduceConfig, __doc__, positional="experiment"))
+    with quiet_pipes():
+        main(parse_flags(ReproduceConfig, __doc__, positional="experiment"))

@@ -36,7 +36,7 @@ from eval import (
 )
 from lib.distributed import World
 from lib.rng import rng
-from lib.run_dir import choose_checkpoints, save_checkpoint
+from lib.run_dir import choose_checkpoints, describe_start, save_checkpoint
 from lib.stats import pass_at_k, wilson
 from strategies import GUESS, Response, score_response
 
@@ -253,7 +253,7 @@ def test_a_folder_of_runs_means_the_newest_run_and_its_start(tmp_path, monkeypat
     """A run without a start is taken alone, as is a run or a checkpoint that is named directly."""
     monkeypatch.chdir(tmp_path)
     older, start = (save(Path("ckpt/sft"), update) for update in (2, 10))
-    grpo = save(Path("ckpt/grpo"), 3, init_from=str(start.resolve()))
+    grpo = save(Path("ckpt/grpo"), 3, **describe_start(start, "", Path("ckpt/grpo")))
 
     def set_times(*folders: Path) -> None:
         for seconds, folder in enumerate(folders):

@@ -347,8 +347,9 @@ def test_trouble_is_put_in_words(changes, says):
 def graded(monkeypatch):
     """A reward of 0.1 for wrong responses that reach an answer."""
 
-    def reward(problem, response):
-        return 1.0 if is_correct(problem, response) else 0.1 if "answer" in response else 0.0
+    def reward(problem, response, stopped):
+        right = is_correct(problem, response, stopped)
+        return 1.0 if right else 0.1 if "answer" in response else 0.0
 
     monkeypatch.setattr("strategies.reward", reward)
 
@@ -369,7 +370,8 @@ def test_a_graded_reward_trains_as_graded(graded):
     wrong = next(name for name in ("e0", "e1") if name != problem.answer)
     texts = [problem.solution("forward"), f"answer {wrong}", "", f"answer {wrong}"]
     tokens, ones = torch.arange(4)[:, None], torch.ones(4, dtype=torch.long)
-    rollout = Rollout(*pad([[3]]), tokens, ones, torch.zeros(4, 1), torch.zeros(4).bool())
+    rollout = Rollout(*pad([[3]]), tokens, ones, torch.zeros(4, 1), torch.ones(4).bool())
+    rollout.response_tokens = lambda: tokens.tolist()  # the tests' have no stop tokens
     score_rollout(rollout, [problem], Texts(texts))
     assert rollout.rewards.tolist() == [pytest.approx([1.0, 0.1, 0.0, 0.1])]
     advantages = group_advantages(rollout.rewards)[0]

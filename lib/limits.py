@@ -1,0 +1,68 @@
+"""What this process may use: the machine's memory and cores, or its container's share of them."""
+
+import contextlib
+import ctypes
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def memory_limit() -> int:
+    """Return the bytes of memory that this process may use, swap not counted."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = cgroup_values("memory", "memory.max", "memory.limit_in_bytes")
+    return min([total, *(int(limit) for limit in limits)])
+
+
+def return_freed_memory() -> None:
+    """Let the C library give blocks above 1 MB back to the system when they are freed.
+
+    glibc would keep those up to 32 MB in a heap for each thread, which tensors of ever other sizes
+    fragment: a pretrained model's peak memory doubles within 50 updates. A tiny model is 4% slower
+    with this, and has no need of it.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            ctypes.CDLL("libc.so.6").mallopt(option, 2**20)
+
+
+def core_limit() -> int:
+    """Return how many cores this process may keep busy, a part of one counted as one."""
+    quotas = [len(os.sched_getaffinity(0))]
+    for quota, period in (words.split() for words in cgroup_values("cpu", "cpu.max")):
+        quotas.append(int(quota) / int(period))
+    pairs = zip(*(cgroup_values("cpu", f"cpu.cfs_{name}_us") for name in ("quota", "period")))
+    quotas += [int(quota) / int(period) for quota, period in pairs if int(quota) > 0]
+    return max(1, math.ceil(min(quotas)))
+
+
+def cgroup_values(controller: str, *names: str) -> Iterator[str]:
+    """Yield what the files of these names hold in this process's cgroup and those above it.
+
+    Version 2 has one tree of groups, version 1 one for each controller. A container may see its
+    own group as the root of the tree, under a path that exists on the host alone.
+    """
+    mounts = ROOT / "sys/fs/cgroup"
+    for line in _read(ROOT / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        tree = mounts / controller if controllers else mounts
+        group = tree / path.lstrip("/")
+        for folder in (group, *group.parents):
+            values = [_read(folder / name).strip() for name in names]
+            yield from (value for value in values if value and not value.startswith("max"))
+            if folder == tree:
+                break
+
+
+def _read(file: Path) -> str:
+    """Return a file's text; "" if there is none that can be read."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

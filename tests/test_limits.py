@@ -1,0 +1,159 @@
+"""What this process may use: containers' limits on memory and cores, torchrun's variables."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refusal, small_model
+
+from lib import limits
+from lib.distributed import init_distributed
+from lib.flags import warn
+from lib.limits import core_limit, memory_limit
+from rollout import Sampler
+
+ROOT = Path(limits.__file__).parent.parent
+GB = 2**30
+CONTAINERS = {  # files under /; memory in bytes and cores
+    "version 2, as the container sees it": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": f"{GB}\n",
+            "sys/fs/cgroup/cpu.max": "50000 100000\n",
+        },
+        (GB, 1),
+    ),
+    "version 2, as the host sees it": (
+        {
+            "proc/self/cgroup": "0::/system.slice/run.scope\n",
+            "sys/fs/cgroup/system.slice/memory.max": f"{GB}\n",
+            "sys/fs/cgroup/system.slice/run.scope/memory.max": "max\n",
+            "sys/fs/cgroup/system.slice/run.scope/cpu.max": "max 100000\n",
+        },
+        (GB, None),
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "9:cpu,cpuacct:/docker/ab\n8:memory:/docker/ab\n0::/\n",
+            "sys/fs/cgroup/memory/docker/ab/memory.limit_in_bytes": f"{GB}\n",
+            "sys/fs/cgroup/cpu/docker/ab/cpu.cfs_quota_us": "100000\n",
+            "sys/fs/cgroup/cpu/docker/ab/cpu.cfs_period_us": "100000\n",
+        },
+        (GB, 1),
+    ),
+    "version 1, mounted as the container's own": (
+        {
+            "proc/self/cgroup": "9:cpu,cpuacct:/docker/ab\n8:memory:/docker/ab\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{GB}\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        (GB, None),
+    ),
+    "no limits": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, (None,) * 2),
+    "no cgroups": ({}, (None, None)),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_containers_limits_count(name, tmp_path, monkeypatch):
+    files, expected = CONTAINERS[name]
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    assert memory_limit() == (expected[0] or machine) and core_limit() == (expected[1] or 8)
+
+
+def test_what_does_not_fit_the_container_waits(monkeypatch):
+    """A tenth of the memory holds a tenth of the groups; four processes here share it."""
+    sampler = Sampler(small_model(), [1], 8, 100)
+    monkeypatch.setattr("rollout.memory_limit", lambda: 10 * GB)
+    groups = sampler.max_groups(50)
+    monkeypatch.setattr("rollout.memory_limit", lambda: GB)
+    assert sampler.max_groups(50) == pytest.approx(groups / 10, rel=0.01) and groups > 100
+    monkeypatch.setattr("rollout.processes_here", lambda: 4)
+    assert sampler.max_groups(50) == pytest.approx(groups / 40, rel=0.1)
+
+
+def test_threads_are_as_many_as_the_cores(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("lib.distributed.core_limit", lambda: 1)
+    init_distributed()
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+FREED = """
+import random, re, sys, torch
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from lib.limits import return_freed_memory
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+def work(seed):
+    rng, kept = random.Random(seed), []
+    for _ in range(10):
+        large = [torch.ones(rng.randint(2, 30) * 250_000) for _ in range(8)]
+        kept.append([torch.ones(2000) for _ in large])
+        rng.shuffle(large)
+        del large
+    return kept
+if sys.argv[1] == "returned":
+    return_freed_memory()
+before = resident()
+with ThreadPoolExecutor(2) as pool:
+    kept = list(pool.map(work, range(2)))
+    print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize("how", ["returned", "kept"])
+def test_freed_memory_goes_back_to_the_system(how):
+    """Megabytes that stay resident once two threads have freed their large tensors."""
+    command = [sys.executable, "-c", FREED, how]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert float(done.stdout) < 30 if how == "returned" else float(done.stdout) > 60
+
+
+STRAY = {  # the environment; what is said, or None where one process works as one
+    "a rank alone": ({"RANK": "1"}, None),
+    "a rank of one": ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}, None),
+    "a local rank alone": ({"LOCAL_RANK": "2"}, None),
+    "a nonsense rank alone": ({"RANK": "x"}, None),
+    "an address alone": ({"MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}, None),
+    "a size alone": ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT"),
+    "no address": ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
+    "an empty size": ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
+    "a rank too high": ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
+    "a negative rank": ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK -1"),
+    "a size in words": ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE two"),
+    "a local rank too high": ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "2"}, "LOCAL_RANK 2"),
+}
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_one_process_works_as_one_whatever_was_left_in_the_environment(name, monkeypatch, capsys):
+    variables, says = STRAY[name]
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    if name not in ("a size alone", "no address") and "WORLD_SIZE" in variables:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "1")
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    if says:
+        line = refusal(init_distributed, capsys)
+        assert says in line and "torchrun" in line
+    else:
+        world = init_distributed()
+        assert world.is_master and world.world_size == 1
+        warn("heard")
+        assert "heard" in capsys.readouterr().err
