@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import io
 import json
@@ -76,12 +77,19 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def quiet_pipes():
-    """End without a word, as `cat` does, where the reader of a pipe has gone: `... | head -1`."""
+    """End without a word, as `cat` does, where the reader of a pipe has gone: `... | head -1`.
+
+    Where the output goes to a full disk, end in one line.
+    """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left to flush
+        if error.errno == errno.ENOSPC:
+            fail(str(error))
         raise SystemExit(128 + signal.SIGPIPE) from None
 
 

@@ -82,9 +82,8 @@ def make_pretrained(
         "tie_word_embeddings": False,
     }
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        model_type, vocab_size=len(vocabulary), eos_token_id=2, **(sizes | shape)
-    )
+    sizes |= {"vocab_size": len(vocabulary), "eos_token_id": 2}
+    config = AutoConfig.for_model(model_type, **(sizes | shape))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
     stops = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [2, 0]}
     (folder / "generation_config.json").write_text(json.dumps(stops))

@@ -1,6 +1,7 @@
 """Loading checkpoints: shards, dtypes, memory, the hub's cache; refusal of broken ones."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ from lib import checkpoint
 from lib.attention import packed_attention
 from lib.checkpoint import choose_dtype, load_model
 from lib.distributed import World
-from lib.packing import pack_prompts, pad
-from lib.run_dir import find_checkpoint
+from lib.packing import pack_prompts, pad, response_logps
+from lib.run_dir import find_checkpoint, save_checkpoint
 from lib.transformer import ModelConfig
 from rollout import Sampler
 
@@ -206,3 +207,60 @@ def test_the_precision_is_that_of_training_unless_a_flag_sets_it(tmp_path, monke
     (tmp_path / "training.json").write_text('{"compute_dtype": "a file from elsewhere"}')
     assert choose_dtype("auto", shape, tmp_path, ONE) == "bf16"
     assert choose_dtype("auto", shape, None, ONE) == "bf16"
+
+
+def with_other_vocabulary(folder: Path, gap: bool) -> set[int]:
+    """Leave the model 61 rows more than its tokenizer has tokens; return the tokens' ids."""
+    file = folder / "tokenizer.json"
+    backend = json.loads(file.read_text())
+    vocabulary = backend["model"]["vocab"]
+    if gap:  # and a row that no token has in between
+        del vocabulary[next(word for word, i in vocabulary.items() if i == 200)]
+    file.write_text(json.dumps(backend))
+    return set(vocabulary.values())
+
+
+@pytest.mark.parametrize("gap", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_no_token_has_get_no_probability_and_no_gradient(gap, tied, tmp_path):
+    """Sampler, trainer and reference share one distribution over the tokenizer's tokens."""
+    folder = make_pretrained(
+        tmp_path / "model", vocab_size=320, tie_word_embeddings=tied, initializer_range=0.02
+    )
+    known = with_other_vocabulary(folder, gap)
+    model, tokenizer = load_model(folder)
+    rollout = Sampler(model, tokenizer.stops, 16, 40, 2.0).sample([[5, 6, 7]], [(0,)])
+    mask = torch.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
+    sampled = rollout.tokens[mask].tolist()
+    assert set(sampled) <= known and len(set(sampled)) > 100
+    reference = AutoModelForCausalLM.from_pretrained(folder).eval()
+    index = torch.tensor(sorted(known))
+    with torch.no_grad():
+        theirs = (reference(torch.tensor([[5, 6, 7]])).logits[0, -1] / 2.0)[index].log_softmax(-1)
+    first = dict(zip(index.tolist(), theirs.tolist()))
+    for token, logp in zip(rollout.tokens[:, 0].tolist(), rollout.logps[:, 0].tolist()):
+        assert logp == pytest.approx(first[token], abs=1e-4)
+
+    rollout.advantages = torch.ones(1, 16)
+    batch, old_logps, _ = rollout.pack(torch.tensor([0]))
+    logps, entropy = response_logps(model, batch, 2.0, entropy=True)
+    torch.testing.assert_close(logps, old_logps, atol=1e-4, rtol=0)
+    assert entropy.isfinite().all() and entropy.max() <= math.log(len(known)) + 1e-4
+    (gradient,) = torch.autograd.grad(logps.sum(), [model.lm_head.weight])
+    unknown = [i for i in range(320) if i not in known]
+    assert gradient[unknown].abs().sum() == 0 and (gradient[index].abs().sum(1) > 0).all()
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    saved = save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, {})
+    again = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(again.lm_head.weight, reference.lm_head.weight), "the rows stay"
+
+
+def test_a_token_beyond_the_models_rows_is_refused(pretrained, capsys):
+    """Though there are as many rows as tokens: ids may have gaps."""
+    file = pretrained / "tokenizer.json"
+    backend = json.loads(file.read_text())
+    vocabulary = backend["model"]["vocab"]
+    vocabulary[next(word for word, i in vocabulary.items() if i == 200)] = 5000
+    file.write_text(json.dumps(backend))
+    assert "more words in tokenizer" in refusal(lambda: load_model(pretrained), capsys)

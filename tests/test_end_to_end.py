@@ -296,3 +296,99 @@ def test_sft_of_a_pretrained_model_has_another_default_folder(tmp_path, monkeypa
     assert train_sft.main(train_sft.SftConfig(**flags), ONE) == Path(
         "ckpt/sft-mixed-gf3-pretrained/step-1"
     )
+
+
+@pytest.fixture
+def stepped(monkeypatch) -> list[float]:
+    """The learning rates at which the optimizer has stepped."""
+    rates, real = [], torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return rates
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero(sft, tmp_path, monkeypatch, stepped):
+    monkeypatch.setattr(training, "optimizer_step", taking_every_update(training.optimizer_step))
+    grpo(tmp_path / "rl", sft, updates=10, warmup=2, lr=1e-3, save_every=10)
+    remaining = [min(1, (i + 1) / 3, (10 - i) / 8) for i in range(10)]  # linear
+    assert stepped == pytest.approx([1e-3 * share for share in remaining])
+    stepped.clear()
+    flags = SFT_FLAGS | {"updates": 10, "warmup": 2, "lr": 1e-3}
+    train_sft.main(train_sft.SftConfig(out=str(tmp_path / "sft"), **flags), ONE)
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
+    expected = [1e-3 * min(1, (i + 1) / 2) * share for i, share in enumerate(cosine)]
+    assert stepped == pytest.approx(expected)
+    rows = read_log(tmp_path / "sft" / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
+
+
+SFT_FLAGS = {"field": 3, "steps": "1-2", "batch_size": 5, "precision": "fp32", "position_gap": 0}
+
+
+def taking_every_update(optimizer_step):
+    """Let updates without a signal be taken, too."""
+
+    def step(*args):
+        return optimizer_step(*args[:5])
+
+    return step
+
+
+class Alone:
+    """World's collectives for one process that takes itself for one of several."""
+
+    all_reduce = staticmethod(lambda *values: list(values))
+    all_gather = staticmethod(lambda rows: rows)
+
+    def __init__(self, monkeypatch):
+        for name in ("all_reduce", "all_gather"):
+            function = getattr(self, name)
+            monkeypatch.setattr(World, name, lambda self, *args, function=function: function(*args))
+        for name in ("barrier", "all_reduce_gradients"):
+            monkeypatch.setattr(World, name, lambda *_: None)
+
+
+def test_processes_share_an_updates_problems_between_them(sft, tmp_path, monkeypatch):
+    """Two of them train on all that one does, each on other problems; random numbers go along."""
+    drawn: dict[int, list] = {}
+    real = train_grpo.Sampler.sample
+
+    def sample(self, prompts, keys):
+        if keys[0][1] == "sampling":
+            drawn[rank] += [list(zip(map(tuple, prompts), keys))]
+        return real(self, prompts, keys)
+
+    monkeypatch.setattr(train_grpo.Sampler, "sample", sample)
+    Alone(monkeypatch)
+    flags = SMALL | {"init": str(sft), "updates": 2, "prompts_per_update": 5, "save_every": 9}
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        rank, drawn[rank] = size * 10 + rank, []
+        config = train_grpo.GrpoConfig(out=str(tmp_path / str(rank)), **flags)
+        train_grpo.main(config, World(rank % 10, size, torch.device("cpu")))
+    for whole, *parts in zip(drawn[10], drawn[20], drawn[21]):
+        assert [len(part) for part in parts] == [3, 2] and len(set(whole)) == 5
+        assert sorted(parts[0] + parts[1]) == sorted(whole)
+
+
+def test_processes_share_an_updates_examples_between_them(tmp_path, monkeypatch):
+    """The same of SFT."""
+    drawn: dict[int, list] = {}
+    real = train_sft.make_batch
+
+    def make_batch(tokenizer, examples, *args):
+        if len(args) > 1:  # not the validation problems
+            drawn[rank] += [(problem, solution) for problem, solution in examples]
+        return real(tokenizer, examples, *args)
+
+    monkeypatch.setattr(train_sft, "make_batch", make_batch)
+    Alone(monkeypatch)
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        rank, drawn[rank] = size * 10 + rank, []
+        config = train_sft.SftConfig(out=str(tmp_path / str(rank)), updates=2, **SFT_FLAGS)
+        train_sft.main(config, World(rank % 10, size, torch.device("cpu")))
+    assert len(drawn[10]) == 10 and (len(drawn[20]), len(drawn[21])) == (6, 4)
+    assert sorted(map(repr, drawn[20] + drawn[21])) == sorted(map(repr, drawn[10]))

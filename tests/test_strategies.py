@@ -3,6 +3,8 @@
 import random
 
 import pytest
+import torch
+from conftest import small_model, word_tokenizer
 
 from data.finite_field import (
     BACKWARD,
@@ -16,6 +18,7 @@ from data.finite_field import (
     make_field,
     vocabulary,
 )
+from rollout import Sampler
 from strategies import (
     ARITHMETIC,
     FORMAT,
@@ -29,6 +32,7 @@ from strategies import (
     matches,
     parse_lines,
     score_response,
+    score_rollout,
     tag,
 )
 
@@ -212,3 +216,33 @@ def test_random_text_never_raises():
         for _ in range(100):
             tag(problem, " ".join(rng.choices(words, k=rng.randrange(60))))
         tag(problem, "".join(chr(rng.randrange(1, 0x3000)) for _ in range(300)))
+
+
+def test_an_answer_that_was_never_finished_is_not_right():
+    """The token limit cut it off after `answer e1`; it may have been going on to e10."""
+    problem = Task((2, 2)).sample(random.Random(0), "train")
+    text = problem.solution(FORWARD if problem.kind == EVALUATION else BACKWARD)
+    whole, cut = (score_response(problem, text, stopped) for stopped in (True, False))
+    assert whole.correct and whole.reward == 1 and whole.error is None
+    assert not cut.correct and cut.reward == 0 and cut.error == NO_ANSWER
+    assert cut.strategy == whole.strategy and cut.matches
+
+
+@pytest.mark.parametrize("limit", ["before the stop token", "at the stop token"])
+def test_the_sampler_says_what_was_cut_off(limit, monkeypatch):
+    """A response whose stop token just fits is finished; one token less, and it is wrong."""
+    tokenizer, model = word_tokenizer(11), small_model()
+    problem = Task((2, 2)).sample(random.Random(0), "train")
+    solution = tokenizer.solution(problem.solution(FORWARD))
+    script = iter(solution)
+
+    def sample_tokens(logits, uniforms, temperature):
+        tokens = torch.full((len(logits),), next(script))
+        return tokens, torch.zeros(len(logits))
+
+    monkeypatch.setattr("rollout.sample_tokens", sample_tokens)
+    T = len(solution) - (limit == "before the stop token")
+    rollout = Sampler(model, tokenizer.stops, 1, T).sample([tokenizer.prompt(problem)], [(0,)])
+    score_rollout(rollout, [problem], tokenizer)
+    right = 1.0 if limit == "at the stop token" else 0.0
+    assert rollout.rewards.tolist() == [[right]] and rollout.scored[0][0].correct == bool(right)

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from conftest import word_tokenizer
+from conftest import CHAT, refusal, word_tokenizer
 
 from data.finite_field import BACKWARD, FORWARD, Task, vocabulary
 from lib.tokenizer import load_tokenizer
@@ -96,10 +96,70 @@ def test_a_model_that_can_think_is_asked_not_to(pretrained):
 
 
 def test_a_saved_tokenizer_remembers_whether_it_has_a_template(pretrained, tmp_path):
-    load_tokenizer(pretrained, chat_template=False).inner.save_pretrained(tmp_path / "plain")
-    load_tokenizer(pretrained).inner.save_pretrained(tmp_path / "chat")
+    for name, chat in (("plain", False), ("chat", True)):
+        (tmp_path / name).mkdir()
+        load_tokenizer(pretrained, chat_template=chat).save(tmp_path / name)
     plain, chat = (load_tokenizer(tmp_path / name).prompt(PROBLEM) for name in ("plain", "chat"))
     assert len(chat) > len(plain)
+
+
+SPOILED = {  # a chat template; what is said of its prompts
+    "raises": ("{{ raise_exception('only system messages') }}", "only system messages"),
+    "raises for some problems": (
+        "{% if '?' in messages[0].content %}{{ raise_exception('no ?') }}{% endif %}",
+        "no ?",
+    ),
+    "is broken": ("{% for m in messages %}", "chat template fails"),
+    "asks for what is not there": ("{{ messages[1].content }}", "chat template fails"),
+    "is empty": ("", "do not hold the problem"),
+    "writes white space": ("  \n ", "do not hold the problem"),
+    "drops the message": ("user: {{ 'hello' }} assistant:", "do not hold the problem"),
+    "cuts the message": ("{{ messages[0].content[:200] }}", "do not hold the problem"),
+    "changes the message": ("{{ messages[0].content | upper }}", "do not hold the problem"),
+    "escapes the message": ("{{ messages[0].content | tojson }}", "do not hold the problem"),
+    "ends the turn": ("{{ messages[0].content }}<|im_end|>", "end in a stop token"),
+    "ends the turn and the line": ("{{ messages[0].content }}<|im_end|>\n\n", "stop token"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_chat_template_that_spoils_the_prompts_is_refused(how, pretrained, capsys):
+    template, says = SPOILED[how]
+    (pretrained / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(pretrained)
+    line = refusal(lambda: tokenizer.max_response_tokens(Task(), 2048), capsys)
+    assert says in line
+    assert load_tokenizer(pretrained, chat_template=False).max_response_tokens(Task(), 2048) > 50
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content | trim }}", CHAT])
+def test_a_chat_template_may_trim_the_message(template, pretrained):
+    (pretrained / "chat_template.jinja").write_text(template)
+    assert load_tokenizer(pretrained).max_response_tokens(Task(), 2048) > 50
+
+
+def test_a_tokenizer_that_ends_every_prompt_is_refused(pretrained, capsys):
+    """A post-processor may append the stop token."""
+    file = pretrained / "tokenizer.json"
+    backend = json.loads(file.read_text())
+    sequence, end = {"Sequence": {"id": "A", "type_id": 0}}, "<|im_end|>"
+    pieces = [sequence, {"SpecialToken": {"id": end, "type_id": 0}}]
+    special = {end: {"id": end, "ids": [2], "tokens": [end]}}
+    options = {"single": pieces, "pair": [sequence] * 2, "special_tokens": special}
+    backend["post_processor"] = {"type": "TemplateProcessing", **options}
+    file.write_text(json.dumps(backend))
+    tokenizer = load_tokenizer(pretrained, chat_template=False)
+    assert tokenizer.prompt(PROBLEM)[-1] == 2
+    line = refusal(lambda: tokenizer.max_response_tokens(Task(), 2048), capsys)
+    assert "end in a stop token" in line
+
+
+def test_the_models_config_names_stop_tokens_where_no_other_file_does(pretrained):
+    """As in transformers: generation_config.json counts first."""
+    (pretrained / "generation_config.json").unlink()
+    config = json.loads((pretrained / "config.json").read_text())
+    (pretrained / "config.json").write_text(json.dumps(config | {"eos_token_id": [0, 2]}))
+    assert load_tokenizer(pretrained).stops == [0, 2]
 
 
 @pytest.mark.parametrize(
