@@ -402,6 +402,16 @@ def test_a_file_system_without_modes_takes_checkpoints(tmp_path, monkeypatch):
     assert verify_manifest(save_tiny(tmp_path, 1)) is None
 
 
+def test_runs_of_pretrained_models_return_freed_memory(tmp_path, pretrained, monkeypatch):
+    """The tiny model's are faster without."""
+    returned: list[bool] = []
+    monkeypatch.setattr(training, "return_freed_memory", lambda: returned.append(True))
+    sft(tmp_path / "tiny", examples=0)
+    assert not returned
+    sft(tmp_path / "pretrained", model=str(pretrained), lora=2)
+    assert returned
+
+
 # ------------------------------------------------------------------------------------------------
 # Terminals, pipes and signals
 
