@@ -1,6 +1,5 @@
 """Models on disk: a Hugging Face folder and back. Nothing loaded here can run code."""
 
-import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from lib.distributed import World
 from lib.flags import fail, read_json, require, user_errors
@@ -19,6 +19,11 @@ from lib.transformer import ModelConfig, RopeScaling, Transformer, hf_weights, i
 
 TINY = ModelConfig(vocab_size=0)  # the task's vocabulary sets the size
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+# By these transformers would read other files, or make other layers.
+FOREIGN = ("quantization_config", "transformers_weights", "configuration_files", "text_config")
+FOREIGN += ("per_layer_config", "fusion_config", "decoder", "generator", "text_encoder")
+FOREIGN += ("attribute_map",)
 
 
 def new_model(words: list[str], seed: int) -> tuple[Transformer, Tokenizer]:
@@ -40,33 +45,53 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read a Hugging Face folder's config.json; refuse what this transformer does not compute."""
+    """Read a Hugging Face folder's config.json; refuse what this transformer does not compute.
+
+    transformers parses it: its types, its defaults, its order among the spellings of RoPE.
+    """
     path = folder / "config.json"
     raw = read_json(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         supported = "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)"
         fail(f"{folder} holds a {kind!r} model; supported: {supported}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    layers = raw.get("layer_types") or []
-    require(isinstance(rope, dict) and isinstance(layers, list), f"{path} is no model's")
+    foreign = min((name for name in FOREIGN if raw.get(name) is not None), default="")
+    require(not foreign, f"{path}: {foreign} is not supported")
+    try:
+        config = CONFIGS[kind].from_dict(raw | {"dtype": "float32"})
+        config.standardize_rope_params()  # as its models do once more: outer values win now
+    except Exception as error:  # it raises what it trips over
+        fail(f"{path} is no model's config to transformers: {str(error)[:300]}")
 
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    biases = (kind != "qwen2" and raw.get("attention_bias")) or raw.get("mlp_bias")
-    sliding = raw.get("use_sliding_window") or any(layer != "full_attention" for layer in layers)
-    other_activation = raw.get("hidden_act", "silu") != "silu"
-    if scaling not in ("default", "llama3") or biases or sliding or other_activation:
-        fail(f"{path}: its RoPE scaling, biases, sliding windows or activation are not supported")
+    rope, layers = config.rope_parameters, set(getattr(config, "layer_types", None) or ())
+    scaling = rope.get("rope_type") if isinstance(rope, dict) else None
+    plain = rope.get("partial_rotary_factor", 1) == 1 if scaling else False
+    biases = (kind != "qwen2" and config.attention_bias) or getattr(config, "mlp_bias", False)
+    sliding = getattr(config, "use_sliding_window", False) or layers - {"full_attention"}
+    if kind == "llama":  # a cache of transformers would forget, though no mask says so
+        sliding = sliding or raw.get("sliding_window") or raw.get("attention_chunk_size")
+    masked = raw.get("is_causal", True) is not True
+    if scaling not in ("default", "llama3") or not plain or biases or sliding or masked:
+        fail(f"{path}: its RoPE scaling, biases, sliding windows or masks are not supported")
+    require(config.hidden_act == "silu", f"{path}: its activation is not supported")
 
-    llama3 = parse_dataclass(RopeScaling, rope, path) if scaling == "llama3" else None
-    defaults = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False}
-    raw = defaults | raw | {"head_dim": raw.get("head_dim") or 0, "rope_scaling": llama3}
-    config = parse_dataclass(ModelConfig, raw, path)
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    divisible = raw["head_dim"] or config.hidden_size % H == 0
-    sound = divisible and H % K == 0 and config.head_dim % 2 == 0
+    values = {field.name: getattr(config, field.name, None) for field in fields(ModelConfig)}
+    H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
+    values["head_dim"] = getattr(config, "head_dim", H and config.hidden_size // H)
+    values["rope_theta"] = rope.get("rope_theta")
+    values["rope_scaling"] = (
+        parse_dataclass(RopeScaling, rope, path) if scaling != "default" else None
+    )
+    ours, llama3 = parse_dataclass(ModelConfig, values, path), values["rope_scaling"]
+    ordered = not llama3 or (
+        llama3.low_freq_factor < llama3.high_freq_factor and llama3.factor >= 1
+    )
+    require(ordered and 1 < ours.rope_theta < 1e18, f"{path}: bad RoPE parameters")
+    sound = H % K == 0 and ours.head_dim % 2 == 0
     require(sound, f"{path}: its numbers of heads and its sizes do not go together")
-    return config
+    pad = config.pad_token_id
+    require(pad is None or -V <= pad < V, f"{path}: pad_token_id is no token")
+    return ours
 
 
 def parse_dataclass(kind: type, raw: dict, path: Path):
@@ -78,7 +103,7 @@ def parse_dataclass(kind: type, raw: dict, path: Path):
         sound = field.type is not bool or isinstance(value, bool)
         if field.type in (int, float):
             number = isinstance(value, int | field.type) and not isinstance(value, bool)
-            sound = number and (value > 0 or (value == 0 and field.name == "head_dim"))
+            sound = number and value > 0
         require(sound, f"{path}: bad {field.name}")
     return kind(**{field.name: raw[field.name] for field in fields(kind)})
 
@@ -108,6 +133,10 @@ def load_model(
     require(not missing, f"the weights in {folder} lack {example} and {len(missing) - 1} others")
     require(not unknown, f"the weights in {folder} hold {example}, which its config.json has not")
 
+    head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in files:
+        both = [read_weight(files[name], name).float() for name in (head, embeddings)]
+        config = replace(config, tie_word_embeddings=torch.equal(*both))  # as transformers 5 does
     model = empty_model(config, dtype, device)
     for name, weight in hf_weights(model):
         loaded = read_weight(files[name], name, device)
@@ -120,14 +149,17 @@ def load_model(
 def find_weights(folder: Path) -> dict[str, Path]:
     """Return the file of each weight. Raises ValueError unless every file is there, and whole."""
     files = [folder / "model.safetensors"]
+    if any(folder.glob("shard-*-model-*.safetensors")):  # transformers would take these
+        raise ValueError(f"{folder} holds a checkpoint of torch.distributed")
     index = folder / "model.safetensors.index.json"
     if index.exists():
         if files[0].exists():  # the index may be left over; transformers would not say so
             raise ValueError(f"{folder} holds both {files[0].name} and {index.name}: delete one")
-        try:
-            weight_map = dict(json.loads(index.read_bytes())["weight_map"])
-        except (KeyError, TypeError, RecursionError):
-            raise ValueError(f"{index} names no weights") from None
+        content = read_json(index)
+        weight_map = content.get("weight_map")
+        sound = isinstance(weight_map, dict) and isinstance(content.get("metadata"), dict)
+        if not sound or not all(str(x).endswith(".safetensors") for x in weight_map.values()):
+            raise ValueError(f"{index} names no weights")
         files = [folder / str(name) for name in sorted(set(map(str, weight_map.values())))]
     weight_files: dict[str, Path] = {}
     for file in files:

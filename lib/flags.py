@@ -107,7 +107,7 @@ def user_errors():
 def read_json(path: Path) -> dict:
     """Read a file that holds one JSON object."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         fail(f"cannot read {path}: {error}")
     require(isinstance(value, dict), f"cannot read {path}: it holds no JSON object")

@@ -276,10 +276,9 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def verify_manifest(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint by its manifest; None if it is sound or has none."""
-    if not (checkpoint / MANIFEST).exists():
-        made_elsewhere = (checkpoint / "config.json").exists()
-        return None if made_elsewhere else "config.json is missing"
     try:
+        if not (checkpoint / MANIFEST).exists():
+            return None if any(checkpoint.iterdir()) else "it is empty"
         hashes = json.loads((checkpoint / MANIFEST).read_bytes())
         for name, digest in hashes.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:  # files may be links, though

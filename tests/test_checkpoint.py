@@ -126,7 +126,7 @@ def rewrite(file: Path, **changes) -> None:
         ({"model_type": "smollm3"}, "supported"),
         ({"attention_bias": True}, "biases"),
         ({"mlp_bias": True}, "biases"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "scaling"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
         ({"rope_parameters": {**LLAMA3, "original_max_position_embeddings": -1}}, "original_max"),
         (
@@ -135,7 +135,7 @@ def rewrite(file: Path, **changes) -> None:
         ),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding"),
         ({"num_key_value_heads": 2}, "do not go together"),
-        ({"head_dim": 15}, "do not go together"),
+        ({"head_dim": 15}, "head_dim"),
         ({"head_dim": 8}, "shape"),
         ({"num_hidden_layers": 3}, "lack"),
         ({"num_hidden_layers": 1}, "which its config.json has not"),
