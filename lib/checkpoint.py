@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from lib.distributed import World
 from lib.flags import fail, read_json, require, user_errors
@@ -45,53 +45,56 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read a Hugging Face folder's config.json; refuse what this transformer does not compute.
-
-    transformers parses it: its types, its defaults, its order among the spellings of RoPE.
-    """
+    """Read a Hugging Face folder's config.json; refuse what this transformer does not compute."""
     path = folder / "config.json"
     raw = read_json(path)
+    config = parse_config(raw, path)
+    rope = config.rope_parameters
+    scaling = rope.get("rope_type") if isinstance(rope, dict) else None
+    supported = scaling in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
+    require(supported, f"{path}: this kind of RoPE scaling is not supported")
+    biases = config.model_type != "qwen2" and config.attention_bias
+    require(not biases and not getattr(config, "mlp_bias", False), f"{path}: no such biases here")
+    layers = getattr(config, "layer_types", None) or ()
+    sliding = any(layer != "full_attention" for layer in layers)
+    sliding = sliding or getattr(config, "use_sliding_window", False)
+    if config.model_type == "llama":  # transformers has no mask for it, but its cache forgets
+        windows = raw.get("sliding_window"), raw.get("attention_chunk_size")
+        sliding = sliding or windows != (None, None)
+    require(not sliding, f"{path}: sliding windows are not supported")
+    require(raw.get("is_causal", True) is True, f"{path}: only causal attention is supported")
+    require(config.hidden_act == "silu", f"{path}: the activation has to be silu")
+
+    values = {field.name: getattr(config, field.name, None) for field in fields(ModelConfig)}
+    H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
+    values["head_dim"] = getattr(config, "head_dim", H and config.hidden_size // H)
+    values |= {"rope_theta": rope.get("rope_theta"), "rope_scaling": None}
+    if scaling == "llama3":
+        llama3 = values["rope_scaling"] = parse_dataclass(RopeScaling, rope, path)
+        ordered = llama3.low_freq_factor < llama3.high_freq_factor and llama3.factor >= 1
+        require(ordered, f"{path}: bad factors of RoPE")
+    ours, pad = parse_dataclass(ModelConfig, values, path), config.pad_token_id
+    require(1 < ours.rope_theta < 1e18, f"{path}: bad rope_theta")
+    sound = H % K == 0 and ours.head_dim % 2 == 0
+    require(sound, f"{path}: its numbers of heads and its sizes do not go together")
+    require(pad is None or -V <= pad < V, f"{path}: pad_token_id is no token")
+    return ours
+
+
+def parse_config(raw: dict, path: Path) -> PretrainedConfig:
+    """Let transformers parse a config.json: its types, defaults and the spellings of RoPE."""
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         supported = "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)"
-        fail(f"{folder} holds a {kind!r} model; supported: {supported}")
+        fail(f"{path.parent} holds a {kind!r} model; supported: {supported}")
     foreign = min((name for name in FOREIGN if raw.get(name) is not None), default="")
     require(not foreign, f"{path}: {foreign} is not supported")
     try:
         config = CONFIGS[kind].from_dict(raw | {"dtype": "float32"})
         config.standardize_rope_params()  # as its models do once more: outer values win now
-    except Exception as error:  # it raises what it trips over
+    except Exception as error:  # whatever it trips over
         fail(f"{path} is no model's config to transformers: {str(error)[:300]}")
-
-    rope, layers = config.rope_parameters, set(getattr(config, "layer_types", None) or ())
-    scaling = rope.get("rope_type") if isinstance(rope, dict) else None
-    plain = rope.get("partial_rotary_factor", 1) == 1 if scaling else False
-    biases = (kind != "qwen2" and config.attention_bias) or getattr(config, "mlp_bias", False)
-    sliding = getattr(config, "use_sliding_window", False) or layers - {"full_attention"}
-    if kind == "llama":  # a cache of transformers would forget, though no mask says so
-        sliding = sliding or raw.get("sliding_window") or raw.get("attention_chunk_size")
-    masked = raw.get("is_causal", True) is not True
-    if scaling not in ("default", "llama3") or not plain or biases or sliding or masked:
-        fail(f"{path}: its RoPE scaling, biases, sliding windows or masks are not supported")
-    require(config.hidden_act == "silu", f"{path}: its activation is not supported")
-
-    values = {field.name: getattr(config, field.name, None) for field in fields(ModelConfig)}
-    H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
-    values["head_dim"] = getattr(config, "head_dim", H and config.hidden_size // H)
-    values["rope_theta"] = rope.get("rope_theta")
-    values["rope_scaling"] = (
-        parse_dataclass(RopeScaling, rope, path) if scaling != "default" else None
-    )
-    ours, llama3 = parse_dataclass(ModelConfig, values, path), values["rope_scaling"]
-    ordered = not llama3 or (
-        llama3.low_freq_factor < llama3.high_freq_factor and llama3.factor >= 1
-    )
-    require(ordered and 1 < ours.rope_theta < 1e18, f"{path}: bad RoPE parameters")
-    sound = H % K == 0 and ours.head_dim % 2 == 0
-    require(sound, f"{path}: its numbers of heads and its sizes do not go together")
-    pad = config.pad_token_id
-    require(pad is None or -V <= pad < V, f"{path}: pad_token_id is no token")
-    return ours
+    return config
 
 
 def parse_dataclass(kind: type, raw: dict, path: Path):

@@ -9,7 +9,6 @@ writes to a run: it holds a lock on the log. Nothing loaded here can run code.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -26,6 +25,7 @@ from safetensors.torch import save_file
 
 from lib.checkpoint import find_weights, hf_config, load_meta, weights_to_save
 from lib.distributed import World, full_tensor
+from lib.files import delete, follow_umask, fsync, remove, rename
 from lib.flags import fail, flag_name, require, user_errors, warn, write_json
 from lib.fsdp import shard_like
 from lib.lora import adapters_alone, save_adapters
@@ -34,7 +34,6 @@ MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "kee
 MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}  # flags that may change when a run is resumed
 LOG, MANIFEST = "metrics.jsonl", "manifest.json"
 OVERWRITTEN = (LOG, "evaluation.json", "evaluation.png", "training.png")
-UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF}
 
 
 def open_run(
@@ -156,7 +155,7 @@ def save_checkpoint(
     if not is_master:
         return folder
     for old in run.glob(".step-*.part"):  # left by a run that was killed while it wrote
-        delete(old)
+        delete(old, MANIFEST)
     try:
         draft.mkdir(parents=True)
         if weights is None:
@@ -171,14 +170,14 @@ def save_checkpoint(
         torch.save(state, draft / "training_state.pt")
         if meta.get("lora"):
             save_adapters(model, meta.get("init_name", meta["init_from"]), draft / "adapter")
-        follow_umask(draft)
+        follow_umask(draft, "config.json")
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         write_json(draft / MANIFEST, {str(f.relative_to(draft)): sha256(f) for f in files})
         for path in (*draft.rglob("*"), draft, run / LOG):
             fsync(path)
         for old in checkpoints(run, first=update):  # damaged ones, which were passed over
-            remove(old)
-        rename(draft, folder)
+            remove(old, MANIFEST)
+        rename(draft, folder, MANIFEST)
         fsync(run)
     except Exception as error:  # mostly a full disk, for which each library raises its own kind
         free = shutil.disk_usage(run).free / 1e6
@@ -186,79 +185,8 @@ def save_checkpoint(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     for old in checkpoints(run)[: -meta.get("keep", 0)]:  # [:-0] is empty
-        remove(old)
+        remove(old, MANIFEST)
     return folder
-
-
-# ------------------------------------------------------------------------------------------------
-# What file systems refuse
-
-
-def follow_umask(folder: Path) -> None:
-    """Give all files the mode of one made by open(): safetensors would hide its own from others."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    mode = (folder / "config.json").stat().st_mode
-    for file in files:
-        with contextlib.suppress(OSError):  # a file system without modes
-            file.chmod(mode)
-
-
-def fsync(path: Path) -> None:
-    """fsync a file or directory, if it exists and its file system can."""
-    if not path.exists():
-        return
-    try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-
-
-def rename(old: Path, new: Path) -> None:
-    """Rename a folder, or copy it where it cannot be renamed, its manifest first.
-
-    A copy that a crash cuts short is then broken by its manifest.
-    """
-    try:
-        os.replace(old, new)
-    except OSError:
-        new.mkdir()
-        shutil.copy2(old / MANIFEST, new)
-        shutil.copytree(old, new, dirs_exist_ok=True)
-        for path in (*new.rglob("*"), new):
-            fsync(path)
-
-
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; rename it first, so a crash never leaves a half-deleted step-N.
-
-    overlayfs renames no folder of its lower layer; then its manifest goes last, which says what is
-    missing. A checkpoint that cannot be deleted stays.
-    """
-    old = checkpoint.with_name(f".{checkpoint.name}.old.part")
-    try:
-        os.replace(checkpoint, old)
-    except OSError:
-        old = checkpoint
-    delete(old)
-    if old.exists():
-        warn(f"{old} cannot be deleted")
-
-
-def delete(path: Path) -> None:
-    """Delete a folder, its manifest last, or a link to one, as far as the file system lets us."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-        return
-    for file in path.rglob("*"):
-        if file.name != MANIFEST and not file.is_dir():
-            with contextlib.suppress(OSError):
-                file.unlink()
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:

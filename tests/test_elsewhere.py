@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
 import train_sft
-from lib import run_dir, training
+from lib import files, run_dir, training
 from lib.checkpoint import load_model
 from lib.distributed import Signals, World
 from lib.flags import print_error, repair_streams
@@ -367,7 +367,7 @@ def test_a_copy_or_deletion_that_is_cut_short_leaves_a_broken_checkpoint(tmp_pat
     whole = save_tiny(tmp_path, 3)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        run_dir.remove(whole)
+        files.remove(whole, "manifest.json")
     assert newest_checkpoint(tmp_path) == tmp_path / "step-1"
     (whole / "manifest.json").unlink()
     assert newest_checkpoint(tmp_path) == tmp_path / "step-1", "an empty folder is no checkpoint"
