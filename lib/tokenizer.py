@@ -128,6 +128,19 @@ def word_tokenizer(words: list[str]) -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **special))
 
 
+def portable_config(config: dict, chat_template: bool) -> dict:
+    """Return a tokenizer_config.json that transformers 4 opens, too, without its template or with.
+
+    What transformers 5 saves as its TokenizersBackend, 4 knows as PreTrainedTokenizerFast.
+    """
+    config = {key: x for key, x in config.items() if key != "chat_template" or chat_template}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = FAST
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
+
+
 def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
     """Load the tokenizer of a Hugging Face folder, with or without its chat template."""
     try:
@@ -136,14 +149,14 @@ def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises no narrower one
         fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
     require(inner.eos_token_id is not None, f"the tokenizer in {folder} names no EOS token")
-    names = FILES + TEMPLATES * chat_template
-    found = [file for name in names for file in folder.glob(name) if file.is_file()]
-    files = {str(file.relative_to(folder)): file.read_bytes() for file in found}
     if not chat_template:
-        inner.chat_template, name = None, "tokenizer_config.json"
-        config = json.loads(files.get(name, "{}"))
-        config.pop("chat_template", None)
-        files[name] = json.dumps(config, indent=2).encode()
+        inner.chat_template = None
+    found = [x for name in FILES + TEMPLATES * chat_template for x in folder.glob(name)]
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in found if file.is_file()}
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    if (portable := portable_config(config, chat_template)) != config:
+        files[path.name] = json.dumps(portable, indent=2).encode()
     path = folder / "generation_config.json"
     if not path.exists():
         path = folder / "config.json"

@@ -135,7 +135,7 @@ def rewrite(file: Path, **changes) -> None:
         ),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding"),
         ({"num_key_value_heads": 2}, "do not go together"),
-        ({"head_dim": 15}, "head_dim"),
+        ({"head_dim": 15}, "head"),
         ({"head_dim": 8}, "shape"),
         ({"num_hidden_layers": 3}, "lack"),
         ({"num_hidden_layers": 1}, "which its config.json has not"),

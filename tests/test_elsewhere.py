@@ -118,6 +118,23 @@ def test_a_tokenizer_is_saved_as_it_came(kind, tmp_path):
     assert before.get_chat_template() == after.get_chat_template()
 
 
+def test_a_tokenizer_of_transformers_5_opens_in_4(pretrained, tmp_path):
+    """Its class is then one that both know, and a list that 4 cannot read has its old name."""
+    path = pretrained / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    assert config["tokenizer_class"] == "TokenizersBackend"
+    path.write_text(json.dumps(config | {"extra_special_tokens": ["<|im_start|>"]}))
+    tokenizer = load_tokenizer(pretrained)
+    tokenizer.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert saved["additional_special_tokens"] == ["<|im_start|>"]
+    assert "extra_special_tokens" not in saved
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.encode("start e9") == tokenizer.inner.encode("start e9")
+    assert again.get_chat_template() == tokenizer.inner.get_chat_template()
+
+
 def test_a_tokenizer_saved_without_its_template_stays_without(pretrained, tmp_path):
     config = json.loads((pretrained / "tokenizer_config.json").read_text())
     template = (pretrained / "chat_template.jinja").read_text()
