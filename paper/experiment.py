@@ -17,6 +17,7 @@ import torch
 from data.finite_field import EVALUATION, INVERSION
 from lib.checkpoint import load_meta
 from lib.flags import flag_name, read_json, require, user_errors, write_json
+from lib.limits import core_limit
 from lib.plots import draw_smoothly, new_figure, save
 from lib.run_dir import newest_checkpoint, read_log, resumed_start
 
@@ -125,7 +126,7 @@ class Experiment:
 
     def run(self) -> None:
         """Do what has not been done: all SFT, then all RL, then all evaluations."""
-        n_cores = len(os.sched_getaffinity(0))
+        n_cores = core_limit()
         jobs = self.config.jobs or (1 if torch.cuda.is_available() else n_cores)
         threads = str(max(1, n_cores // jobs))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
