@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from lib.distributed import World
-from lib.flags import fail, read_json, require, user_errors
+from lib.flags import fail, parse_json, read_json, require, user_errors
 from lib.lora import adapters_alone, add_lora, load_adapters, weight_deltas
 from lib.policy import DTYPES, detect_dtype, empty_model
 from lib.rng import torch_rng
@@ -158,7 +158,7 @@ def find_weights(folder: Path) -> dict[str, Path]:
     if index.exists():
         if files[0].exists():  # the index may be left over; transformers would not say so
             raise ValueError(f"{folder} holds both {files[0].name} and {index.name}: delete one")
-        content = read_json(index)
+        content = parse_json(index)
         weight_map = content.get("weight_map")
         sound = isinstance(weight_map, dict) and isinstance(content.get("metadata"), dict)
         if not sound or not all(str(x).endswith(".safetensors") for x in weight_map.values()):

@@ -104,14 +104,21 @@ def user_errors():
         fail(str(error))
 
 
-def read_json(path: Path) -> dict:
-    """Read a file that holds one JSON object."""
+def parse_json(path: Path) -> dict:
+    """Read a file that holds one JSON object. Raises ValueError if it does not."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"cannot read {path}: {error}")
-    require(isinstance(value, dict), f"cannot read {path}: it holds no JSON object")
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"cannot read {path}: it holds no JSON object")
     return value
+
+
+def read_json(path: Path) -> dict:
+    """Read a file that holds one JSON object, or exit."""
+    with user_errors():
+        return parse_json(path)
 
 
 def write_json(path: Path, value: dict | list) -> None:

@@ -57,28 +57,27 @@ def open_run(
         require(resume_from is not None, f"{run} holds no checkpoint to resume")
         meta = load_meta(resume_from)
         require(meta.get("stage") == stage, f"{resume_from} is no checkpoint of this script")
-        named = named_start(config)
-        moved = "init_sha256" in meta and named not in ("", "tiny")  # then its weights decide
-        changed = changed_flags(meta, config)
-        for flag, then, now in changed:
-            same = moved and now == named
-            require(same, f"{run} was started with {flag} {then}, not {now or 'without'}")
-        start, done = resumed_start(run, meta, named, bool(changed)), meta["update"]
+        renamed = False  # whether --init or --model says where the start was moved
+        for flag, then, now in changed_flags(meta, config):
+            names_start = flag in ("--init", "--model") and now not in ("", "tiny")
+            renamed = names_start and "init_sha256" in meta
+            require(renamed, f"{run} was started with {flag} {then}, not {now or 'without'}")
+        start, done = resumed_start(run, meta, named_start(config), renamed), meta["update"]
     else:
         require(not checkpoints(run), f"{run} holds a run already: give --resume or another --out")
     require(len(set(world.all_gather([done]))) == 1, f"ranks see different checkpoints in {run}")
     return done, start
 
 
-def resumed_start(run: Path, meta: dict, named: str = "", changed=False) -> Path | None:
+def resumed_start(run: Path, meta: dict, named: str = "", renamed=False) -> Path | None:
     """Return where a run started; None for a new model. Refuses other weights, or none.
 
-    `named` is --init or --model: it counts if it is no longer what it was, or names the hub.
+    `named` is --init or --model: it counts if it was `renamed`, or if the hub has it.
     """
     if "init_sha256" not in meta:
         return None
-    start = None if changed else find_start(run, meta)
-    if start is None and (changed or is_hub_name(named)):
+    start = None if renamed else find_start(run, meta)
+    if start is None and (renamed or is_hub_name(named)):
         start = find_checkpoint(named)
         with user_errors():
             same = weights_sha256(start) == meta["init_sha256"]

@@ -18,7 +18,6 @@ from lib.rng import rng
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 NO_TEMPLATE = "--no-chat-template does without"
 
-
 # A pretrained model's tokenizer is saved as it came: transformers 5 would write one that 4 cannot
 # open. A new one says by `auto_map`, a known class twice, that it is no Qwen2Tokenizer; without it
 # AutoTokenizer would give that to every model of the type qwen2, whatever words the model has.

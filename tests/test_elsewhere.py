@@ -232,6 +232,9 @@ LOST = {
     "deleted": shutil.rmtree,
     "retrained": lambda folder: save_other_weights(folder),
     "cut short": lambda folder: (folder / "model.safetensors").write_bytes(b"x"),
+    "spoiled": lambda folder: (folder / "model.safetensors").rename(
+        folder / "model.safetensors.index.json"
+    ),
 }
 
 
