@@ -106,7 +106,7 @@ def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monke
     """Log, weights and optimizer; and a sharded run resumes unsharded on fewer processes."""
     for module, name in ((strategies, "score_response"), (plots, "save")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back what `train` patches
-    make_pretrained(tmp_path / "pretrained", "qwen3")
+    make_pretrained(tmp_path / "pretrained", "qwen3", vocab_size=300)  # rows that no token has
     train_sft.main(
         train_sft.SftConfig(out=str(tmp_path / "start"), **(SFT | {"updates": 2, "save_every": 1})),
         ONE,
