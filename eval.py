@@ -11,7 +11,6 @@ difference Bonett and Price's (2012) adjusted interval, non-zero even if every p
 the same amount; for the parts of the gain a bootstrap. paper/README.md explains the split.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +68,8 @@ def evaluate(
     sampler = Sampler(model, tokenizer.stops, samples, max_new_tokens, temperature)
     prompts = [tokenizer.prompt(problem) for problem in problems]
     keys = [(seed, "evaluation sampling", i) for i in range(len(prompts))]
-    rollout = sampler.sample(prompts, keys)
+    with user_errors():  # a prompt too long for the model
+        rollout = sampler.sample(prompts, keys)
     score_rollout(rollout, problems, tokenizer)
     return rollout.scored
 
@@ -323,8 +323,8 @@ def main(config: EvalConfig, world: World) -> None:
     if not world.is_master:  # under torchrun one process does it all
         return
     require_min(config, problems=1, samples=1)
-    sane = 0 < config.temperature < math.inf
-    require(sane, "--temperature must be above 0; for the likeliest tokens there is --greedy")
+    sane = 1e-3 <= config.temperature <= 1e3
+    require(sane, "--temperature must lie between 0.001 and 1000, or use --greedy")
     require_writable(config.json, config.plot)
     paths = choose_checkpoints(config.checkpoints)
     metas = [meta for meta in map(load_meta, paths) if "field" in meta]  # of those made here
@@ -342,7 +342,8 @@ def main(config: EvalConfig, world: World) -> None:
         template = not config.no_chat_template
         model, tokenizer = load_model(path, world.device, DTYPES[precision], template)
         tokenizer.require_vocabulary(vocabulary(task.p))
-        budget = tokenizer.max_response_tokens(task, model.config.max_position_embeddings)
+        limits = (model.config.max_position_embeddings, 0)
+        budget = tokenizer.max_response_tokens(task, *limits, problems)
         return evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
 
     scored = {str(path): score_checkpoint(path) for path in paths}  # one model in memory at a time

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lib.attention import KVCache, packed_attention
 from lib.distributed import in_threads, n_threads, processes_here
-from lib.limits import memory_limit
+from lib.limits import PROCESS_BYTES, memory_limit
 from lib.packing import Packed, log_softmax, pack, pack_prompts, pad
 from lib.rng import torch_rng
 from lib.transformer import Transformer
@@ -137,7 +137,9 @@ class Sampler:
         else:
             # The limit, not what is free: that varies, the batch size would vary with it, and
             # results would differ in the last bits.
-            free = memory_limit() / 4 / n_threads(device) / processes_here()
+            processes = processes_here()
+            spare = max(0, memory_limit() - processes * PROCESS_BYTES)
+            free = spare / 4 / n_threads(device) / processes
         # The other half is for logits, activations and training.
         return max(1, int(free / 2 / ((max_prompt_len + response_tokens) * per_token)))
 

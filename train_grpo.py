@@ -14,6 +14,7 @@ Without an SFT checkpoint at its default place, one is trained first. Read `main
 4. There is one step per rollout, so ratios differ from 1 only by rounding, or by LoRA's dropout.
 """
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:
     require(config.group_size >= 2, "--group-size must be at least 2: its responses are compared")
     require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
     require(config.clip_high > 0, "--clip-high must be above 0")
-    require(0 < config.temperature < math.inf, "--temperature must be above 0, and finite")
+    sane = 1e-3 <= config.temperature <= 1e3
+    require(sane, "--temperature must lie between 0.001 and 1000")
     return config
 
 
@@ -237,7 +239,8 @@ def main(config: GrpoConfig, world: World) -> None:
 
         # 2. Sample a group of responses to each
         keys = [(config.seed, "sampling", update, i) for i in numbers]
-        rollout = sampler.sample([tokenizer.prompt(problem) for problem in drawn], keys)
+        with user_errors():  # a prompt too long for the model
+            rollout = sampler.sample([tokenizer.prompt(problem) for problem in drawn], keys)
         sampled = time.perf_counter()
 
         # 3. Score them: reward, strategy, first error
@@ -275,8 +278,8 @@ def main(config: GrpoConfig, world: World) -> None:
 
         folder, final = run.folder, run.folder / f"step-{config.updates}"
         models = {str(final): policy}
-        if reference := reference or training.initial_policy(run):
-            models = {str(run.init): reference} | models
+        with contextlib.suppress(SystemExit):  # a line says that the start is gone
+            models = {str(run.init): reference or training.initial_policy(run)} | models
         scored = {name: evaluate(model, 4) for name, model in models.items()}
         table = eval.report(scored, folder / "evaluation.json", folder / "evaluation.png")
         plot_training({folder.name: run.log.rows}, folder / "training.png")
@@ -309,7 +312,7 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, Task, list[Problem], 
         problems = validation_problems(task, config.eval_problems, stream)
     shape = read_config(init) if init else checkpoint.TINY
     limits = (shape.max_position_embeddings, config.max_new_tokens)
-    max_new_tokens = tokenizer.max_response_tokens(task, *limits)
+    max_new_tokens = tokenizer.max_response_tokens(task, *limits, problems)
     first_update, start = open_run(folder, resume_from, config, "grpo", world)
     init = start or init or train_sft.train_start(config, world)
     where = (first_update, init, resume_from, words, world)

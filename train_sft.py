@@ -160,7 +160,9 @@ def validate(run: Run, config: SftConfig, problems: list[Problem], max_new_token
 def main(config: SftConfig, world: World) -> Path:
     """Train, and return the final checkpoint."""
     run, task, problems, max_new_tokens = set_up(config, world)
-    n_batches = 1 if config.fsdp else n_threads(world.device)
+    n_batches = 1  # of at most 32 examples, which bounds the memory
+    if not config.fsdp:
+        n_batches = max(n_threads(world.device), config.batch_size // world.world_size // 32)
     signals, bar, accuracy = Signals(), training.progress_bar(run, "SFT", world), {}
     for update in signals.during(bar):
         start = time.perf_counter()
@@ -211,7 +213,8 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], i
     with user_errors():
         task = Task.from_flags(config)
         problems = validation_problems(task, 128, rng(config.seed, "validation problems"))
-    max_new_tokens = tokenizer.max_response_tokens(task, shape.max_position_embeddings)
+    limits = (shape.max_position_embeddings, 0)
+    max_new_tokens = tokenizer.max_response_tokens(task, *limits, problems)
     training.validate(config, "batch_size", world)
     first_update, start = open_run(folder, resume_from, config, "sft", world)
     init = start if resume_from else source

@@ -9,6 +9,7 @@ hash, the model by its answer to a question.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def main() -> None:
     one_folder = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
     require(one_folder, "usage: python -m data.smollm2 FOLDER")
     folder = Path(sys.argv[1])
-    require(not folder.exists(), f"{folder} is there already")
+    require(not os.path.lexists(folder), f"{folder} is there already")
     missing = [package for package in ("gguf", "accelerate") if not find_spec(package)]
     names = " and ".join(missing)
     require(not missing, f"{names} missing: pip install -r .ci/requirements-dev.txt")

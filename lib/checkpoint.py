@@ -198,6 +198,9 @@ def load_master(
         device = "cpu" if config.fsdp else device
         return load_model(resume_from or init, device, chat_template=template)
     base, tokenizer = load_model(init, device, DTYPES[precision], template)
+    if resume_from:
+        same = base.config == read_config(resume_from)
+        require(same, f"{init / 'config.json'} is not the one that {resume_from} started from")
     generator = torch_rng(config.seed, "adapters")
     master = add_lora(base, config.lora, config.lora_alpha, config.lora_dropout, generator)
     if resume_from:
@@ -240,7 +243,12 @@ def merged_weights(model: Transformer, start: Path) -> dict[str, Tensor] | None:
 def load_meta(checkpoint: Path) -> dict:
     """Return what made the checkpoint; empty for one that was not made here."""
     path = checkpoint / "training.json"
-    return read_json(path) if path.exists() else {}
+    meta = read_json(path) if path.exists() else {}
+    kinds = {str: ("stage", "relabel", "init_from", "init_beside", "init_name", "init_sha256")}
+    for kind, names in (kinds | {int: ("field", "update", "total", "lora")}).items():
+        wrong = [name for name in names if type(meta.get(name, kind())) is not kind]
+        require(not wrong, f"{path}: bad {', '.join(wrong)}")
+    return meta
 
 
 def choose_dtype(flag: str, config: ModelConfig, checkpoint: Path | None, world: World) -> str:

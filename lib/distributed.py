@@ -7,6 +7,7 @@ import functools
 import os
 import resource
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib.flags import is_alone, quiet_pipes, require, warn
+from lib.flags import fail, is_alone, quiet_pipes, require, warn
 from lib.limits import core_limit
 
 
@@ -79,12 +80,20 @@ def read_ranks() -> tuple[int, int, int]:
     rank, world_size, local_rank = map(int, values) if numbers else (1, 0, 0)
     message = f"RANK {values[0]} of WORLD_SIZE {values[1]} (LOCAL_RANK {values[2]}) is no rank"
     require(max(rank, local_rank) < world_size, f"{message}: {advice}")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        if not 0 < int(port) < 2**16:
+            raise ValueError
+        socket.getaddrinfo(address, int(port))
+    except (OSError, ValueError):
+        fail(f"MASTER_ADDR {address}, MASTER_PORT {port} is no address: {advice}")
     return rank, world_size, local_rank
 
 
 def processes_here() -> int:
     """Return how many of a run's processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+    n = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(n)) if dist.is_initialized() and n.isdigit() else 1
 
 
 def init_distributed() -> World:

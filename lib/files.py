@@ -67,8 +67,8 @@ def remove(folder: Path, manifest: str) -> None:
 
 
 def delete(path: Path, manifest: str) -> None:
-    """Delete a folder, or a link to one, as far as the file system lets us."""
-    if path.is_symlink():
+    """Delete a folder, a file or a link to one, as far as the file system lets us."""
+    if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
         return
     for file in path.rglob("*"):

@@ -58,15 +58,18 @@ def set_missing(config, defaults: dict) -> None:
 
 def require_writable(json_file: str, plot: str) -> None:
     """Refuse --json and --plot files that cannot be written, before any work is done."""
-    for name in (json_file, plot):
-        writable = os.access(Path(name).parent, os.W_OK) and not Path(name).is_dir()
-        require(not name or writable, f"{name} is a folder, or its folder is missing or read-only")
+    for name in filter(None, (json_file, plot)):
+        place = os.path.realpath(name)
+        to_write = place if os.path.exists(place) else os.path.dirname(place)
+        writable = os.access(to_write, os.W_OK) and not os.path.isdir(place)
+        sound = writable and not os.path.islink(place) and len(os.path.basename(place)) < 256
+        require(sound, f"{name} is a folder, or its folder is missing or read-only")
     require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
 
 
 def is_alone() -> bool:
     """Whether this is one process, whatever rank something has left in the environment."""
-    return os.environ.get("WORLD_SIZE", "1") == "1"
+    return os.environ.get("WORLD_SIZE", "") in ("", "1")
 
 
 def warn(message: str) -> None:
@@ -84,8 +87,10 @@ def quiet_pipes():
     try:
         yield
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno not in (errno.EPIPE, errno.EIO, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left to flush
         if error.errno == errno.ENOSPC:

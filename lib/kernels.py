@@ -8,6 +8,7 @@ operations; tests compare the two.
 
 import ctypes
 import functools
+import signal
 import subprocess
 import tempfile
 import threading
@@ -58,26 +59,31 @@ def library(dtype: torch.dtype, head_dim: int = 0) -> ctypes.CDLL | None:
             return None
         try:
             return build(dtype, head_dim)
-        except (OSError, subprocess.CalledProcessError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             failures.append(error)
-            why = str(error)
-            if isinstance(error, subprocess.CalledProcessError):
-                why = f"cc ended with {error.returncode}. {error.stderr.decode(errors='replace')}"
-                if error.returncode == -9:
-                    why = f"cc was killed, or took more than {COMPILER_SECONDS} seconds"
-            warn(f"the CPU's kernels cannot be built, PyTorch serves, slower: {why[:300]}")
+            why = str(error)[:300]
+            warn(f"the CPU's kernels cannot be built, PyTorch serves, slower: {why}")
             return None
 
 
 def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL:
+    """Compile kernels.c and load it. Raises ValueError or OSError if that fails."""
     options = ["-DBF16"] * (dtype == torch.bfloat16) + [f"-DHEAD_DIM={head_dim}"] * (head_dim > 0)
     source = str(Path(__file__).with_name("kernels.c"))
-    # `timeout` ends the compiler with all that it has started.
-    command = f"timeout -s KILL {COMPILER_SECONDS} cc {FLAGS}".split()
-    with tempfile.TemporaryDirectory() as folder:
+    # `timeout` ends the compiler with what it has started. What gets away holds no pipe of ours, and
+    # what it says and writes may take 64 MB.
+    command = f"timeout -s KILL {COMPILER_SECONDS} sh -c".split()
+    command += ['ulimit -f 131072; exec cc "$@"', "cc", *FLAGS.split(), *options, source]
+    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/messages", "w+b") as messages:
         built = f"{folder}/kernels.so"
-        command += [*options, source, "-o", built]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": messages, "stderr": messages}
+        status = subprocess.run([*command, "-o", built], **streams).returncode
+        messages.seek(0)
+        said = messages.read(300).decode(errors="replace")
+        if status == -signal.SIGKILL:
+            raise ValueError(f"cc was killed, or took more than {COMPILER_SECONDS} seconds")
+        if status:
+            raise ValueError(f"cc ended with {status}. {said}")
         kernels = ctypes.CDLL(built)
     for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)

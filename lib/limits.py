@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
+PROCESS_BYTES = 3 * 10**8  # of Python with PyTorch and transformers, before any work
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -63,6 +64,6 @@ def cgroup_values(controller: str, *names: str) -> Iterator[str]:
 def _read(file: Path) -> str:
     """Return a file's text; "" if there is none that can be read."""
     try:
-        return file.read_text()
+        return file.read_text(errors="surrogateescape")
     except OSError:
         return ""

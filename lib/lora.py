@@ -125,9 +125,9 @@ def save_adapters(model: Transformer, base: str, folder: Path) -> None:
 
 def adapters_alone(checkpoint: Path) -> str:
     """Say what a checkpoint is whose start was gone when it was saved, and what to do."""
-    return f"""{checkpoint} holds adapters alone. Where START has the weights that they were trained
-        on, merge them by PEFT: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(
-        "START"), "{checkpoint}/adapter").merge_and_unload()"""
+    start, folder = "AutoModelForCausalLM.from_pretrained(START, dtype='float32')", checkpoint
+    merge = f"PeftModel.from_pretrained({start}, {str(folder / 'adapter')!r}).merge_and_unload()"
+    return f"{folder} holds adapters alone. To merge them into their START by PEFT: {merge}"
 
 
 def load_adapters(model: Transformer, folder: Path) -> None:

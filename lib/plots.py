@@ -4,10 +4,13 @@ python -m lib.plots ckpt/grpo-hard-gf11
 python -m lib.plots ckpt/grpo-1 ckpt/grpo-2 ckpt/grpo-3 --out three.png
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+os.environ["MPLBACKEND"] = "agg"  # a name that matplotlib does not know would end its import
 from matplotlib.figure import Figure
 
 from lib.flags import parse_flags, quiet_pipes, require, require_writable, user_errors
@@ -173,7 +176,10 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     for axis in axes[:4]:
         axis.set_xlabel("")
     if len(runs) > 1:
-        handles = [axes[0].plot([], [], color=f"C{i % 10}", label=n)[0] for i, n in enumerate(runs)]
+        names = [n.encode(errors="backslashreplace").decode().replace("$", r"\$") for n in runs]
+        handles = [
+            axes[0].plot([], [], color=f"C{i % 10}", label=n)[0] for i, n in enumerate(names)
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     save(figure, path)
 
@@ -184,7 +190,7 @@ def main(config: PlotConfig) -> None:
     runs = {}
     for name in config.runs:
         log = Path(name) / "metrics.jsonl"
-        require(log.is_file(), f"{name} is no run folder: it holds no metrics.jsonl")
+        require(os.path.isfile(log), f"{name} is no run folder: it holds no metrics.jsonl")
         rows = runs[name] = read_log(log)
         require(bool(rows) and "reward" in rows[0], f"{log} is not the log of a GRPO run")
     plot_training(runs, Path(config.out))

@@ -44,11 +44,15 @@ def open_run(
     Refuses a new run over another, a folder in use or not writable, and changed flags or start.
     """
     with user_errors():
-        path = next(path for path in (run, *run.absolute().parents) if path.exists())
+        str(run).encode()  # tokenizers and safetensors open no other names
+        path = next(path for path in (run, *run.absolute().parents) if os.path.lexists(path))
         require(path.is_dir() and os.access(path, os.W_OK | os.X_OK), f"cannot write to {path}")
         for file in map(run.joinpath, OVERWRITTEN):
-            inside = file.resolve().is_relative_to(run.resolve())
-            require(inside, f"{file} is a link to {file.resolve()}, which it would overwrite")
+            place = Path(os.path.realpath(file))
+            inside = place.is_relative_to(os.path.realpath(run))
+            require(inside, f"{file} is a link to {place}, which it would overwrite")
+            writable = os.access(place, os.W_OK) and place.is_file()
+            require(writable or not os.path.lexists(file), f"cannot write to {file}")
         if world.is_master and (run / LOG).exists():
             with (run / LOG).open("a") as file:
                 lock(file, run)
@@ -56,7 +60,8 @@ def open_run(
     if config.resume:
         require(resume_from is not None, f"{run} holds no checkpoint to resume")
         meta = load_meta(resume_from)
-        require(meta.get("stage") == stage, f"{resume_from} is no checkpoint of this script")
+        ours = meta.get("stage") == stage and "update" in meta
+        require(ours, f"{resume_from} is no checkpoint of this script")
         renamed = False  # whether --init or --model says where the start was moved
         for flag, then, now in changed_flags(meta, config):
             names_start = flag in ("--init", "--model") and now not in ("", "tiny")
@@ -69,22 +74,24 @@ def open_run(
     return done, start
 
 
+@user_errors()
 def resumed_start(run: Path, meta: dict, named: str = "", renamed=False) -> Path | None:
     """Return where a run started; None for a new model. Refuses other weights, or none.
 
-    `named` is --init or --model: it counts if it was `renamed`, or if the hub has it.
+    `named` is --init or --model. If it was `renamed`, it alone counts.
     """
-    if "init_sha256" not in meta:
+    if not {"init_sha256", "init_from"} <= meta.keys():
         return None
     start = None if renamed else find_start(run, meta)
-    if start is None and (renamed or is_hub_name(named)):
-        start = find_checkpoint(named)
-        with user_errors():
-            same = weights_sha256(start) == meta["init_sha256"]
-        require(same, f"the weights in {start} are not those from which {run} started")
-    place, flag = Path(meta["init_from"]), "--init" if meta["stage"] == "grpo" else "--model"
+    if start is None and (renamed or is_hub_name(named) or Path(named or "?").exists()):
+        found = find_checkpoint(named)
+        same = holds_start(found, meta)
+        other = f"the weights in {found} are not those from which {run} started"
+        require(same or not renamed, other)
+        start = found if same else None
+    place, flag = meta["init_from"], "--init" if meta["stage"] == "grpo" else "--model"
     fault = f"there is no folder {place}, where {run} started"
-    if place.is_dir():
+    if os.path.isdir(place):
         fault = f"the weights in {place}, where {run} started, are no longer the same"
     require(start is not None, f"{fault}: say by {flag} where they are now")
     return start
@@ -111,13 +118,18 @@ def find_start(run: Path, meta: dict) -> Path | None:
 
     They are looked for where they were, and beside the run if both were moved together.
     """
-    if "init_sha256" not in meta:
+    if not {"init_sha256", "init_from"} <= meta.keys():
         return None
-    for folder in (Path(meta["init_from"]), run / meta.get("init_beside", "")):
-        with contextlib.suppress(OSError, ValueError):  # no weights there
-            if weights_sha256(folder) == meta["init_sha256"]:
-                return folder
-    return None
+    folders = (Path(meta["init_from"]), run / meta.get("init_beside", ""))
+    return next((folder for folder in folders if holds_start(folder, meta)), None)
+
+
+def holds_start(folder: Path, meta: dict) -> bool:
+    """Whether a folder holds the weights from which a run started."""
+    try:
+        return weights_sha256(folder) == meta["init_sha256"]
+    except (OSError, ValueError):  # none that can be read
+        return False
 
 
 def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
@@ -179,8 +191,10 @@ def save_checkpoint(
         rename(draft, folder, MANIFEST)
         fsync(run)
     except Exception as error:  # mostly a full disk, for which each library raises its own kind
-        free = shutil.disk_usage(run).free / 1e6
-        fail(f"cannot write the checkpoint {folder} ({free:.0f} MB are free): {error}")
+        free = "unknown"
+        with contextlib.suppress(OSError):  # the disk itself may be gone
+            free = f"{shutil.disk_usage(run).free / 1e6:.0f}"
+        fail(f"cannot write the checkpoint {folder} ({free} MB are free): {error}")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     for old in checkpoints(run)[: -meta.get("keep", 0)]:  # [:-0] is empty
@@ -204,7 +218,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 def verify_manifest(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint by its manifest; None if it is sound or has none."""
     try:
-        if not (checkpoint / MANIFEST).exists():
+        if not os.path.lexists(checkpoint / MANIFEST):
             return None if any(checkpoint.iterdir()) else "it is empty"
         hashes = json.loads((checkpoint / MANIFEST).read_bytes())
         for name, digest in hashes.items():
@@ -226,6 +240,7 @@ def checkpoints(run: Path, first: int = 0) -> list[Path]:
     return [folder for n, folder in sorted(found) if n >= first]
 
 
+@user_errors()
 def newest_checkpoint(run: Path) -> Path | None:
     """Return the sound RUN/step-N with the largest N, or None; refuse a run if all are broken."""
     faults = {}
@@ -246,12 +261,11 @@ def is_hub_name(name: str) -> bool:
     return not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
+@user_errors()  # names that no file system takes, folders that nobody may read
 def find_checkpoint(name: str) -> Path:
     """Return a checkpoint, a run's newest one, or a model from the hub or its cache."""
     path = Path(name)
-    with user_errors():  # names that no file system takes
-        from_hub = is_hub_name(name)
-    if from_hub:
+    if is_hub_name(name):
         try:
             patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
             return Path(snapshot_download(name, allow_patterns=patterns))
@@ -268,16 +282,16 @@ def find_checkpoint(name: str) -> Path:
     return newest
 
 
+@user_errors()
 def choose_checkpoints(names: list[str]) -> list[Path]:
     """Return one or two checkpoints; of a folder of runs the newest run's, beside its start."""
     require(len(names) <= 2, "name one checkpoint, or two to compare")
     runs = []
     if len(names) < 2:
-        with user_errors():  # names that no file system takes
-            folder = Path(names[0] if names else "ckpt")
-            runs = [run for run in folder.glob("*") if checkpoints(run)]
+        folder = Path(names[0] if names else "ckpt")
+        runs = [run for run in folder.glob("*") if checkpoints(run)]
     if runs:
-        run = max(runs, key=lambda run: checkpoints(run)[-1].stat().st_mtime)
+        run = max(runs, key=lambda run: checkpoints(run)[-1].lstat().st_mtime)
         paths = [find_checkpoint(str(run))]
         meta = load_meta(paths[0])
         if start := find_start(run, meta):

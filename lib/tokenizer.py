@@ -2,10 +2,11 @@
 
 A tiny model has a word-level tokenizer over the task's closed vocabulary. A pretrained model keeps
 its own; its prompts begin with a sentence that explains the notation. A problem is anything with
-`prompt()` and `explanation`, a task anything with `longest_examples(rng)`.
+`prompt()` and `explanation`, a task with `longest_examples(rng)` and `sample(rng, "train")`.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -49,7 +50,7 @@ class Tokenizer:
         """Return the tokens of a problem's prompt."""
         if self.word_level:
             return self.inner.encode(problem.prompt())
-        text = f"{problem.explanation}\n\n{problem.prompt()}"
+        text = self.message(problem)
         if self.inner.chat_template is None:
             return self.inner.encode(text)  # with the BOS token, if the model has one
         messages = [{"role": "user", "content": text}]
@@ -60,6 +61,11 @@ class Tokenizer:
             return self.inner.apply_chat_template(messages, **options)
         except Exception as error:  # a template is a program
             fail(f"the model's chat template fails ({NO_TEMPLATE}): {str(error)[:300]}")
+
+    def message(self, problem) -> str:
+        """Return what the model is asked, without its template."""
+        explained = "" if self.word_level else f"{problem.explanation}\n\n"
+        return explained + problem.prompt()
 
     def solution(self, text: str) -> list[int]:
         """Return the tokens of a solution, with the stop token."""
@@ -89,7 +95,7 @@ class Tokenizer:
         """
         prompts = [self.prompt(problem) for problem in problems]
         for problem, prompt, text in zip(problems, prompts, self.decode(prompts)):
-            held = " ".join(problem.prompt().split()) in " ".join(text.split())
+            held = " ".join(self.message(problem).split()) in " ".join(text.split())
             require(held, f"the model's prompts do not hold the problem ({NO_TEMPLATE})")
             for token in reversed(prompt):
                 ends = token in self.stops
@@ -103,12 +109,17 @@ class Tokenizer:
         missing = repr(next((word for word in words if word not in known), "the order of words"))
         require(known == words, f"the model's tokenizer cannot write {missing}")
 
-    def max_response_tokens(self, task, max_positions: int, wanted: int = 0) -> int:
+    def max_response_tokens(
+        self, task, max_positions: int, wanted: int = 0, problems: Sequence = ()
+    ) -> int:
         """Return `wanted`, or where that is 0 the tokens of the longest solution and a line more.
 
-        Refuses a model whose `max_positions` are too few for the task's prompts and responses.
+        Refuses a model whose `max_positions` are too few for the task's prompts and responses, and
+        prompts of `problems`, of the longest ones and of 200 others that do not hold the problem.
         """
-        problems, solutions = task.longest_examples(rng("token budget"))
+        longest, solutions = task.longest_examples(stream := rng("token budget"))
+        others = [task.sample(stream, "train") for _ in range(200)]
+        problems = [*longest, *problems, *others]
         self.require_prompts(problems)
         lines = [line for solution in solutions[:2] for line in solution.split("\n")]
         line, solution = (max(len(self.solution(x)) - 1 for x in xs) for xs in (lines, solutions))
@@ -135,13 +146,18 @@ def portable_config(config: dict, chat_template: bool) -> dict:
     config = {key: x for key, x in config.items() if key != "chat_template" or chat_template}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = FAST
-        if isinstance(config.get("extra_special_tokens"), list):
-            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     return config
 
 
 def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
     """Load the tokenizer of a Hugging Face folder, with or without its chat template."""
+    for name in (*FILES, "chat_template.jinja", "generation_config.json"):  # links to nothing
+        require(
+            folder.joinpath(name).exists() or not folder.joinpath(name).is_symlink(),
+            f"{folder / name} is broken",
+        )
     try:
         # AutoTokenizer would ignore tokenizer.json and use Qwen2's own BPE.
         inner = PreTrainedTokenizerFast.from_pretrained(folder)

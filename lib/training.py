@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
 from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads
-from lib.flags import flag_name, require, require_min, warn
+from lib.flags import flag_name, require, require_min, user_errors, warn
 from lib.limits import return_freed_memory
 from lib.lora import validate_lora, without_adapters
 from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
@@ -58,6 +58,12 @@ def load_run(
     The weights are those of the checkpoint `resume_from`, else of `init` (both folders or None),
     else of a new tiny model over the vocabulary `words`, a list.
     """
+    folder, log, start = Path(config.out), None, {}
+    if init:  # first: it may change while it is loaded
+        named = run_dir.named_start(config)
+        moved = resume_from and checkpoint.load_meta(resume_from).get("init_name") != named
+        with user_errors():
+            start = run_dir.describe_start(init, "" if moved else named, folder)
     source = init or resume_from
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
     precision = checkpoint.choose_dtype(config.precision, shape, resume_from, world)
@@ -76,28 +82,20 @@ def load_run(
     if resume_from:
         run_dir.load_optimizer(resume_from, optimizer)
 
-    meta = asdict(config) | {"stage": stage, "total": updates, "compute_dtype": precision}
-    folder, log = Path(config.out), None
-    if init:
-        meta |= run_dir.describe_start(init, run_dir.named_start(config), folder)
+    meta = asdict(config) | {"stage": stage, "total": updates, "compute_dtype": precision} | start
     if world.is_master:
         print(f"Starting from {init}.\n" * bool(init) + describe(policy))
         log = run_dir.Log(folder, first_update)
     return Run(folder, updates, first_update, init, meta, tokenizer, master, policy, optimizer, log)
 
 
-def initial_policy(run: Run) -> Transformer | None:
-    """Return the policy before RL: the frozen base under the adapters, or the start reloaded.
-
-    None, with a warning, if the start is gone meanwhile.
-    """
+def initial_policy(run: Run) -> Transformer:
+    """Return the policy before RL: the frozen base under the adapters, or the start reloaded."""
     if run.meta["lora"]:
         return without_adapters(run.master)
-    if run_dir.find_start(run.folder, run.meta) is None:
-        warn(f"{run.init}, where this run started, is gone or no longer the same")
-        return None
-    dtype = DTYPES[run.meta["compute_dtype"]]
-    return checkpoint.load_model(run.init, run.master.device, dtype)[0]
+    start = run_dir.find_start(run.folder, run.meta)
+    require(start is not None, f"{run.init}, where this run started, is gone or has changed")
+    return checkpoint.load_model(start, run.master.device, DTYPES[run.meta["compute_dtype"]])[0]
 
 
 def progress_bar(run: Run, name: str, world: World) -> tqdm:
@@ -109,10 +107,10 @@ def progress_bar(run: Run, name: str, world: World) -> tqdm:
 
 class ProgressBar(tqdm):
     def display(self, *args, **kwargs) -> bool | None:
-        """Fall silent where nobody reads stderr any more, as in `2>&1 | head`; training goes on."""
+        """Fall silent where stderr takes no more, as in `2>&1 | head`; training goes on."""
         try:
             return super().display(*args, **kwargs)
-        except BrokenPipeError:
+        except OSError:
             self.disable, self.fp = True, open(os.devnull, "w")  # noqa: SIM115
 
 

@@ -178,6 +178,10 @@ class Transformer(nn.Module):
         self, tokens: Tensor, positions: Tensor, attend: Attend, dropout_key: int | None = None
     ) -> Tensor:
         """Return the final hidden states (N, D) of tokens (N,) at RoPE positions (N,)."""
+        N = len(tokens)
+        if extra := self.extra_rows(N):
+            tokens, positions = F.pad(tokens, (0, extra)), F.pad(positions, (0, extra))
+            attend = without_rows(attend, N, extra)
         added = self.model.embed_tokens(tokens)  # (N, D)
         x = torch.zeros_like(added, dtype=torch.float32)  # the residual stream, in fp32 always
         angles = positions[:, None].float() * rope_frequencies(self.config, positions.device)
@@ -187,7 +191,17 @@ class Transformer(nn.Module):
                 x, added = checkpoint(block, x, added, *context, use_reentrant=False)
             else:
                 x, added = block(x, added, *context)
-        return self.model.norm(x, added)[1]
+        return self.model.norm(x, added)[1][:N]
+
+    def extra_rows(self, n: int) -> int:
+        """Return how many rows fill n up to a multiple of 64, on the CPU in bf16; else 0.
+
+        There oneDNN compiles each product anew for every number of rows, and keeps half a megabyte
+        of it for ever: a run whose batches vary in length would grow by tens of MB an update.
+        """
+        varies = n >= 256  # a training batch or prompts; decoding has few sizes
+        on_cpu = self.device.type == "cpu" and self.dtype == torch.bfloat16
+        return -n % 64 if varies and on_cpu else 0
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (N, V) in fp32 of hidden states (N, D), V up to the last token allowed.
@@ -197,8 +211,20 @@ class Transformer(nn.Module):
         weight = self.lm_head.weight
         if self.n_logits < len(weight):
             weight = weight[: self.n_logits]
-        logits = F.linear(hidden, weight).float()
+        extra = self.extra_rows(len(hidden))
+        rows = F.pad(hidden, (0, 0, 0, extra)) if extra else hidden
+        logits = F.linear(rows, weight)[: len(hidden)].float()
         return logits.index_fill(1, self.gaps, -1e30) if len(self.gaps) else logits
+
+
+def without_rows(attend: Attend, n: int, extra: int) -> Attend:
+    """Return an attention function for n rows and `extra` ones, which it leaves out."""
+
+    def attend_to_n(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
+        out = attend(layer, qkv[:n], (rope[0][:n], rope[1][:n]))
+        return F.pad(out, (0, 0, 0, extra))
+
+    return attend_to_n
 
 
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

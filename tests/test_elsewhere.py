@@ -255,12 +255,12 @@ def test_adapters_are_saved_though_their_start_is_gone(
     lose_the_start(monkeypatch, lambda: LOST[how](copy))
     capsys.readouterr()
     end = grpo(run, copy, **flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "merge them" in line]
-    assert len(lines) == 2 and str(copy) in lines[0] and f"{end}/adapter" in lines[1]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "To merge them" in line]
+    assert len(lines) == 2 and str(copy) in lines[0] and f"'{end}/adapter'" in lines[1]
     assert verify_manifest(end) is None and not (end / "model.safetensors").exists()
-    assert "merge them" in refusal(lambda: load_model(find_checkpoint(str(run))), capsys)
+    assert "To merge them" in refusal(lambda: load_model(find_checkpoint(str(run))), capsys)
 
-    base = AutoModelForCausalLM.from_pretrained(pretrained)  # as the line says
+    base = AutoModelForCausalLM.from_pretrained(pretrained, dtype="float32")  # as the line says
     merged = peft.PeftModel.from_pretrained(base, f"{end}/adapter").merge_and_unload()
     expected = dict(AutoModelForCausalLM.from_pretrained(whole).named_parameters())
     for name, weight in merged.named_parameters():

@@ -98,6 +98,8 @@ COMPILERS = {  # cc as a shell script, with REAL for the real one; what the line
     ),
     "fails for attention": ('case "$*" in *HEAD_DIM*) exit 3;; esac; REAL "$@"', "ended with 3"),
     "killed": ("kill -9 $$", "killed"),
+    "leaves a child behind": ("sleep 30 &\necho no licence >&2\nexit 1", "no licence"),
+    "talks without end": ("exec yes >&2", "cc ended with"),
     "hangs": ("sleep 1000 & wait", "more than 1 seconds"),
     "writes nothing": ("exit 0", "kernels.so"),
     "writes nonsense": ('for last; do :; done; echo text > "$last"', "kernels.so"),
@@ -124,7 +126,7 @@ def test_whatever_the_compiler_does_pytorch_serves_and_one_line_says_so(
 ):
     script, says = COMPILERS[how]
     compiler, path = tmp_path / "cc", os.environ["PATH"]
-    for name in ("timeout", "sleep"):
+    for name in ("timeout", "sleep", "sh", "yes"):
         (tmp_path / name).symlink_to(shutil.which(name))
     if script:
         compiler.write_text(f"#!/bin/sh\n{script.replace('REAL', shutil.which('cc'))}\n")

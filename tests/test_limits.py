@@ -12,7 +12,7 @@ from conftest import refusal, small_model
 from lib import limits
 from lib.distributed import init_distributed
 from lib.flags import warn
-from lib.limits import core_limit, memory_limit
+from lib.limits import PROCESS_BYTES, core_limit, memory_limit
 from rollout import Sampler
 
 ROOT = Path(limits.__file__).parent.parent
@@ -73,12 +73,15 @@ def test_a_containers_limits_count(name, tmp_path, monkeypatch):
 def test_what_does_not_fit_the_container_waits(monkeypatch):
     """A tenth of the memory holds a tenth of the groups; four processes here share it."""
     sampler = Sampler(small_model(), [1], 8, 100)
-    monkeypatch.setattr("rollout.memory_limit", lambda: 10 * GB)
+    monkeypatch.setattr("rollout.memory_limit", lambda: 10 * GB + PROCESS_BYTES)
     groups = sampler.max_groups(50)
-    monkeypatch.setattr("rollout.memory_limit", lambda: GB)
+    monkeypatch.setattr("rollout.memory_limit", lambda: GB + PROCESS_BYTES)
     assert sampler.max_groups(50) == pytest.approx(groups / 10, rel=0.01) and groups > 100
+    monkeypatch.setattr("rollout.memory_limit", lambda: GB + 4 * PROCESS_BYTES)
     monkeypatch.setattr("rollout.processes_here", lambda: 4)
     assert sampler.max_groups(50) == pytest.approx(groups / 40, rel=0.1)
+    monkeypatch.setattr("rollout.memory_limit", lambda: PROCESS_BYTES)
+    assert sampler.max_groups(50) == 1
 
 
 def test_threads_are_as_many_as_the_cores(monkeypatch):
@@ -131,7 +134,9 @@ STRAY = {  # the environment; what is said, or None where one process works as o
     "an address alone": ({"MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}, None),
     "a size alone": ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT"),
     "no address": ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
-    "an empty size": ({"WORLD_SIZE": ""}, "WORLD_SIZE"),
+    "an empty size": ({"WORLD_SIZE": ""}, None),
+    "a port in words": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT x"),
+    "a port too high": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "70000"}, "70000"),
     "a rank too high": ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
     "a negative rank": ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK -1"),
     "a size in words": ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE two"),
