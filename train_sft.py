@@ -80,9 +80,8 @@ def default_out(strategy: str, field: int, relabel: str) -> Path:
 
 def default_folder(config: SftConfig) -> str:
     out = default_out(config.strategy, config.field, config.relabel)
-    if config.model == "tiny":
-        return str(out)
-    return f"{out}-{Path(config.model).name}"  # not where train_grpo.py looks for the tiny one
+    model = f"-{Path(config.model).name}" * (config.model != "tiny")  # where GRPO does not look
+    return f"{out}{model}"
 
 
 def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
@@ -160,9 +159,8 @@ def validate(run: Run, config: SftConfig, problems: list[Problem], max_new_token
 def main(config: SftConfig, world: World) -> Path:
     """Train, and return the final checkpoint."""
     run, task, problems, max_new_tokens = set_up(config, world)
-    n_batches = 1  # of at most 32 examples, which bounds the memory
-    if not config.fsdp:
-        n_batches = max(n_threads(world.device), config.batch_size // world.world_size // 32)
+    n_batches = config.batch_size // world.world_size // 32  # of some 32 examples, for memory
+    n_batches = 1 if config.fsdp else max(n_threads(world.device), n_batches)
     signals, bar, accuracy = Signals(), training.progress_bar(run, "SFT", world), {}
     for update in signals.during(bar):
         start = time.perf_counter()
@@ -213,8 +211,7 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], i
     with user_errors():
         task = Task.from_flags(config)
         problems = validation_problems(task, 128, rng(config.seed, "validation problems"))
-    limits = (shape.max_position_embeddings, 0)
-    max_new_tokens = tokenizer.max_response_tokens(task, *limits, problems)
+    max_new_tokens = tokenizer.max_response_tokens(task, shape.max_position_embeddings, 0, problems)
     training.validate(config, "batch_size", world)
     first_update, start = open_run(folder, resume_from, config, "sft", world)
     init = start if resume_from else source

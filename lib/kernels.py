@@ -70,8 +70,8 @@ def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL:
     """Compile kernels.c and load it. Raises ValueError or OSError if that fails."""
     options = ["-DBF16"] * (dtype == torch.bfloat16) + [f"-DHEAD_DIM={head_dim}"] * (head_dim > 0)
     source = str(Path(__file__).with_name("kernels.c"))
-    # `timeout` ends the compiler with what it has started. What gets away holds no pipe of ours, and
-    # what it says and writes may take 64 MB.
+    # `timeout` ends the compiler with what it has started. What gets away holds no pipe of ours,
+    # and what it says and writes may take 64 MB.
     command = f"timeout -s KILL {COMPILER_SECONDS} sh -c".split()
     command += ['ulimit -f 131072; exec cc "$@"', "cc", *FLAGS.split(), *options, source]
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/messages", "w+b") as messages:

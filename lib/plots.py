@@ -176,10 +176,9 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     for axis in axes[:4]:
         axis.set_xlabel("")
     if len(runs) > 1:
-        names = [n.encode(errors="backslashreplace").decode().replace("$", r"\$") for n in runs]
-        handles = [
-            axes[0].plot([], [], color=f"C{i % 10}", label=n)[0] for i, n in enumerate(names)
-        ]
+        labels = [n.encode(errors="backslashreplace").decode().replace("$", r"\$") for n in runs]
+        plot = axes[0].plot
+        handles = [plot([], [], color=f"C{i % 10}", label=x)[0] for i, x in enumerate(labels)]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     save(figure, path)
 

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -286,3 +287,36 @@ def test_a_new_model_has_previous_token_heads():
     for head, back in enumerate((1, 2, 3, 5)):
         for i in (10, 25, 39):
             assert attention_scores[head, i, : i + 1].argmax() == i - back
+
+
+def test_rows_that_fill_up_a_batch_in_bf16_change_nothing(monkeypatch):
+    """oneDNN keeps memory for each number of rows that it meets, so they are multiples of 64."""
+    model, numbers = make_policy(small_model(), "bf16"), set()
+    generator, real = torch.Generator().manual_seed(0), F.linear
+
+    def linear(x, *args):
+        numbers.add(len(x))
+        return real(x, *args)
+
+    for n in (250, 257, 300, 400):
+        rows = torch.randint(3, 60, (2, n), generator=generator)
+        lengths, index = (torch.tensor([5]), torch.tensor([n])), torch.tensor([0])
+        batch = pack(rows[:1, :5], lengths[0], rows[1:], lengths[1], index)
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "linear", linear)
+            logps, _ = response_logps(model, batch)
+            gradients = torch.autograd.grad(logps.sum(), list(model.parameters()))
+        with monkeypatch.context() as patch:
+            patch.setattr(Transformer, "extra_rows", lambda *_: 0)
+            plain, _ = response_logps(model, batch)
+            expected = torch.autograd.grad(plain.sum(), list(model.parameters()))
+        torch.testing.assert_close(logps, plain, atol=0.05, rtol=0.02)
+        for a, b in zip(gradients, expected):
+            assert (a - b).float().norm() <= 0.03 * b.float().norm()
+    assert {n for n in numbers if n >= 256 and n % 64} == set() and max(numbers) == 448
+
+
+def test_fp32_adds_no_rows():
+    assert small_model().extra_rows(300) == 0
+    policy = make_policy(small_model(), "bf16")
+    assert [policy.extra_rows(n) for n in (8, 255, 256, 257, 300)] == [0, 0, 0, 63, 20]
