@@ -508,3 +508,115 @@ def test_closed_streams_are_no_error(monkeypatch):
     repair_streams()
     print("nobody reads this")
     print_error("nor this")
+
+
+# ------------------------------------------------------------------------------------------------
+# Refused before any work
+
+
+def dangling(run: Path) -> None:
+    run.symlink_to("nowhere/at/all")
+
+
+def loop(run: Path) -> None:
+    run.symlink_to(run.name)
+
+
+def looping_log(run: Path) -> None:
+    run.mkdir()
+    (run / "metrics.jsonl").symlink_to("metrics.jsonl")
+
+
+def folder_for_a_plot(run: Path) -> None:
+    (run / "training.png").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("spoil", [dangling, loop, looping_log, folder_for_a_plot])
+def test_a_run_folder_that_cannot_be_written_is_refused_at_once(spoil, tmp_path, capsys):
+    spoil(tmp_path / "run")
+    refusal(lambda: sft(tmp_path / "run", examples=0), capsys)
+    refusal(lambda: grpo(tmp_path / "run", save_tiny(tmp_path / "start", 1, field=3)), capsys)
+    assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_a_name_that_the_libraries_cannot_open_is_refused_at_once(tmp_path, capsys):
+    assert "surrogates" in refusal(lambda: sft(tmp_path / "run\udcff", examples=0), capsys)
+
+
+def test_a_manifest_that_dangles_is_a_broken_checkpoint(tmp_path, capsys):
+    folder = save_tiny(tmp_path, 1)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to("nowhere")
+    assert "broken" in refusal(lambda: find_checkpoint(str(folder)), capsys)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_a_file_of_the_tokenizer_that_dangles_is_refused(name, pretrained, capsys):
+    (pretrained / name).unlink()
+    (pretrained / name).symlink_to("nowhere")
+    assert name in refusal(lambda: load_tokenizer(pretrained), capsys)
+
+
+@pytest.mark.parametrize("content", ['{"field": "x"}', '{"relabel": null}', '{"init_from": 3}'])
+def test_an_odd_training_json_is_refused(content, tmp_path, capsys):
+    folder = save_tiny(tmp_path, 1)
+    (folder / "manifest.json").unlink()
+    (folder / "training.json").write_text(content)
+    assert "training.json: bad" in refusal(lambda: load_meta(folder), capsys)
+
+
+def test_a_newest_step_that_leads_nowhere_is_passed_over(tmp_path, capsys):
+    folder = save_tiny(tmp_path / "ckpt" / "run", 1, field=11)
+    (tmp_path / "ckpt" / "run" / "step-9").symlink_to("/nowhere")
+    assert choose_checkpoints([str(tmp_path / "ckpt")]) == [folder]
+    assert "step-9 is broken" in capsys.readouterr().err
+
+
+def test_a_start_whose_name_means_another_model_meanwhile_is_not_taken_for_it(
+    pretrained, tmp_path, monkeypatch
+):
+    """models/current was a link to one model, and is one to another when the run ends."""
+    link, other = tmp_path / "current", make_pretrained(tmp_path / "other", "qwen3")
+    link.symlink_to(pretrained)
+    loaded = []
+    real = training.checkpoint.load_model
+
+    def load(folder, *args, **kwargs):
+        loaded.append(folder.resolve())
+        return real(folder, *args, **kwargs)
+
+    def switch():
+        link.unlink()
+        link.symlink_to(other)
+
+    lose_the_start(monkeypatch, switch)
+    monkeypatch.setattr(training.checkpoint, "load_model", load)
+    grpo(tmp_path / "run", link, lora=0, beta=0.0)
+    assert loaded[-1] == pretrained.resolve()
+
+
+def test_a_moved_start_under_the_name_it_had_is_found(moved, tmp_path):
+    """The run alone went to another depth; --init is what it was, and means the same weights."""
+    Path("deep/er").mkdir(parents=True)
+    Path("ckpt/rl").rename("deep/er/rl")
+    shutil.rmtree("deep/er/rl/step-2")
+    assert grpo("deep/er/rl", "ckpt/sft", lora=2, resume=True).name == "step-2"
+
+
+def test_a_start_of_other_sizes_under_the_same_weights_is_refused(pretrained, tmp_path, capsys):
+    sft(tmp_path / "run", model=str(pretrained), lora=2)
+    shutil.rmtree(tmp_path / "run" / "step-2")
+    config = json.loads((pretrained / "config.json").read_text())
+    (pretrained / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    line = refusal(
+        lambda: sft(tmp_path / "run", model=str(pretrained), lora=2, resume=True), capsys
+    )
+    assert "config.json is not the one" in line
+
+
+def test_the_environments_plotting_is_not_asked(tmp_path):
+    """MPLBACKEND may name what matplotlib does not know: runs would end without their files."""
+    environment = os.environ | {"MPLBACKEND": "nonsense"}
+    command = [sys.executable, "-c", "import lib.plots"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -109,6 +109,15 @@ SPOILED = {  # a chat template; what is said of its prompts
         "{% if '?' in messages[0].content %}{{ raise_exception('no ?') }}{% endif %}",
         "no ?",
     ),
+    "raises for short ones alone": (
+        "{% if messages[0].content.count('\\n') < 8 %}{{ raise_exception('too short') }}{% endif %}"
+        "{{ messages[0].content }}",
+        "too short",
+    ),
+    "drops the explanation": (
+        "{{ messages[0].content.split('\\n', 1)[1] }}",
+        "do not hold the problem",
+    ),
     "is broken": ("{% for m in messages %}", "chat template fails"),
     "asks for what is not there": ("{{ messages[1].content }}", "chat template fails"),
     "is empty": ("", "do not hold the problem"),
