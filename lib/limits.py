@@ -23,8 +23,8 @@ def return_freed_memory() -> None:
     """Let the C library give blocks above 1 MB back to the system when they are freed.
 
     glibc would keep those up to 32 MB in a heap for each thread, which tensors of ever other sizes
-    fragment: a pretrained model's peak memory doubles within 50 updates. A tiny model is 4% slower
-    with this, and has no need of it.
+    fragment: five layers of SmolLM2 peaked at 2.3 GB in the first update and at 3.1 in the tenth.
+    A tiny model is 4% slower with this, and has no need of it.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
