@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import data.smollm2
 from data.finite_field import vocabulary
 from lib import checkpoint
 from lib.attention import packed_attention
@@ -27,9 +29,12 @@ def smollm2(tmp_path_factory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert again.returncode == 2 and "is there already" in again.stderr.splitlines()[-1]
     return folder
+
+
+def test_a_folder_that_is_there_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path)])
+    assert "is there already" in refusal(data.smollm2.main, capsys)
 
 
 @torch.no_grad()
