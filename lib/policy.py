@@ -56,7 +56,6 @@ def empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | 
     model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.allow_tokens(range(config.vocab_size))
     return model
 
 

@@ -83,7 +83,7 @@ def resumed_start(run: Path, meta: dict, named: str = "", renamed=False) -> Path
     if not {"init_sha256", "init_from"} <= meta.keys():
         return None
     start = None if renamed else find_start(run, meta)
-    if start is None and (renamed or is_hub_name(named) or Path(named or "?").exists()):
+    if start is None and (renamed or is_hub_name(named) or (named and Path(named).exists())):
         found = find_checkpoint(named)
         same = holds_start(found, meta)
         other = f"the weights in {found} are not those from which {run} started"
@@ -180,7 +180,7 @@ def save_checkpoint(
         write_json(draft / "training.json", {"update": update, **meta})
         torch.save(state, draft / "training_state.pt")
         if meta.get("lora"):
-            save_adapters(model, meta.get("init_name", meta["init_from"]), draft / "adapter")
+            save_adapters(model, meta["init_name"], draft / "adapter")
         follow_umask(draft, "config.json")
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         write_json(draft / MANIFEST, {str(f.relative_to(draft)): sha256(f) for f in files})

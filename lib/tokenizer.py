@@ -48,8 +48,6 @@ class Tokenizer:
 
     def prompt(self, problem) -> list[int]:
         """Return the tokens of a problem's prompt."""
-        if self.word_level:
-            return self.inner.encode(problem.prompt())
         text = self.message(problem)
         if self.inner.chat_template is None:
             return self.inner.encode(text)  # with the BOS token, if the model has one
@@ -88,8 +86,8 @@ class Tokenizer:
         words = self.inner.get_vocab().items()
         return [i for word, i in words if word in ("start", "end") or word[-1] == ":"]
 
-    def require_prompts(self, problems: list) -> None:
-        """Refuse a template that loses the problem, and prompts that end in a stop token.
+    def checked_prompts(self, problems: list) -> list[list[int]]:
+        """Return the prompts; refuse those that lose the problem or end in a stop token.
 
         After a stop token models say anything. White space behind it does not count.
         """
@@ -102,6 +100,7 @@ class Tokenizer:
                 require(not ends, "the model's prompts end in a stop token, which begins no answer")
                 if self.decode([[token]])[0].strip():
                     break
+        return prompts
 
     def require_vocabulary(self, words: list[str]) -> None:
         """Refuse a tokenizer that cannot write these words."""
@@ -119,12 +118,11 @@ class Tokenizer:
         """
         longest, solutions = task.longest_examples(stream := rng("token budget"))
         others = [task.sample(stream, "train") for _ in range(200)]
-        problems = [*longest, *problems, *others]
-        self.require_prompts(problems)
+        prompts = self.checked_prompts([*longest, *problems, *others])
         lines = [line for solution in solutions[:2] for line in solution.split("\n")]
         line, solution = (max(len(self.solution(x)) - 1 for x in xs) for xs in (lines, solutions))
         budget = wanted or solution + line
-        n = max(len(self.prompt(problem)) for problem in problems) + budget
+        n = max(map(len, prompts)) + budget
         require(n <= max_positions, f"prompt and response take {n} of {max_positions} positions")
         return budget
 

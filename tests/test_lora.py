@@ -119,7 +119,12 @@ def test_peft_loads_what_is_saved(family, tmp_path):
     policy = adapters_on(base)
     optimizer = torch.optim.AdamW(trainable_parameters(policy))
     folder = save_checkpoint(
-        tmp_path, 1, policy, tokenizer, optimizer, {"lora": 3, "init_from": str(start)}
+        tmp_path,
+        1,
+        policy,
+        tokenizer,
+        optimizer,
+        {"lora": 3, "init_from": str(start), "init_name": str(start)},
     )
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(start), folder / "adapter", is_trainable=True
@@ -146,7 +151,7 @@ def test_peft_loads_what_is_saved(family, tmp_path):
 def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
     base, tokenizer = load_model(pretrained)
     policy = adapters_on(base)
-    training = {"lora": 3, "init_from": str(pretrained)}
+    training = {"lora": 3, "init_from": str(pretrained), "init_name": str(pretrained)}
     folder = save_checkpoint(
         tmp_path, 1, policy, tokenizer, torch.optim.AdamW(trainable_parameters(policy)), training
     )
