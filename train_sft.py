@@ -74,14 +74,10 @@ PRETRAINED = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "lora": 64}  # the
 PRETRAINED |= {"position_gap": 0, "keep": 2}
 
 
-def default_out(strategy: str, field: int, relabel: str) -> Path:
-    return Path("ckpt") / f"sft-{strategy}-gf{field}{'-shown' * (relabel == 'shown')}"
-
-
-def default_folder(config: SftConfig) -> str:
-    out = default_out(config.strategy, config.field, config.relabel)
+def default_folder(config: SftConfig) -> Path:
+    shown = "-shown" * (config.relabel == "shown")
     model = f"-{Path(config.model).name}" * (config.model != "tiny")  # where GRPO does not look
-    return f"{out}{model}"
+    return Path("ckpt") / f"sft-{config.strategy}-gf{config.field}{shown}{model}"
 
 
 def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
@@ -89,7 +85,7 @@ def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     set_missing(config, TINY if tiny else PRETRAINED)
     if config.epochs is None and config.updates is None:
         set_missing(config, {"updates": 1600} if tiny else {"epochs": 20})
-    config.out = config.out or default_folder(config)
+    config.out = config.out or str(default_folder(config))
     require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
     require(config.epochs is None or config.updates is None, "give --epochs or --updates, not both")
     require(config.epochs is None or config.examples > 0, "--epochs needs a number of --examples")
@@ -225,10 +221,11 @@ def find_start(config) -> Path | None:
     """Return the checkpoint to start GRPO from; None if the default run is not finished."""
     if config.init:
         return find_checkpoint(config.init)
-    folder = default_out("mixed", config.field, config.relabel)
+    usual = SftConfig(field=config.field, relabel=config.relabel)
+    folder = default_folder(usual)
     if (newest := newest_checkpoint(folder)) is None:
         return None
-    meta, usual = load_meta(newest), SftConfig(field=config.field, relabel=config.relabel)
+    meta = load_meta(newest)
     for flag, then, _ in changed_flags(meta, fill_defaults(usual, tiny=True)):
         message = f"{folder} was trained with {flag} {then}: name it by --init if meant"
         require(flag == "--precision", message)
@@ -237,11 +234,12 @@ def find_start(config) -> Path | None:
 
 def train_start(config, world: World) -> Path:
     """Train the checkpoint to start GRPO from at its default place, or finish training it."""
-    folder = default_out("mixed", config.field, config.relabel)
+    usual = SftConfig(field=config.field, relabel=config.relabel)
+    folder = default_folder(usual)
     if world.is_master:
         print(f"There is no finished SFT checkpoint in {folder}: training one first.")
-    resume = bool(checkpoints(folder))
-    return main(SftConfig(field=config.field, relabel=config.relabel, resume=resume), world)
+    usual.resume = bool(checkpoints(folder))
+    return main(usual, world)
 
 
 if __name__ == "__main__":
