@@ -11,6 +11,7 @@ difference Bonett and Price's (2012) adjusted interval, non-zero even if every p
 the same amount; for the parts of the gain a bootstrap. paper/README.md explains the split.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +20,19 @@ from typing import Literal
 
 import numpy as np
 
-from data.finite_field import Problem, Task, validation_problems, vocabulary
+from data import load_problems
 from lib.checkpoint import choose_dtype, load_meta, load_model, read_config
 from lib.distributed import World, distributed
 from lib.flags import parse_flags, require, require_min, require_writable, user_errors, write_json
 from lib.policy import DTYPES
-from lib.rng import rng
+from lib.responses import NONE, Response, response_rows, show
 from lib.run_dir import choose_checkpoints
 from lib.stats import contributions, paired_interval, pass_at_k, wilson
+from lib.tables import comparison_table, table
 from lib.tokenizer import Tokenizer
 from lib.transformer import Transformer
 from rollout import Sampler
-from strategies import ARITHMETIC, GUESS, STRATEGIES, Response, score_rollout
+from strategies import ARITHMETIC, GUESS, STRATEGIES, lines_of, score_rollout
 
 Scored = list[list[Response]]  # for each problem its responses
 
@@ -44,27 +46,34 @@ class EvalConfig:
     parts: str = "1"  # parts of a problem, such as 2-3: two or more make a composition
     problems: int = 256  # validation problems
     no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
+    data: str = ""  # JSON lines with prompt and answer [those that the checkpoint was trained on]
+    answer_pattern: str = ""  # where the answer lies in a response [as in training]
+    tagger: str = ""  # FILE.py:function, (row, response) -> the strategy of a response
     # Sampling
     samples: int = 4  # responses to each
     temperature: float = 1.0  # of the sampling
     greedy: bool = False  # always the likeliest token, one response to a problem
+    max_new_tokens: int = 0  # longest response [0: as in training, or the longest solution's]
     seed: int = 0  # of the problems and of the sampling
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as in training, or measured
     # Output
     json: str = ""  # write the metrics to this file
     plot: str = ""  # draw accuracy and strategies to this PNG
+    show: int = 0  # print the responses to so many problems
 
 
 def evaluate(
     model: Transformer,
     tokenizer: Tokenizer,
-    problems: list[Problem],
+    problems: list,
     max_new_tokens: int,
     samples: int,
     temperature: float,
     seed: int,
 ) -> Scored:
     """Sample and score `samples` responses of at most `max_new_tokens` tokens to each problem."""
+    if not problems:
+        return []
     sampler = Sampler(model, tokenizer.stops, samples, max_new_tokens, temperature)
     prompts = [tokenizer.prompt(problem) for problem in problems]
     keys = [(seed, "evaluation sampling", i) for i in range(len(prompts))]
@@ -76,6 +85,13 @@ def evaluate(
 
 # ------------------------------------------------------------------------------------------------
 # Metrics
+
+
+def strategies_of(responses: list[Response]) -> list[str]:
+    """Return the paper's strategies, or the labels that the responses to other problems have."""
+    if responses[0].matches is not None:
+        return list(STRATEGIES)
+    return sorted({r.strategy for r in responses} - {NONE})
 
 
 def pass_rate(responses: list[Response]) -> float:
@@ -97,9 +113,10 @@ def metrics_of(scored: Scored) -> dict:
     for k in (2**i for i in range(1, samples.bit_length())):
         metrics[f"pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in right)
     strategies = Counter(r.strategy for r in responses)
-    metrics |= {f"{s}_share": strategies[s] / len(responses) for s in STRATEGIES}
+    metrics |= {f"{s}_share": strategies[s] / len(responses) for s in strategies_of(responses)}
     matching = [r for r in responses if r.matches]
-    metrics["match_rate"] = len(matching) / len(responses)
+    has_match = responses[0].matches is not None
+    metrics["match_rate"] = len(matching) / len(responses) if has_match else None
     metrics["accuracy_given_match"] = accuracy(matching)
     metrics["frac_stopped"] = fmean(r.stopped for r in responses)
     metrics["errors"] = dict(Counter(r.error for r in responses if r.error))
@@ -107,27 +124,33 @@ def metrics_of(scored: Scored) -> dict:
 
 
 def group_by(scored: Scored, key: str) -> dict[str, Scored]:
-    """Group problems by an attribute that all responses to one share, sorted."""
-    values = sorted({getattr(group[0], key) for group in scored})
-    return {str(v): [group for group in scored if getattr(group[0], key) == v] for v in values}
+    """Group problems by an attribute that all responses to one share, sorted; skip empty ones."""
+    values = sorted({getattr(group[0], key) for group in scored} - {""}, key=by_number)
+    return {v: [group for group in scored if getattr(group[0], key) == v] for v in values}
+
+
+def by_number(text: str) -> list:
+    """Return a key by which "9 steps" comes before "10 steps"."""
+    words = re.split(r"(\d+)", text)
+    return [(int(word), "") if word.isdecimal() else (0, word) for word in words]
 
 
 def summarise(scored: Scored) -> dict:
-    """Return metrics overall, by type, by steps, by both, and accuracy by strategy."""
+    """Return metrics overall, by type, by difficulty, by both, and accuracy by strategy."""
     by_strategy = {}
-    for strategy in STRATEGIES:
+    for strategy in strategies_of([r for group in scored for r in group]):
         if taken := [r for group in scored for r in group if r.strategy == strategy]:
             by_strategy[strategy] = {"responses": len(taken), "accuracy": pass_rate(taken)}
 
-    def metrics_by_steps(some: Scored) -> dict:
-        return {steps: metrics_of(groups) for steps, groups in group_by(some, "steps").items()}
+    def metrics_by(key: str, some: Scored) -> dict:
+        return {value: metrics_of(groups) for value, groups in group_by(some, key).items()}
 
     by_type = group_by(scored, "kind")
     return {
         "overall": metrics_of(scored),
-        "by_type": {kind: metrics_of(groups) for kind, groups in by_type.items()},
-        "by_steps": metrics_by_steps(scored),
-        "by_type_and_steps": {kind: metrics_by_steps(groups) for kind, groups in by_type.items()},
+        "by_type": metrics_by("kind", scored),
+        "by_difficulty": metrics_by("difficulty", scored),
+        "by_both": {kind: metrics_by("difficulty", groups) for kind, groups in by_type.items()},
         "by_strategy": by_strategy,
     }
 
@@ -135,22 +158,28 @@ def summarise(scored: Scored) -> dict:
 def rollout_metrics(scored: Scored) -> dict[str, float | None]:
     """Return what an update's log says of its responses: reward, accuracy, strategies by type."""
     responses = [r for group in scored for r in group]
-    overall = metrics_of(scored)
+    overall, strategies = metrics_of(scored), strategies_of(responses)
     metrics = {"reward": fmean(r.reward for r in responses)}
     metrics["frac_truncated"] = fmean(not r.stopped for r in responses)
-    metrics |= {f"{strategy}/all": overall[f"{strategy}_share"] for strategy in STRATEGIES}
+    metrics |= {f"{strategy}/all": overall[f"{strategy}_share"] for strategy in strategies}
     for kind, groups in group_by(scored, "kind").items():
         of_kind = metrics_of(groups)
         metrics[f"accuracy/{kind}"] = of_kind["pass@1"]
         for key in ("accuracy_given_match", "match_rate"):
             metrics[f"{key}/{kind}"] = of_kind[key]
-        for strategy in STRATEGIES:
+        for strategy in strategies:
             taken = [r for group in groups for r in group if r.strategy == strategy]
-            metrics[f"{strategy}/{kind}"] = of_kind[f"{strategy}_share"]
+            metrics[f"{strategy}/{kind}"] = of_kind.get(f"{strategy}_share", 0.0)
             metrics[f"accuracy_given_{strategy}/{kind}"] = accuracy(taken)
-    for steps, groups in group_by(scored, "steps").items():
-        metrics[f"accuracy_at_steps/{steps}"] = metrics_of(groups)["pass@1"]
+    for difficulty, groups in group_by(scored, "difficulty").items():
+        metrics[f"accuracy_at/{difficulty}"] = metrics_of(groups)["pass@1"]
     return metrics
+
+
+def validation_metrics(scored: Scored) -> dict[str, float]:
+    """Return what an update's log says of an evaluation."""
+    by_type = group_by(scored, "kind").items()
+    return {f"validation/{kind}": metrics_of(groups)["pass@1"] for kind, groups in by_type}
 
 
 def paired_difference(before: Scored, after: Scored) -> dict:
@@ -161,9 +190,9 @@ def paired_difference(before: Scored, after: Scored) -> dict:
 
 
 def compare(before: Scored, after: Scored) -> dict:
-    """Return paired differences overall, by type and by number of steps."""
+    """Return paired differences overall, by type and by difficulty."""
     differences: dict = {"overall": paired_difference(before, after)}
-    for name, key in (("by_type", "kind"), ("by_steps", "steps")):
+    for name, key in (("by_type", "kind"), ("by_difficulty", "difficulty")):
         a, b = group_by(before, key), group_by(after, key)
         differences[name] = {value: paired_difference(a[value], b[value]) for value in a}
     return differences
@@ -188,7 +217,7 @@ def count_outcomes(scored: Scored, strategies: list[tuple[str, bool]]) -> np.nda
 
 
 def decompose_gain(before: Scored, after: Scored, resamples: int = 1000) -> dict:
-    """Split the gain in pass@1 into selection and improvement, overall, by type and by steps.
+    """Split the gain in pass@1 into selection and improvement, overall, by type and difficulty.
 
     lib/stats.py has the formula. Improvement is split by what a wrong response fails by first.
     Intervals are bootstrapped over problems; accuracies are re-imputed in every resample.
@@ -197,13 +226,13 @@ def decompose_gain(before: Scored, after: Scored, resamples: int = 1000) -> dict
     strategies = sorted({(r.strategy, r.matches) for s in both for group in s for r in group})
     counts = [count_outcomes(scored, strategies) for scored in both]
     kinds = [group[0].kind for group in before]
-    steps = [str(group[0].steps) for group in before]
-    names = ([*map(" ".join, zip(kinds, steps))], kinds)  # impute by type and steps, then by type
+    difficulties = [group[0].difficulty for group in before]
+    names = ([*map(" ".join, zip(kinds, difficulties))], kinds)  # impute by both, then by type
     cells = [np.unique(of_problem, return_inverse=True)[1] for of_problem in names]
 
     groups = {("overall", ""): np.ones(len(before))}  # 1 for the problems of a group, (X,)
-    for name, values, order in (("by_type", kinds, str), ("by_steps", steps, int)):
-        for value in sorted(set(values), key=order):
+    for name, values in (("by_type", kinds), ("by_difficulty", difficulties)):
+        for value in sorted(set(values) - {""}, key=by_number):
             groups[name, value] = np.array(values) == value
     members = np.array(list(groups.values()), dtype=float)  # (groups, X)
 
@@ -220,82 +249,13 @@ def decompose_gain(before: Scored, after: Scored, resamples: int = 1000) -> dict
     resampled = np.array([parts_of(chosen) for chosen in draws])
     intervals = np.nanpercentile(resampled, [2.5, 97.5], axis=0)  # (2, groups, 6)
 
-    result: dict = {"overall": {}, "by_type": {}, "by_steps": {}}
+    result: dict = {"overall": {}, "by_type": {}, "by_difficulty": {}}
     for i, (name, value) in enumerate(groups):
         parts = result[name].setdefault(value, {}) if value else result[name]
         parts["gain"] = {"mean": float(means[i, 0])}
         for j, part in enumerate(("selection", "improvement", *CAUSES), 1):
             parts[part] = {"mean": float(means[i, j]), "ci95": intervals[:, i, j].tolist()}
     return result
-
-
-# ------------------------------------------------------------------------------------------------
-# Tables, in percent
-
-
-def rows_of(summary: dict) -> dict[str, dict]:
-    rows = {"all": summary["overall"], **summary["by_type"]}
-    for n, metrics in summary["by_steps"].items():
-        rows[f"{n} step{'s' * (n != '1')}"] = metrics
-    return rows
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def signed(part: dict, key: str = "mean") -> str:
-    """Format a change and its interval."""
-    values = (part[key], *part["ci95"])
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in values))
-
-
-def largest_pass_rate(metrics: dict) -> str:
-    """Return the key of pass@k with the largest k, which comes last."""
-    return [key for key in metrics if key.startswith("pass@")][-1]
-
-
-def format_table(rows: list[list[str]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for name, *cells in rows:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
-
-
-def table(summary: dict) -> str:
-    """Format the metrics of one checkpoint."""
-    columns = {key: key for key in ("pass@1", largest_pass_rate(summary["overall"]))}
-    columns |= {"forward": "forward_share", "backward": "backward_share", "matching": "match_rate"}
-    columns["right if matching"] = "accuracy_given_match"
-    rows = [["", *columns, "95% interval", "problems"]]
-    for name, metrics in rows_of(summary).items():
-        interval = "{} - {}".format(*map(percent, metrics["ci95"]))
-        cells = [percent(metrics[key]) for key in columns.values()]
-        rows.append([name, *cells, interval, str(metrics["problems"])])
-    return format_table(rows)
-
-
-def comparison_table(before: dict, after: dict, difference: dict, reasons: dict) -> str:
-    """Format two checkpoints, what changed, and why."""
-
-    def change_of(a: dict, b: dict, key: str) -> str:
-        return f"{percent(a[key])} -> {percent(b[key])}"
-
-    columns = {"pass@1": "pass@1", "matching": "match_rate"}
-    columns["right if matching"] = "accuracy_given_match"
-    rows = [["", *columns, "change", "= selection", "+ improvement"]]
-    tables = [rows_of(x) for x in (before, after, difference, reasons)]
-    for name, a, b, change, why in zip(tables[0], *(table.values() for table in tables)):
-        parts = [signed(change, "pass@1"), signed(why["selection"]), signed(why["improvement"])]
-        rows.append([name, *(change_of(a, b, key) for key in columns.values()), *parts])
-    a, b, why = before["overall"], after["overall"], reasons["overall"]
-    causes = ", ".join(f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in CAUSES)
-    key = largest_pass_rate(a)
-    note = f"all problems: {key} {change_of(a, b, key)}; improvement by {causes}"
-    return f"{format_table(rows)}\n{note}"
 
 
 def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> str:
@@ -308,7 +268,7 @@ def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> s
         reasons, difference = decompose_gain(*scored.values()), compare(*scored.values())
         named = dict(zip(("before", "after"), summaries))
         metrics = named | {"difference": difference, "reasons": reasons}
-        text = comparison_table(*summaries, difference, reasons)
+        text = comparison_table(*summaries, difference, reasons, CAUSES)
     if json:
         with user_errors():
             write_json(json, {"checkpoints": list(scored), **metrics})
@@ -319,10 +279,19 @@ def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> s
     return text
 
 
+def report_run(heading: str, scored: dict[str, Scored], folder: Path, log: list[dict]) -> None:
+    """Write, draw and print a GRPO run's start and end; draw its course."""
+    from lib.plots import plot_training  # matplotlib takes a second to import
+
+    text = report(scored, folder / "evaluation.json", folder / "evaluation.png")
+    plot_training({folder.name: log}, folder / "training.png")
+    print(f"\n{heading}\n{text}\n\ncheckpoint  {[*scored][-1]}\nlog, plots  {folder}")
+
+
 def main(config: EvalConfig, world: World) -> None:
     if not world.is_master:  # under torchrun one process does it all
         return
-    require_min(config, problems=1, samples=1)
+    require_min(config, problems=1, samples=1, max_new_tokens=0, show=0)
     sane = 1e-3 <= config.temperature <= 1e3
     require(sane, "--temperature must lie between 0.001 and 1000, or use --greedy")
     require_writable(config.json, config.plot)
@@ -330,10 +299,13 @@ def main(config: EvalConfig, world: World) -> None:
     metas = [meta for meta in map(load_meta, paths) if "field" in meta]  # of those made here
     fields = [(meta["field"], meta.get("relabel", "fixed")) for meta in metas] or [(11, "fixed")]
     message = "the two checkpoints were trained on different fields or namings"
-    require(fields[0] == fields[-1], message)
-    with user_errors():
-        task, stream = Task.from_flags(config, *fields[0]), rng(config.seed, "validation problems")
-        problems = validation_problems(task, config.problems, stream)
+    newest, wanted = metas[-1] if metas else {}, config.max_new_tokens
+    config.data = config.data or newest.get("data", "")
+    if config.data:
+        config.answer_pattern = config.answer_pattern or newest.get("answer_pattern", "")
+        wanted = wanted or newest.get("max_new_tokens") or 0
+    require(bool(config.data) or fields[0] == fields[-1], message)
+    task, problems = load_problems(config, config.problems, *fields[0])
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
     def score_checkpoint(path: Path) -> Scored:
@@ -341,17 +313,19 @@ def main(config: EvalConfig, world: World) -> None:
         precision = choose_dtype(config.precision, read_config(path), path, one)
         template = not config.no_chat_template
         model, tokenizer = load_model(path, world.device, DTYPES[precision], template)
-        tokenizer.require_vocabulary(vocabulary(task.p))
-        limits = (model.config.max_position_embeddings, 0)
+        tokenizer.require_vocabulary(task.words)
+        limits = (model.config.max_position_embeddings, wanted)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
         return evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
 
     scored = {str(path): score_checkpoint(path) for path in paths}  # one model in memory at a time
-    low, high = task.steps
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
-    which = f"{len(problems)} validation problems of {low}-{high} steps in GF({task.p})"
+    which = f"{len(problems)} validation {task.about}"
     text = report(scored, config.json and Path(config.json), config.plot and Path(config.plot))
     print(f"{' -> '.join(scored)}: {which}, {how}; in %\n\n{text}")
+    for name, groups in scored.items() if config.show else ():
+        rows = response_rows(problems[: config.show], groups, split="validation")
+        print(f"\n{name}\n\n" + "\n".join(show(rows, lines_of)))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ first step. So its responses do not depend on which prompts share its batch or r
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lib.attention import KVCache, packed_attention
@@ -28,6 +29,7 @@ from lib.rng import torch_rng
 from lib.transformer import Transformer
 
 CHECK_FINISHED_EVERY = 4  # steps
+OF_RESPONSES = ("tokens", "lengths", "logps", "stopped")  # a Rollout's tensors with B rows
 
 
 @dataclass
@@ -40,12 +42,14 @@ class Rollout:
     lengths: Tensor  # (B,) the stop token included
     logps: Tensor  # (B, T) under the distribution each token was sampled from; 0 where padded
     stopped: Tensor  # (B,) False where max_new_tokens cut the response off
-    scored: list | None = None  # P lists of G strategies.Response: tags and rewards
+    max_new_tokens: int = 0  # the most that a response could take
+    problems: list | None = None  # P, once scored
+    scored: list | None = None  # P lists of G responses: tags and rewards
     rewards: Tensor | None = None  # (P, G)
     advantages: Tensor | None = None  # (P, G)
 
     def pack(self, groups: Tensor) -> tuple[Packed, Tensor, Tensor]:
-        """Pack the groups (p,); also return their tokens' log-probs and advantages, (M,) each."""
+        """Pack the groups (p,); also return each token's log-prob and its response, (M,) each."""
         rows = rows_of(groups, len(self.tokens) // len(self.prompts))  # (p * G,)
         index = torch.arange(len(groups), device=groups.device)
         prompt_index = index.repeat_interleave(len(rows) // len(groups))
@@ -53,8 +57,26 @@ class Rollout:
         tokens, lengths = self.tokens[rows], self.lengths[rows]
         packed = pack(prompts, prompt_lengths, tokens, lengths, prompt_index)
         mask = torch.arange(tokens.shape[1], device=rows.device) < lengths[:, None]
-        advantages = self.advantages.flatten()[rows].repeat_interleave(lengths)
-        return packed, self.logps[rows][mask], advantages
+        return packed, self.logps[rows][mask], rows.repeat_interleave(lengths)
+
+    def has_signal(self) -> Tensor:
+        """Return which groups (P,) have rewards that differ."""
+        return (self.rewards != self.rewards[:, :1]).any(1)
+
+    def replace(self, groups: list[int], other: "Rollout") -> "Rollout":
+        """Return this rollout with other's groups in the place of these."""
+        index = torch.tensor(groups, device=self.tokens.device)
+        new = replace(self, problems=list(self.problems), scored=list(self.scored))
+        for i, problem, scored in zip(groups, other.problems, other.scored):
+            new.problems[i], new.scored[i] = problem, scored
+        for name in ("prompts", "prompt_lengths", "rewards", *OF_RESPONSES):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine.ndim == 2:  # as wide as the wider one
+                width = max(mine.shape[1], theirs.shape[1])
+                mine, theirs = (F.pad(x, (0, width - x.shape[1])) for x in (mine, theirs))
+            rows = rows_of(index, self.rewards.shape[1]) if name in OF_RESPONSES else index
+            setattr(new, name, mine.index_copy(0, rows, theirs))
+        return new
 
     def response_tokens(self) -> list[list[int]]:
         """Return the tokens of each response, without its stop token."""
@@ -121,7 +143,7 @@ class Sampler:
         mask = torch.arange(T, device=device) < lengths[:, None]
         stopped = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], self.stops)
         tokens, logps = tokens[:, :T] * mask, logps[:, :T] * mask
-        return Rollout(padded, prompt_lengths, tokens, lengths, logps, stopped)
+        return Rollout(padded, prompt_lengths, tokens, lengths, logps, stopped, self.max_new_tokens)
 
     def max_groups(self, max_prompt_len: int) -> int:
         """Return how many groups fit in memory: what is free on a GPU, a share of it on the CPU."""

@@ -10,15 +10,23 @@ recognised by their form and not by line breaks:
 
 Every line votes for a direction: an opening or closing by its side, a step by its operation. The
 lines are then compared with a faultless solution in that direction.
+
+    python strategies.py ckpt/grpo-hard-gf11                # some responses of the newest update
+    python strategies.py ckpt/grpo-hard-gf11 --problem 0    # those to one problem, at each update
+    python strategies.py FILE.jsonl --json                  # tag {"prompt", "response"} lines
 """
 
-import re
+import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
-from data.finite_field import BACKWARD, FORWARD, MATCHING_STRATEGY, Problem, is_correct, reward
+from data.finite_field import BACKWARD, FORWARD, MATCHING_STRATEGY, Problem
+from data.parse import Line, parse_lines, parse_prompt
+from lib.flags import parse_flags, parse_json_lines, quiet_pipes, require, user_errors
+from lib.responses import NONE, RESPONSES, Response, ShowConfig, response_rows, select, show
 
-MIXED, NONE = "mixed", "none"
+MIXED = "mixed"
 STRATEGIES = (FORWARD, BACKWARD, MIXED, NONE)  # what a response can be tagged as
 
 # What can be wrong with a line.
@@ -32,40 +40,13 @@ NO_ANSWER = "no answer"  # the response ends before its answer does
 # No fault of a line: the strategy did not match the problem type, and its guess was wrong.
 GUESS = "wrong guess"
 
-LINE = re.compile(  # of whole words
-    r"(?<![^ ])(?:"
-    r"(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})"
-    r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4})"
-    r" = (?P<result>e\d{1,4})"
-    r"|answer (?P<answer>e\d{1,4})"
-    r")(?![^ ])",
-    re.ASCII,
-)
-
-
-@dataclass(frozen=True)
-class Line:
-    form: str  # "anchor" (an opening or closing), "step", "answer" or "other"
-    text: str
-    guess: bool = False
-    side: str = ""
-    value: str = ""  # of an anchor, a step's result, or the answer
-    label: int = 0
-    left: str = ""
-    op: str = ""
-    right: str = ""
-
-    @property
-    def direction(self) -> str | None:
-        """Return the direction in which a step goes."""
-        return {"+": FORWARD, "*": FORWARD, "-": BACKWARD, "/": BACKWARD}.get(self.op)
-
 
 @dataclass(frozen=True)
 class Error:
     kind: str
     line: int  # which line of the response, from 0
     label: int | None  # the label of the step that was due there, None where no step was
+    due: str  # the line that was due there, "" after the last
 
 
 @dataclass(frozen=True)
@@ -79,26 +60,12 @@ class Tag:
     answer: str | None
 
 
-@dataclass(frozen=True)
-class Response:
-    """What is kept of a scored response."""
-
-    kind: str  # the problem's type
-    steps: int
-    strategy: str
-    matches: bool  # whether every part is solved with the strategy that needs no guess
-    correct: bool  # ended by a stop token and exact match of the answer: what tables count
-    error: str | None  # what went wrong first: a wrong guess, or the kind of a line's error
-    stopped: bool  # whether it ended before the token limit
-    reward: float = 0.0  # what GRPO trains on
-
-
-def score_rollout(rollout, problems: list[Problem], tokenizer) -> None:
-    """Score a rollout's responses: set rollout.scored, P lists of G, and rollout.rewards (P, G)."""
+def score_rollout(rollout, problems: list, tokenizer) -> None:
+    """Score a rollout's responses: set rollout.scored, P lists of G, and its rewards (P, G)."""
     texts = tokenizer.decode(rollout.response_tokens())
     stopped = rollout.stopped.tolist()
     G = len(texts) // len(problems)
-    rollout.scored = []
+    rollout.problems, rollout.scored = problems, []
     for i, problem in enumerate(problems):
         group = range(i * G, (i + 1) * G)
         rollout.scored.append([score_response(problem, texts[j], stopped[j]) for j in group])
@@ -106,20 +73,29 @@ def score_rollout(rollout, problems: list[Problem], tokenizer) -> None:
     rollout.rewards = rollout.logps.new_tensor(rewards)
 
 
-def score_response(problem: Problem, text: str, stopped: bool) -> Response:
-    """Tag a response and compute its reward."""
-    tagged = tag(problem, text)
-    cut_off = None if stopped else NO_ANSWER  # perhaps within the answer
-    error = tagged.error.kind if tagged.error else cut_off
+def score_response(problem, text: str, stopped: bool = True) -> Response:
+    """Tag a response and compute its reward. Other tasks' problems give it labels of their own."""
+    found = {"error": None if stopped else NO_ANSWER}  # cut off, perhaps within the answer
+    if isinstance(problem, Problem):
+        tagged = tag(problem, text)
+        found |= {"strategy": tagged.strategy, "matches": matches(problem, tagged)}
+        if any(tagged.guessed):
+            found["guess"] = "wrong" if tagged.misguessed else "right"
+        if error := tagged.error:
+            found |= {"error_line": error.line, "line_error": error.kind, "due": error.due}
+            found["error"] = error.kind
+        if tagged.misguessed:
+            found["error"] = GUESS
+    else:
+        found["strategy"] = problem.label(text) or NONE
     return Response(
+        text=text,
         kind=problem.kind,
-        steps=problem.steps,
-        strategy=tagged.strategy,
-        matches=matches(problem, tagged),
-        correct=is_correct(problem, text, stopped),
-        reward=reward(problem, text, stopped),
-        error=GUESS if tagged.misguessed else error,
+        difficulty=problem.difficulty,
+        correct=problem.is_correct(text, stopped),
         stopped=stopped,
+        reward=problem.reward(text, stopped),
+        **found,
     )
 
 
@@ -150,27 +126,6 @@ def matches(problem: Problem, tag: Tag) -> bool:
     """Whether every part is solved with the strategy that needs no guess."""
     pairs = zip(tag.parts, problem.parts)
     return all(strategy == MATCHING_STRATEGY[part.kind] for strategy, part in pairs)
-
-
-def parse_lines(response: str) -> list[Line]:
-    """Return the lines in order; text between two recognised ones is one line of form "other"."""
-    text, lines, end = " ".join(response.split()), [], 0
-    for match in LINE.finditer(text):
-        if between := text[end : match.start()].strip():
-            lines.append(Line("other", between))
-        end = match.end()
-        if match["side"]:
-            guess = bool(match["guess"])
-            lines.append(Line("anchor", match[0], guess, match["side"], match["value"]))
-        elif match["answer"]:
-            lines.append(Line("answer", match[0], value=match["answer"]))
-        else:
-            step = {key: match[key] for key in ("left", "op", "right")}
-            step |= {"label": int(match["label"]), "value": match["result"]}
-            lines.append(Line("step", match[0], **step))
-    if rest := text[end:].strip():
-        lines.append(Line("other", rest))
-    return lines
 
 
 def split_parts(lines: list[Line]) -> list[list[Line]]:
@@ -239,8 +194,8 @@ def first_error(
     line = lines[same] if same < len(lines) else None
     expected = due[same] if same < len(due) else None
     kind = error_kind(line, expected, due[same + 1 :])
-    label = expected.label if expected else 0
-    return misguessed, steps_right, Error(kind, same, label or None)
+    label, text = (expected.label, expected.text) if expected else (0, "")
+    return misguessed, steps_right, Error(kind, same, label or None, text)
 
 
 def error_kind(line: Line | None, expected: Line | None, later: list[Line]) -> str:
@@ -258,3 +213,47 @@ def error_kind(line: Line | None, expected: Line | None, later: list[Line]) -> s
     operands = (line.left, line.op, line.right)
     same_operands = operands == (expected.left, expected.op, expected.right)
     return ARITHMETIC if line.form == "step" and same_operands else OPERAND
+
+
+# ------------------------------------------------------------------------------------------------
+# See responses
+
+
+def lines_of(response: str) -> list[str]:
+    """Split a response as it is tagged; where no line is in the task's form, by line breaks."""
+    lines = parse_lines(response)
+    ours = any(line.form != "other" for line in lines)
+    return [line.text for line in lines] if ours else response.splitlines()
+
+
+def tagged_rows(path: Path, p: int) -> list[dict]:
+    """Read a run's responses; or tag responses from elsewhere to our prompts, in GF(p)."""
+    rows = []
+    for number, row in parse_json_lines(path, path.read_bytes()):
+        if "error_line" not in row:
+            prompt, text = row.get("prompt"), row.get("response")
+            try:
+                if not (isinstance(prompt, str) and isinstance(text, str)):
+                    raise ValueError("prompt or response is missing, or is no text")
+                problem = parse_prompt(prompt, p)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            row = response_rows([problem], [[score_response(problem, text)]])[0] | row
+        rows.append(row)
+    return rows
+
+
+def main(config: ShowConfig) -> None:
+    require(len(config.place) == 1, "name one run, or one file of JSON lines")
+    path = Path(config.place[0])
+    with user_errors():
+        rows = tagged_rows(path / RESPONSES if path.is_dir() else path, config.field)
+    rows = select(rows, config)
+    require(bool(rows), f"{path} holds no such response")
+    for line in map(json.dumps, rows) if config.json else show(rows, lines_of, config.n):
+        print(line)
+
+
+if __name__ == "__main__":
+    with quiet_pipes():
+        main(parse_flags(ShowConfig, __doc__, positional="place"))

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 
 import eval
-from data.finite_field import Problem, Task, choose_strategies, validation_problems, vocabulary
-from lib import checkpoint, training
-from lib.checkpoint import load_meta, read_config
+from data import load_problems
+from lib import training
+from lib.checkpoint import load_meta
 from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
-from lib.flags import parse_flags, require, require_min, set_missing, user_errors
+from lib.flags import parse_flags, require, require_min, set_missing
 from lib.lora import dropout_key
 from lib.packing import Packed, pack_examples, pack_with_gaps, response_logps
 from lib.rng import epoch_indices, rng, torch_rng
 from lib.run_dir import changed_flags, checkpoints, find_checkpoint, newest_checkpoint, open_run
-from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
+from lib.tables import percent
+from lib.tokenizer import Tokenizer
 from lib.training import Run
 from lib.transformer import Transformer
 
@@ -52,6 +53,9 @@ class SftConfig:
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or shown ones
     examples: int | None = None  # distinct problems, 0: always fresh ones [tiny 0, pretrained 2048]
     no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
+    data: str = ""  # JSON lines with prompt and response: data/jsonl.py
+    answer_pattern: str = ""  # regular expression: where the answer lies in a response [all of it]
+    max_new_tokens: int = 0  # longest response in validations [0: the longest solution, and more]
     # Optimizer
     epochs: int | None = None  # passes over the examples [pretrained 20]
     updates: int | None = None  # instead of --epochs [tiny 1600]
@@ -77,7 +81,8 @@ PRETRAINED |= {"position_gap": 0, "keep": 2}
 def default_folder(config: SftConfig) -> Path:
     shown = "-shown" * (config.relabel == "shown")
     model = f"-{Path(config.model).name}" * (config.model != "tiny")  # where GRPO does not look
-    return Path("ckpt") / f"sft-{config.strategy}-gf{config.field}{shown}{model}"
+    name = Path(config.data).stem or f"{config.strategy}-gf{config.field}{shown}"
+    return Path("ckpt") / f"sft-{name}{model}"
 
 
 def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
@@ -94,7 +99,7 @@ def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     return config
 
 
-def draw_examples(config: SftConfig, task: Task, update: int) -> list[tuple[Problem, str]]:
+def draw_examples(config: SftConfig, task, update: int) -> list[tuple[object, str]]:
     """Return the problems and solutions of an update, for all processes together."""
     n = config.batch_size
     key, indices, examples = "fresh", range(update * n, update * n + n), []
@@ -102,9 +107,8 @@ def draw_examples(config: SftConfig, task: Task, update: int) -> list[tuple[Prob
         key, indices = "data set", epoch_indices(config.seed, config.examples, update * n, n)
     for i in indices:
         stream = rng(config.seed, "sft", key, i)
-        problem = task.sample(stream, "train")
-        strategies = choose_strategies(problem, config.strategy, stream)
-        examples.append((problem, problem.solution(strategies)))
+        problem = task.sample(stream, "train", i)
+        examples.append((problem, task.solution(problem, config.strategy, stream)))
     return examples
 
 
@@ -134,16 +138,15 @@ def sft_backward(run: Run, batches: list, config: SftConfig, world: World, updat
         loss = loss_sum(model, batch, key) / n_tokens
         return loss, loss.item()
 
-    losses = training.accumulate_gradients(run.master, run.policy, loss_fn, batches)
+    losses = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
     return world.all_reduce(sum(losses))[0], n_tokens
 
 
 @torch.no_grad()
-def validate(run: Run, config: SftConfig, problems: list[Problem], max_new_tokens: int) -> dict:
+def validate(run: Run, config: SftConfig, task, problems: list, max_new_tokens: int) -> dict:
     """Return the loss on validation solutions, and accuracy of one sampled response each."""
     stream = rng(config.seed, "validation strategies")
-    strategies = [choose_strategies(problem, config.strategy, stream) for problem in problems]
-    examples = [(problem, problem.solution(s)) for problem, s in zip(problems, strategies)]
+    examples = [(problem, task.solution(problem, config.strategy, stream)) for problem in problems]
     batch = make_batch(run.tokenizer, examples, run.policy.device)
     loss = loss_sum(run.policy, batch).item() / len(batch.targets)
     sampling = (problems, max_new_tokens, 1, 1.0, config.seed)
@@ -176,43 +179,38 @@ def main(config: SftConfig, world: World) -> Path:
         # 3. Step and log
         lr = training.cosine_decay(config, update, run.updates)
         row = {"update": update + 1, "loss": loss}
-        row |= training.optimizer_step(run, loss, lr, config.max_grad_norm, world) | {"lr": lr}
+        row |= training.optimizer_step(run, row, lr, world) | {"lr": lr}
         row["tokens_per_second"] = n_tokens / (time.perf_counter() - start)
         if world.is_master:
             if (update + 1) % config.eval_every == 0 or update + 1 == run.updates:
-                row |= validate(run, config, problems, max_new_tokens)
-                accuracy = {"right": eval.percent(row["accuracy"])}
-                accuracy["right if matching"] = eval.percent(row["accuracy_given_match"])
+                row |= validate(run, config, task, problems, max_new_tokens)
+                accuracy = {"right": percent(row["accuracy"])}
+                accuracy["right if matching"] = percent(row["accuracy_given_match"])
             run.log.write(row)
             bar.set_postfix({"loss": f"{loss:.3f}"} | accuracy)
-        training.end_update(run, update, config.save_every, signals, world)
+        training.end_update(run, update, signals, world)
     return run.folder / f"step-{run.updates}"
 
 
-def set_up(config: SftConfig, world: World) -> tuple[Run, Task, list[Problem], int]:
+def set_up(config: SftConfig, world: World) -> tuple[Run, object, list, int]:
     """Check everything before any work, fill in the config's defaults, and load the run.
 
     Return it, the task, its validation problems, and the longest response in tokens.
     """
-    words, folder = vocabulary(config.field), Path(config.out or default_folder(config))
-    tokenizer, shape = word_tokenizer(words), checkpoint.TINY
+    folder = Path(config.out or default_folder(config))
+    task, problems = load_problems(config, 128)
+    for problem in (*task.train, *problems) if config.data else ():
+        require("response" in problem.row, f"{problem.where}: SFT needs a 'response'")
     source = resume_from = newest_checkpoint(folder) if config.resume else None
     if not resume_from and config.model != "tiny":
         source = find_checkpoint(config.model)
-    if source:
-        tokenizer = load_tokenizer(source, not config.no_chat_template)
-        shape = read_config(source)
+    tokenizer = training.find_tokenizer(config, task, source)
     fill_defaults(config, tokenizer.word_level)
-    tokenizer.require_vocabulary(words)
-    with user_errors():
-        task = Task.from_flags(config)
-        problems = validation_problems(task, 128, rng(config.seed, "validation problems"))
-    max_new_tokens = tokenizer.max_response_tokens(task, shape.max_position_embeddings, 0, problems)
-    training.validate(config, "batch_size", world)
+    max_new_tokens = training.validate(config, tokenizer, source, task, problems, world)
     first_update, start = open_run(folder, resume_from, config, "sft", world)
     init = start if resume_from else source
     in_epochs = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
-    where = (config.updates or in_epochs, first_update, init, resume_from, words, world)
+    where = (config.updates or in_epochs, first_update, init, resume_from, task.words, world)
     run = training.load_run(config, "sft", *where)
     return run, task, problems, max_new_tokens
 
@@ -221,6 +219,7 @@ def find_start(config) -> Path | None:
     """Return the checkpoint to start GRPO from; None if the default run is not finished."""
     if config.init:
         return find_checkpoint(config.init)
+    require(not config.data, "--data needs a model to start from: --init")
     usual = SftConfig(field=config.field, relabel=config.relabel)
     folder = default_folder(usual)
     if (newest := newest_checkpoint(folder)) is None:

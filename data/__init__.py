@@ -1,0 +1,39 @@
+"""Problems: the paper's (finite_field.py), or anybody's (jsonl.py). What a task has to offer:
+
+task.words                             every word of its texts, for a new model's tokenizer
+task.sample(rng, split, index=None)    a problem; of a finite set that of an index
+task.validation(n, rng)                n problems that training never sees
+task.solution(problem, strategy, rng)  a worked solution, for SFT
+task.examples(rng)                     problems and solutions among which the longest are
+task.about                             what its problems are, for a heading
+
+problem.prompt(), .explanation, .system     the question; before it, a sentence or a system prompt
+problem.kind, .difficulty, .answer          texts; tables group by the first two
+problem.is_correct(response, stopped)       what tables count
+problem.reward(response, stopped)           the float that trains
+problem.label(response)                     the strategy (of finite_field.py's: strategies.tag)
+problem.where                               file and line, for messages
+"""
+
+from lib.flags import user_errors
+from lib.rng import rng
+
+
+@user_errors()
+def load_problems(config, n: int, field: int | None = None, relabel: str = "") -> tuple:
+    """Return the task that a script's flags describe, and n validation problems.
+
+    `field` and `relabel` are those of a checkpoint, instead of flags. A file's task sets the number
+    of --examples, where that is not given, to that of its problems.
+    """
+    if config.data:
+        from data import jsonl  # sympy takes a second to import
+
+        task = jsonl.Task(config)
+        if getattr(config, "examples", 0) is None:
+            config.examples = len(task.train)
+    else:
+        from data import finite_field
+
+        task = finite_field.Task.from_flags(config, field, relabel)
+    return task, task.validation(n, rng(config.seed, "validation problems"))

@@ -111,6 +111,7 @@ class Problem:
     parts: tuple[Part, ...]
     first_label: int
     shown: bool = False  # whether the prompt lists the names of the elements
+    system = where = ""  # of other tasks
 
     @property
     def kind(self) -> str:
@@ -120,6 +121,10 @@ class Problem:
     def steps(self) -> int:
         """Return the number of steps of all parts together."""
         return sum(len(part.steps) for part in self.parts)
+
+    @property
+    def difficulty(self) -> str:
+        return f"{self.steps} step{'s' * (self.steps != 1)}"
 
     @property
     def answer(self) -> str:
@@ -188,19 +193,17 @@ class Problem:
         lines.append(f"{closes} {name(value)}")
         return lines, value
 
+    def is_correct(self, response: str, stopped: bool = True) -> bool:
+        """Whether the response ends in the right answer, by exact match: what tables call accuracy.
 
-def is_correct(problem: Problem, response: str, stopped: bool = True) -> bool:
-    """Whether the response ends in the right answer, by exact match: what tables call accuracy.
+        One that the token limit cut off (not `stopped`) is never right: `answer e1` may become e10.
+        """
+        match = ANSWER.search(response)
+        return stopped and match is not None and match[1] == self.answer
 
-    One that the token limit cut off (not `stopped`) is never right: `answer e1` may become e10.
-    """
-    match = ANSWER.search(response)
-    return stopped and match is not None and match[1] == problem.answer
-
-
-def reward(problem: Problem, response: str, stopped: bool = True) -> float:
-    """Return the reward that GRPO trains on, any float: here 1 for the right answer, else 0."""
-    return float(is_correct(problem, response, stopped))
+    def reward(self, response: str, stopped: bool = True) -> float:
+        """Return the reward that GRPO trains on, any float: here 1 for the right answer, else 0."""
+        return float(self.is_correct(response, stopped))
 
 
 @dataclass(frozen=True)
@@ -226,15 +229,13 @@ class Task:
         if self.relabel not in ("fixed", "shown"):
             raise ValueError(f"relabel must be fixed or shown, not {self.relabel!r}")
 
-    def longest(self) -> "Task":
-        """Return this task with its longest problems only."""
-        return replace(self, steps=(self.steps[1],) * 2, parts=(self.parts[1],) * 2)
-
-    def longest_examples(self, rng: random.Random) -> tuple[list[Problem], list[str]]:
-        """Return 64 of the longest problems, and their solutions in both strategies."""
-        longest = self.longest()
-        problems = [longest.sample(rng, "train") for _ in range(64)]
-        return problems, [p.solution(way) for p in problems for way in (FORWARD, BACKWARD)]
+    def examples(self, rng: random.Random) -> tuple[list[Problem], list[str]]:
+        """Return 64 of the longest problems and 200 others, and the longest ones' solutions."""
+        task = replace(self, steps=(self.steps[1],) * 2, parts=(self.parts[1],) * 2)
+        longest = [task.sample(rng, "train") for _ in range(64)]
+        others = [self.sample(rng, "train") for _ in range(200)]
+        solutions = [p.solution(way) for p in longest for way in (FORWARD, BACKWARD)]
+        return longest + others, solutions
 
     @staticmethod
     def from_flags(config, p: int | None = None, relabel: str = "") -> "Task":
@@ -243,7 +244,16 @@ class Task:
         share, parts = getattr(config, "evaluation_share", 0.5), parse_range(config.parts)
         return Task(steps, p or config.field, relabel or config.relabel, share, parts)
 
-    def sample(self, rng: random.Random, split: str) -> Problem:
+    @property
+    def words(self) -> list[str]:
+        return vocabulary(self.p)
+
+    @property
+    def about(self) -> str:
+        low, high = self.steps
+        return f"problems of {low}-{high} steps in GF({self.p})"
+
+    def sample(self, rng: random.Random, split: str, index: int | None = None) -> Problem:
         """Draw a problem of the split "train" or "validation". Raises ValueError if it is empty."""
         for _ in range(1000):
             field = make_field(self.p, rng if self.relabel == "shown" else None)
@@ -259,15 +269,21 @@ class Task:
                 return problem
         raise ValueError(f"this task has no {split} problems, or hardly any")
 
+    def validation(self, n: int, rng: random.Random) -> list[Problem]:
+        """Return n distinct validation problems; of a task that has fewer, all or nearly all."""
+        distinct, repeated = {}, 0
+        while len(distinct) < n and repeated < 300:  # in a row
+            problem = self.sample(rng, "validation")
+            known = distinct.setdefault((problem.field, problem.parts), problem)
+            repeated = 0 if known is problem else repeated + 1
+        return list(distinct.values())
 
-def validation_problems(task: Task, n: int, rng: random.Random) -> list[Problem]:
-    """Return n distinct validation problems; of a task that has fewer, all or nearly all."""
-    distinct, repeated = {}, 0
-    while len(distinct) < n and repeated < 300:  # in a row
-        problem = task.sample(rng, "validation")
-        known = distinct.setdefault((problem.field, problem.parts), problem)
-        repeated = 0 if known is problem else repeated + 1
-    return list(distinct.values())
+    def solution(self, problem: Problem, strategy: str, rng: random.Random) -> str:
+        """Return a worked solution; for "mixed" each part takes either strategy with even odds."""
+        n = len(problem.parts)
+        mixed = strategy == "mixed"
+        ways = [rng.choice((FORWARD, BACKWARD)) if mixed else strategy for _ in range(n)]
+        return problem.solution(ways)
 
 
 def _make_part(field: Field, rng: random.Random, kind: str, n: int, known: int) -> Part:
@@ -290,13 +306,6 @@ def is_validation(problem: Problem) -> bool:
     """Whether the problem belongs to the validation split; its labels do not matter."""
     content = (problem.field, [(part.kind, part.given, part.steps) for part in problem.parts])
     return zlib.crc32(repr(content).encode()) % VALIDATION_SHARE == 0
-
-
-def choose_strategies(problem: Problem, strategy: str, rng: random.Random) -> list[str]:
-    """Return a strategy for each part: the named one, or for "mixed" either with even odds."""
-    if strategy != "mixed":
-        return [strategy] * len(problem.parts)
-    return [rng.choice((FORWARD, BACKWARD)) for _ in problem.parts]
 
 
 def vocabulary(p: int) -> list[str]:

@@ -208,9 +208,7 @@ def load_master(
     return master, tokenizer
 
 
-def weights_to_save(
-    model: Transformer, meta: dict, is_master: bool = True
-) -> dict[str, Tensor] | None:
+def weights_to_save(model: Transformer, meta: dict, is_master: bool) -> dict[str, Tensor] | None:
     """Return the weights in fp32; with LoRA, the start's as they lie on disk plus the adapters.
 
     None if the start is gone or has changed. Of a sharded model a collective: all processes have

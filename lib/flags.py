@@ -120,6 +120,23 @@ def parse_json(path: Path) -> dict:
     return value
 
 
+def parse_json_lines(path: Path, content: bytes) -> list[tuple[int, dict]]:
+    """Parse a file's content, a JSON object in each line that is not empty, and number its lines.
+
+    Raises ValueError with the first line that is something else.
+    """
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: this is no JSON object: {error}") from None
+        if not isinstance(row, dict | None):
+            raise ValueError(f"{path}, line {number}: this is no JSON object")
+        rows += [] if row is None else [(number, row)]
+    return rows
+
+
 def read_json(path: Path) -> dict:
     """Read a file that holds one JSON object, or exit."""
     with user_errors():

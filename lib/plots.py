@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lib.flags import parse_flags, quiet_pipes, require, require_writable, user_errors
 from lib.run_dir import read_log
 
-STRATEGY_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "lightgrey")
+STRATEGY_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "lightgrey", "tab:green", "tab:brown")
 CAUSE_COLOURS = ("tab:red", "tab:olive", "lightgrey")
 LINE_STYLES = ("-", "--", ":")
 
@@ -64,17 +64,20 @@ def draw_intervals(axis, x: np.ndarray, metrics: list[dict], mean: str, **style)
 
 
 def draw_accuracy(axis, summaries: dict[str, dict]) -> None:
-    style = {"fmt": "o--", "markerfacecolor": "white"}
+    style, names = {"fmt": "o--", "markerfacecolor": "white"}, []
+    for summary in summaries.values():
+        names += [name for name in summary["by_difficulty"] or ["all"] if name not in names]
     for i, (name, summary) in enumerate(summaries.items()):
         if i == len(summaries) - 1:
             style = {"fmt": "o-"}
-        for j, (kind, by_steps) in enumerate(summary["by_type_and_steps"].items()):
-            x = np.array([int(n) for n in by_steps]) + 0.08 * j  # side by side where they agree
-            style |= {"color": f"C{j}", "label": f"{kind} {name}"}
-            draw_intervals(axis, x, list(by_steps.values()), "pass@1", **style)
-    axis.set(xlabel="number of steps", ylabel="pass@1", ylim=(0, 1.02))
+        for j, (kind, by_difficulty) in enumerate(summary["by_both"].items()):
+            found = by_difficulty or {"all": summary["by_type"][kind]}
+            x = np.array([names.index(n) for n in found]) + 0.08 * j  # side by side if they agree
+            style |= {"color": f"C{j % 10}", "label": f"{kind} {name}"}
+            draw_intervals(axis, x, list(found.values()), "pass@1", **style)
+    axis.set(ylabel="pass@1", ylim=(0, 1.02), xticks=range(len(names)))
+    axis.set_xticklabels([name.replace(" ", "\n") for name in names], fontsize=8)
     axis.set_title("Accuracy, with 95% intervals")
-    axis.xaxis.get_major_locator().set_params(integer=True)
     legend_below(axis)
 
 
@@ -82,9 +85,11 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
     kinds = next(iter(summaries.values()))["by_type"]
     columns = [(kind, name) for kind in kinds for name in summaries]
     metrics = [summaries[name]["by_type"][kind] for kind, name in columns]
-    shares, base = [key for key in metrics[0] if key.endswith("_share")], np.zeros(len(columns))
+    shares, base = {}, np.zeros(len(columns))  # keys, in order
+    for of_column in metrics:
+        shares |= {key: None for key in of_column if key.endswith("_share")}
     for key, colour in zip(shares, STRATEGY_COLOURS):
-        share = np.array([of_column[key] for of_column in metrics])
+        share = np.array([of_column.get(key, 0.0) for of_column in metrics])
         if share.any():
             style = {"color": colour, "label": key.removesuffix("_share")}
             axis.bar(range(len(columns)), share, bottom=base, **style)
@@ -96,8 +101,7 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
 
 def draw_reasons(axis, reasons: dict) -> None:
     """Draw what selection and what improvement, stacked by its causes, brought to pass@1."""
-    by_steps = {f"{n}\nstep{'s' * (n != '1')}": row for n, row in reasons["by_steps"].items()}
-    rows = {"all": reasons["overall"], **reasons["by_type"], **by_steps}
+    rows = {"all": reasons["overall"], **reasons["by_type"], **reasons["by_difficulty"]}
     causes = [key for key in rows["all"] if key not in ("gain", "selection", "improvement")]
     means = {key: np.array([row[key]["mean"] for row in rows.values()]) for key in rows["all"]}
     x = np.arange(len(rows))
@@ -115,7 +119,7 @@ def draw_reasons(axis, reasons: dict) -> None:
     axis.plot(x, means["gain"], "k_", markersize=22, label="gain: their sum")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(ylabel="change of pass@1", title="Why accuracy changed")
-    axis.set_xticks(x, rows, fontsize=8)
+    axis.set_xticks(x, [name.replace(" ", "\n") for name in rows], fontsize=8)
     legend_below(axis)
 
 

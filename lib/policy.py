@@ -7,8 +7,8 @@
 Weights kept in bf16 would swallow small updates: at lr 1e-5 most round to nothing.
 """
 
-import math
-import timeit
+import time
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 
@@ -32,13 +32,25 @@ def detect_dtype(config: ModelConfig, device: torch.device) -> str:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in training; and on a busy machine two threads would stall
     x, w = (torch.ones(n, config.hidden_size) for n in (256, 2 * config.intermediate_size))
-    products = {name: partial(F.linear, x.to(dtype), w.to(dtype)) for name, dtype in DTYPES.items()}
-    best = dict.fromkeys(DTYPES, math.inf)
-    for _ in range(20):
-        for name, product in products.items():  # in turn, so that neither meets a busier moment
-            best[name] = min(best[name], timeit.timeit(product, number=1))
+    products = (partial(F.linear, x.to(dtype), w.to(dtype)) for dtype in DTYPES.values())
+    fp32, bf16 = fastest(20, *products)
     torch.set_num_threads(threads)
-    return "bf16" if 1.25 * best["bf16"] < best["fp32"] else "fp32"
+    return "bf16" if 1.25 * bf16 < fp32 else "fp32"
+
+
+def fastest(rounds: int, *calls: Callable[[], object], warmup: int = 1) -> list[float]:
+    """Return the least seconds of each call; wait for the device after each.
+
+    They are timed in turn, so that none meets a busier moment.
+    """
+    times = [[] for _ in calls]
+    for call, seconds in list(zip(calls, times)) * (warmup + rounds):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return [min(seconds[warmup:]) for seconds in times]
 
 
 def cast_matmuls(model: Transformer, dtype: torch.dtype) -> Transformer:

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from dataclasses import asdict
+from itertools import takewhile
 from math import isfinite
 from pathlib import Path
 
@@ -26,14 +27,15 @@ from safetensors.torch import save_file
 from lib.checkpoint import find_weights, hf_config, load_meta, weights_to_save
 from lib.distributed import World, full_tensor
 from lib.files import delete, follow_umask, fsync, remove, rename
-from lib.flags import fail, flag_name, require, user_errors, warn, write_json
+from lib.flags import fail, flag_name, parse_json_lines, require, user_errors, warn, write_json
 from lib.fsdp import shard_like
 from lib.lora import adapters_alone, save_adapters
+from lib.responses import RESPONSES
 
 MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
 MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}  # flags that may change when a run is resumed
 LOG, MANIFEST = "metrics.jsonl", "manifest.json"
-OVERWRITTEN = (LOG, "evaluation.json", "evaluation.png", "training.png")
+OVERWRITTEN = (LOG, RESPONSES, "evaluation.json", "evaluation.png", "training.png")
 
 
 def open_run(
@@ -67,6 +69,9 @@ def open_run(
             names_start = flag in ("--init", "--model") and now not in ("", "tiny")
             renamed = names_start and "init_sha256" in meta
             require(renamed, f"{run} was started with {flag} {then}, not {now or 'without'}")
+        for flag, digest in hash_inputs(config).items():
+            same = meta.get("inputs", {}).get(flag) == digest
+            require(same, f"the file of {flag} has changed since {run} was started")
         start, done = resumed_start(run, meta, named_start(config), renamed), meta["update"]
     else:
         require(not checkpoints(run), f"{run} holds a run already: give --resume or another --out")
@@ -139,6 +144,12 @@ def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
     return [(flag_name(name), meta[name], flags[name]) for name in changed]
 
 
+def hash_inputs(config) -> dict[str, str]:
+    """Return the SHA-256 of the files that a run reads besides checkpoints, by flag."""
+    files = {flag: getattr(config, flag, "") for flag in ("data", "reward", "tagger")}
+    return {flag_name(x): sha256(Path(re.sub(r":\w*$", "", f))) for x, f in files.items() if f}
+
+
 def weights_sha256(folder: Path) -> str:
     """Return the SHA-256 of a model's weights on disk. Raises ValueError if there are none."""
     files = sorted(set(find_weights(folder).values()))
@@ -184,7 +195,7 @@ def save_checkpoint(
         follow_umask(draft, "config.json")
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         write_json(draft / MANIFEST, {str(f.relative_to(draft)): sha256(f) for f in files})
-        for path in (*draft.rglob("*"), draft, run / LOG):
+        for path in (*draft.rglob("*"), draft, run / LOG, run / RESPONSES):
             fsync(path)
         for old in checkpoints(run, first=update):  # damaged ones, which were passed over
             remove(old, MANIFEST)
@@ -315,46 +326,62 @@ def lock(file, run: Path) -> None:
         warn(f"this file system has no locks ({error}): make sure nothing else writes to {run}")
 
 
-class Log:
+class JsonLines:
+    """A file of a run with JSON lines, each of an update; `done` updates of them are kept."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with user_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("ab", buffering=0)
+
+    def rewind(self, done: int) -> list[dict]:
+        """Drop what is not of the first `done` updates, all if that is 0; return the rest."""
+        rows = read_lines(self.path)
+        kept = [*takewhile(lambda row: done and row[1].get("update") in range(done + 1), rows)]
+        with self.path.open("rb") as file:
+            n_lines = kept[-1][0] if kept else 0
+            self.file.truncate(sum(len(file.readline()) for _ in range(n_lines)))
+        return [row for _, row in kept]
+
+    def write(self, *rows: dict) -> None:
+        """Append rows."""
+        lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        with user_errors():
+            same = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+            require(same, f"{self.path} is no longer the file that this run writes to")
+            written = self.file.write(lines)
+        require(written == len(lines), f"{self.path} could not be written: the disk is full")
+
+
+class Log(JsonLines):
     """RUN/metrics.jsonl, a row per update up to `done`; locked while this object lives."""
 
     def __init__(self, run: Path, done: int):
-        self.path = run / LOG
-        require(self.path.exists() or not done, f"{self.path} is gone, though step-{done} is there")
-        with user_errors():
-            run.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("ab", buffering=0)
+        path = run / LOG
+        require(path.exists() or not done, f"{path} is gone, though step-{done} is there")
+        super().__init__(path)
         lock(self.file, run)
         newer = [folder for folder in checkpoints(run, done + 1) if not verify_manifest(folder)]
         require(not newer, f"another process has just written to {run}")
-        self.rows = read_log(self.path)[:done]
-        updates = [row.get("update") for row in self.rows]
+        updates = [row.get("update") for row in read_log(path)]
         for n in range(1, done + 1):
-            require(updates[n - 1 : n] == [n], f"{self.path} lacks update {n} of {done}")
-        with self.path.open("rb") as file:
-            self.file.truncate(sum(len(file.readline()) for _ in range(done)))
+            require(updates[n - 1 : n] == [n], f"{path} lacks update {n} of {done}")
+        self.rows = self.rewind(done)
 
     def write(self, row: dict) -> None:
         """Append a row; numbers that are not finite become null."""
         row = row | {k: None for k, x in row.items() if isinstance(x, float) and not isfinite(x)}
+        super().write(row)
         self.rows.append(row)
-        line = json.dumps(row).encode() + b"\n"
-        with user_errors():
-            same = os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
-            require(same, f"{self.path} is no longer the file that this run writes to")
-            written = self.file.write(line)
-        require(written == len(line), f"{self.path} could not be written: the disk is full")
 
 
 def read_log(path: Path) -> list[dict]:
     """Read the rows of a log, without a last line that a crash cut short."""
-    with user_errors():
-        lines = path.read_bytes().decode(errors="replace").split("\n")
-    rows = []
-    for line_number, line in enumerate(lines[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            rows.append(None)
-        require(isinstance(rows[-1], dict), f"{path}, line {line_number}: this is no JSON object")
-    return rows
+    return [row for _, row in read_lines(path)]
+
+
+@user_errors()
+def read_lines(path: Path) -> list[tuple[int, dict]]:
+    """Return the rows of a log and their numbers; refuse a line that is no JSON object."""
+    return parse_json_lines(path, path.read_bytes().rpartition(b"\n")[0])

@@ -1,8 +1,8 @@
 """The task's texts as tokens: prompts, in the model's chat template if it has one, and solutions.
 
 A tiny model has a word-level tokenizer over the task's closed vocabulary. A pretrained model keeps
-its own; its prompts begin with a sentence that explains the notation. A problem is anything with
-`prompt()` and `explanation`, a task with `longest_examples(rng)` and `sample(rng, "train")`.
+its own; its prompts begin with a sentence that explains the notation. data/__init__.py says what a
+problem and a task are.
 """
 
 import json
@@ -18,6 +18,7 @@ from lib.rng import rng
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 NO_TEMPLATE = "--no-chat-template does without"
+DEFAULT_RESPONSE = 256  # longest response in tokens, where nothing tells how long solutions are
 
 # A pretrained model's tokenizer is saved as it came: transformers 5 would write one that 4 cannot
 # open. A new one says by `auto_map`, a known class twice, that it is no Qwen2Tokenizer; without it
@@ -48,10 +49,10 @@ class Tokenizer:
 
     def prompt(self, problem) -> list[int]:
         """Return the tokens of a problem's prompt."""
-        text = self.message(problem)
+        messages = self.messages(problem)
         if self.inner.chat_template is None:
+            text = "\n\n".join(message["content"] for message in messages)
             return self.inner.encode(text)  # with the BOS token, if the model has one
-        messages = [{"role": "user", "content": text}]
         # Llama's template would write today's date, and resuming differ; Qwen3's would think first.
         options = {"date_string": "26 Jul 2024", "enable_thinking": False, "return_dict": False}
         options["add_generation_prompt"] = True
@@ -60,10 +61,12 @@ class Tokenizer:
         except Exception as error:  # a template is a program
             fail(f"the model's chat template fails ({NO_TEMPLATE}): {str(error)[:300]}")
 
-    def message(self, problem) -> str:
-        """Return what the model is asked, without its template."""
-        explained = "" if self.word_level else f"{problem.explanation}\n\n"
-        return explained + problem.prompt()
+    def messages(self, problem) -> list[dict[str, str]]:
+        """Return what the model is asked, after a system prompt if there is one."""
+        explained = "" if self.word_level else problem.explanation
+        asked = "\n\n".join(filter(None, (explained, problem.prompt())))
+        messages = [("system", problem.system), ("user", asked)]
+        return [{"role": role, "content": text} for role, text in messages if text]
 
     def solution(self, text: str) -> list[int]:
         """Return the tokens of a solution, with the stop token."""
@@ -93,11 +96,12 @@ class Tokenizer:
         """
         prompts = [self.prompt(problem) for problem in problems]
         for problem, prompt, text in zip(problems, prompts, self.decode(prompts)):
-            held = " ".join(self.message(problem).split()) in " ".join(text.split())
-            require(held, f"the model's prompts do not hold the problem ({NO_TEMPLATE})")
+            asked, at = [m["content"] for m in self.messages(problem)], in_file(problem)
+            held = all(" ".join(x.split()) in " ".join(text.split()) for x in asked)
+            require(held, f"{at}the model's prompts do not hold the problem ({NO_TEMPLATE})")
             for token in reversed(prompt):
-                ends = token in self.stops
-                require(not ends, "the model's prompts end in a stop token, which begins no answer")
+                ends = f"{at}the model's prompts end in a stop token, which begins no answer"
+                require(token not in self.stops, ends)
                 if self.decode([[token]])[0].strip():
                     break
         return prompts
@@ -113,18 +117,27 @@ class Tokenizer:
     ) -> int:
         """Return `wanted`, or where that is 0 the tokens of the longest solution and a line more.
 
-        Refuses a model whose `max_positions` are too few for the task's prompts and responses, and
-        prompts of `problems`, of the longest ones and of 200 others that do not hold the problem.
+        Without solutions: DEFAULT_RESPONSE. Refuses a model whose `max_positions` are too few for
+        prompts and responses, and prompts of task or `problems` that do not hold the problem.
         """
-        longest, solutions = task.longest_examples(stream := rng("token budget"))
-        others = [task.sample(stream, "train") for _ in range(200)]
-        prompts = self.checked_prompts([*longest, *problems, *others])
-        lines = [line for solution in solutions[:2] for line in solution.split("\n")]
-        line, solution = (max(len(self.solution(x)) - 1 for x in xs) for xs in (lines, solutions))
-        budget = wanted or solution + line
-        n = max(map(len, prompts)) + budget
-        require(n <= max_positions, f"prompt and response take {n} of {max_positions} positions")
+        examples, solutions = task.examples(rng("token budget"))
+        problems = [*examples, *problems]
+        lengths = [*map(len, self.checked_prompts(problems))]
+        budget = wanted or DEFAULT_RESPONSE
+        if solutions and not wanted:
+            lines = [line for solution in solutions[:2] for line in solution.split("\n")]
+            budget = sum(max(len(self.solution(x)) - 1 for x in xs) for xs in (lines, solutions))
+        for problem, length in zip(problems, lengths):
+            at, n = in_file(problem), length + budget
+            fits = n <= max_positions
+            require(fits, f"{at}prompt and response take {n} of {max_positions} positions")
+            n = len(self.solution(problem.answer)) if at else 0
+            require(n <= budget, f"{at}the answer takes {n} tokens, more than {budget}")
         return budget
+
+
+def in_file(problem) -> str:
+    return f"{problem.where}: " if problem.where else ""
 
 
 def word_tokenizer(words: list[str]) -> Tokenizer:

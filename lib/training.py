@@ -3,8 +3,9 @@
 import math
 import os
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,22 @@ from tqdm import tqdm
 
 from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
-from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads
+from lib.diagnose import diagnose
+from lib.distributed import (
+    Signals,
+    World,
+    full_tensor,
+    in_threads,
+    is_fsdp,
+    n_threads,
+    peak_memory_gb,
+)
 from lib.flags import flag_name, require, require_min, user_errors, warn
 from lib.limits import return_freed_memory
 from lib.lora import validate_lora, without_adapters
 from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
-from lib.tokenizer import Tokenizer
+from lib.responses import RESPONSES, response_rows
+from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 from lib.transformer import Transformer
 
 
@@ -26,6 +37,7 @@ from lib.transformer import Transformer
 class Run:
     """A run in progress."""
 
+    config: object  # the script's
     folder: Path
     updates: int  # in all
     first_update: int  # above 0 where it is resumed
@@ -36,18 +48,38 @@ class Run:
     policy: Transformer  # the weights that compute
     optimizer: torch.optim.Optimizer
     log: run_dir.Log | None  # on rank 0
+    responses: run_dir.JsonLines | None  # on rank 0, in GRPO
+    reference: Transformer | None = None  # the start, for a KL term
     nonfinite: int = 0  # updates in a row whose loss or gradient was not finite
+    warned: set = field(default_factory=set)  # what the last row of the log was warned of
 
 
-def validate(config, per_update: str, world: World) -> None:
-    """Refuse impossible flags that both scripts have; `per_update` names the size of a batch."""
-    require_min(config, updates=1, save_every=1, keep=0, examples=0, warmup=0)
+def find_tokenizer(config, task, source: Path | None) -> Tokenizer:
+    """Return a checkpoint's tokenizer, or a new one of the task's words."""
+    if source is None:
+        return word_tokenizer(task.words)
+    return load_tokenizer(source, not config.no_chat_template)
+
+
+def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: World) -> int:
+    """Refuse impossible flags that both scripts have, and a model that does not suit the task.
+
+    `source` is the model's checkpoint, None for a new one. Return the longest response in tokens.
+    """
+    require_min(config, updates=1, save_every=1, keep=0, examples=0, warmup=0, max_new_tokens=0)
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
     require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
     validate_lora(config)
-    flag, n = flag_name(per_update), world.world_size
-    require(getattr(config, per_update) >= n, f"{flag} is below {n}, the number of processes")
+    per_update = "batch_size" if hasattr(config, "batch_size") else "prompts_per_update"
+    what, n = "the number of processes", world.world_size
+    if getattr(config, "minibatches", 1) > 1:
+        what, n = f"{what} times --minibatches", n * config.minibatches
+    require(getattr(config, per_update) >= n, f"{flag_name(per_update)} is below {n}, {what}")
     fsdp.validate_fsdp(config, world)
+    tokenizer.require_vocabulary(task.words)
+    shape = checkpoint.read_config(source) if source else checkpoint.TINY
+    limits = (shape.max_position_embeddings, config.max_new_tokens)
+    return tokenizer.max_response_tokens(task, *limits, problems)
 
 
 def load_run(
@@ -58,7 +90,7 @@ def load_run(
     The weights are those of the checkpoint `resume_from`, else of `init` (both folders or None),
     else of a new tiny model over the vocabulary `words`, a list.
     """
-    folder, log, start = Path(config.out), None, {}
+    folder, log, responses, start = Path(config.out), None, None, {}
     if init:  # first: it may change while it is loaded
         named = run_dir.named_start(config)
         moved = resume_from and checkpoint.load_meta(resume_from).get("init_name") != named
@@ -76,6 +108,8 @@ def load_run(
         return_freed_memory()
     master = master.to(world.device)
     policy = fsdp.shard(master, precision, world) if config.fsdp else make_policy(master, precision)
+    computes = master if config.fsdp else policy
+    computes.gradient_checkpointing = getattr(config, "gradient_checkpointing", False)
     options = {"betas": (0.9, 0.95), "weight_decay": getattr(config, "weight_decay", 0.0)}
     options |= {"lr": config.lr, "fused": True}
     optimizer = torch.optim.AdamW(trainable_parameters(master), **options)
@@ -83,10 +117,16 @@ def load_run(
         run_dir.load_optimizer(resume_from, optimizer)
 
     meta = asdict(config) | {"stage": stage, "total": updates, "compute_dtype": precision} | start
+    if inputs := run_dir.hash_inputs(config):
+        meta["inputs"] = inputs
     if world.is_master:
         print(f"Starting from {init}.\n" * bool(init) + describe(policy))
         log = run_dir.Log(folder, first_update)
-    return Run(folder, updates, first_update, init, meta, tokenizer, master, policy, optimizer, log)
+        if stage == "grpo":
+            responses = run_dir.JsonLines(folder / RESPONSES)
+            responses.rewind(first_update)
+    where = (config, folder, updates, first_update, init, meta, tokenizer)
+    return Run(*where, master, policy, optimizer, log, responses)
 
 
 def initial_policy(run: Run) -> Transformer:
@@ -126,7 +166,9 @@ def cosine_decay(config, update: int, updates: int) -> float:
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
-def accumulate_gradients(master: Transformer, policy: Transformer, loss_fn, items) -> list:
+def accumulate_gradients(
+    master: Transformer, policy: Transformer, loss_fn, items: list, world: World
+) -> list:
     """Add the gradient of the summed losses to master.grad, in fp32; return `loss_fn`'s metrics.
 
     `loss_fn(i, items[i])` returns a micro-batch's loss and metrics, computed by the policy (under
@@ -134,9 +176,13 @@ def accumulate_gradients(master: Transformer, policy: Transformer, loss_fn, item
     """
     metrics = []
     if is_fsdp(master):  # the model itself runs forward and backward, in lockstep on all ranks
-        for loss, of_item in map(loss_fn, range(len(items)), items):
-            (loss * dist.get_world_size()).backward()  # FSDP averages over the processes
-            metrics.append(of_item)
+        n_passes = max(world.all_gather([len(items)]))
+        for i in range(n_passes):  # a rank with fewer items repeats one, with weight 0
+            item = items[i] if i < len(items) else torch.zeros(1, dtype=torch.long)
+            loss, of_item = loss_fn(i, item)
+            weight = dist.get_world_size() * (i < len(items))  # FSDP averages over the processes
+            (loss * weight).backward()
+            metrics += [of_item] * (i < len(items))
         return metrics
 
     weights = trainable_parameters(policy)
@@ -162,18 +208,18 @@ def accumulate_gradients(master: Transformer, policy: Transformer, loss_fn, item
     return metrics
 
 
-def optimizer_step(
-    run: Run, loss: float, lr: float, max_grad_norm: float, world: World, has_signal: bool = True
-) -> dict[str, float | bool]:
-    """Sum gradients over the ranks, clip, step, sync the policy's weights; return metrics.
+def optimizer_step(run: Run, metrics: dict, lr: float, world: World) -> dict[str, float | bool]:
+    """Sum gradients over the ranks, clip, step, sync the policy's weights; return more metrics.
 
     Skips updates without signal (momentum alone must not move the weights) and those whose loss or
     gradient is not finite; the fifth of these in a row ends the run.
     """
     world.all_reduce_gradients(run.master)
-    weights = trainable_parameters(run.master)
-    grad_norm = full_tensor(nn.utils.clip_grad_norm_(weights, max_grad_norm)).item()
+    weights, loss = trainable_parameters(run.master), metrics["loss"]
+    norm = nn.utils.clip_grad_norm_(weights, run.config.max_grad_norm)
+    grad_norm = full_tensor(norm).item()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    has_signal = metrics.get("frac_reward_zero_std", 0) < 1
     run.nonfinite = 0 if finite else run.nonfinite + 1
     message = f"""the loss ({loss}) or the gradient's norm ({grad_norm}) was not finite in five
         updates in a row. None of them was taken. Start a new run with a lower --lr or with
@@ -189,11 +235,77 @@ def optimizer_step(
     return {"grad_norm": grad_norm, "skipped": bool(run.nonfinite)}
 
 
-def end_update(run: Run, update: int, save_every: int, signals: Signals, world: World) -> None:
+def sum_metrics(of_batches: list[dict]) -> dict:
+    """Return the metrics of all micro-batches together: sums, and means over the tokens.
+
+    What was not measured, since nothing was trained on or there is no reference, is None.
+    """
+    n = sum(of_batch["trained_tokens"] for of_batch in of_batches)
+    loss = sum(of_batch["loss"] for of_batch in of_batches)
+    largest = max((of_batch["logp_diff_max"] for of_batch in of_batches), default=0.0)
+    metrics = {"loss": loss, "trained_tokens": n, "logp_diff_max": largest}
+    for name in ("entropy", "ratio", "clip_ratio", "kl"):
+        measured = of_batches and name in of_batches[0]
+        metrics[name] = sum(of_batch[name] for of_batch in of_batches) / n if measured else None
+    return metrics
+
+
+def update_metrics(steps: list[dict], lengths: Tensor, seconds: tuple, world: World) -> dict:
+    """Return the metrics of an update's steps together: the means, with lengths and speeds.
+
+    `lengths` are its responses', `seconds` those of sampling and of the rest. Sampler and trainer
+    agree until the first step, so `logp_diff_max` is the first one's.
+    """
+    merged = {}
+    for name in steps[0]:
+        known = [step[name] for step in steps if step[name] is not None]
+        merged[name] = fmean(known) if known else None
+    trained_tokens = sum(step["trained_tokens"] for step in steps)
+    n_tokens, n_responses = world.all_reduce(int(lengths.sum()), len(lengths))
+    del merged["trained_tokens"]
+    return merged | {
+        "skipped": any(step["skipped"] for step in steps),
+        "logp_diff_max": steps[0]["logp_diff_max"],
+        "response_length": n_tokens / n_responses,
+        "rollout_tokens_per_second": n_tokens / seconds[0],
+        "training_tokens_per_second": trained_tokens / seconds[1],
+        "peak_memory_gb": peak_memory_gb(world.device),
+    }
+
+
+def log_update(run: Run, row: dict, bar: tqdm) -> None:
+    """Write a GRPO update's row, show it beside the bar, and warn of what has gone wrong."""
+    run.log.write(row)
+    shown = {"reward": row["reward"], "no signal": row["frac_reward_zero_std"]}
+    shown |= {key[9:]: row[key] for key in row if key.startswith("accuracy/")}
+    shown["grad norm"] = row["grad_norm"]
+    bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+    messages = diagnose(run.log.rows)
+    for message in messages - run.warned:
+        warn(message)
+    run.warned = messages
+
+
+def keep_responses(run: Run, update: int, problems, validation: list, rollout=None) -> None:
+    """Append to responses.jsonl groups of validation, each time the same, and of training."""
+    rows = response_rows(problems, validation, update=update, split="validation")
+    if rollout:
+        scored = rollout.scored[: run.config.keep_responses]
+        of_groups = (rollout.problems, scored, rollout.advantages)
+        rows += response_rows(*of_groups, update=update, split="train")
+    run.responses.write(*rows)
+
+
+def is_saved(run: Run, update: int) -> bool:
+    """Whether a checkpoint is due after an update."""
+    return (update + 1) % run.config.save_every == 0 or update + 1 == run.updates
+
+
+def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     """Save a checkpoint if it is time; exit if any process has caught a signal."""
     (stopping,) = world.all_reduce(signals.caught)
     last = update + 1 == run.updates
-    if (update + 1) % save_every == 0 or last or stopping:
+    if is_saved(run, update) or stopping:
         state = (run.master, run.tokenizer, run.optimizer, run.meta)
         run_dir.save_checkpoint(run.folder, update + 1, *state, world.is_master)
     world.barrier()

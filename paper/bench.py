@@ -31,7 +31,7 @@ from data.finite_field import MATCHING_STRATEGY, Task, vocabulary
 from lib import checkpoint
 from lib.distributed import World, distributed
 from lib.flags import parse_flags, require, require_min, require_writable, user_errors, write_json
-from lib.policy import DTYPES, detect_dtype, make_policy, sync_weights
+from lib.policy import DTYPES, detect_dtype, fastest, make_policy, sync_weights
 from lib.tokenizer import word_tokenizer
 from lib.transformer import ModelConfig, Transformer, hf_weights
 from rollout import Rollout, Sampler
@@ -98,18 +98,6 @@ class Machine:
         return max(n_bytes / self.bandwidth, 2 * work.matrix_weights * work.tokens / self.flops)
 
 
-def fastest(rounds: int, *calls: Callable[[], object], warmup: int = 1) -> list[float]:
-    """Return the least seconds of each call, timed in turn; wait for the device after each."""
-    times = [[] for _ in calls]
-    for call, seconds in list(zip(calls, times)) * (warmup + rounds):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return [min(seconds[warmup:]) for seconds in times]
-
-
 def measure(world: World, rounds: int) -> Machine:
     """Measure the machine's rates, in the precision that training would use on it."""
     device, precision = world.device, detect_dtype(TINY.shape, world.device)
@@ -146,7 +134,7 @@ class Ours:
 
     def train(self, rollout: Rollout) -> None:
         rollout.rewards, rollout.advantages = self.rewards, group_advantages(self.rewards)
-        grpo_backward(self.master, self.policy, self.reference, rollout, self.config, self.world)
+        grpo_backward(self, rollout, torch.arange(self.work.prompts), 0, self.world)
         nn.utils.clip_grad_norm_(self.master.parameters(), 1.0).item()
         self.optimizer.step()
         sync_weights(self.policy, self.master)

@@ -74,9 +74,6 @@ class Run:
         """The file that keeps how many minutes it has taken so far."""
         return self.output.with_name(f"{self.output.name}.minutes")
 
-    def result(self) -> dict:
-        return read_json(self.output)
-
     def log(self) -> list[dict]:
         return read_log(self.output / "metrics.jsonl")
 
@@ -95,7 +92,6 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
-        """The folder of the results."""
         model = Path(self.config.model).name
         return Path("paper/results") / (f"{self.name}-{model}" if model else self.name)
 
@@ -145,11 +141,10 @@ class Experiment:
         details = f"<details><summary>{summary}</summary>\n\n```\n{commands}\n```\n\n</details>\n"
         text = "\n\n".join([table, verdict_table(verdicts), details])
         result = {"seeds": self.config.seeds, "minutes": round(minutes, 1)}
+        result |= {"rows": rows, "claims": verdicts}
         with user_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(
-                self.folder / f"{self.name}.json", result | {"rows": rows, "claims": verdicts}
-            )
+            write_json(self.folder / f"{self.name}.json", result)
             (self.folder / f"{self.name}.md").write_text(text)
         save(figure, self.folder / f"{self.name}.png")
         print(f"\n{text}\n{self.folder}")
@@ -182,7 +177,7 @@ class Cell:
     labels: Labels
     model: str  # B, F or FB
     rl: dict  # flags of train_grpo.py
-    evaluation: dict | None = None  # flags of eval.py; None: the row is made of the logs
+    evaluation: dict | None = None  # flags of eval.py; None: the row is made of RL's log
     side: Literal["before", "after"] = "after"  # RL: the model that the row is about
     sft: dict = field(default_factory=dict)  # flags of train_sft.py
     sft_tiny: dict = field(default_factory=dict)  # more of them, without --model
@@ -191,17 +186,20 @@ class Cell:
     def name(self) -> str:
         return ", ".join(map(str, self.labels.values()))
 
-
-def evaluated(cell: Cell, sft: Run, rl: Run, evaluation: Run) -> dict[str, float]:
-    """Return a row from eval.py's metrics, and SFT's last; 0 for an accuracy over no responses."""
-    summary, by_steps = evaluation.result()[cell.side], {}
-    for steps, metrics in summary["by_steps"].items():
-        by_steps[steps] = 100 * metrics["pass@1"]
-    overall, groups = summary["overall"], {"all": summary["overall"], **summary["by_type"]}
-    row = {name: 100 * groups[name]["pass@1"] for name in ACCURACIES if name in groups}
-    others = ("match_rate", "accuracy_given_match", "forward_share", "backward_share")
-    row |= {name: 100 * (overall[name] or 0.0) for name in others} | {"by_steps": by_steps}
-    return row | {"sft_accuracy_given_match": 100 * (sft.log()[-1]["accuracy_given_match"] or 0.0)}
+    def row(self, seed: int, sft: Run, evaluation: Run | None) -> dict:
+        """Return eval.py's metrics, and SFT's last; 0 for an accuracy over no responses."""
+        row = self.labels | {"seed": seed}
+        if evaluation is None:
+            return row
+        summary, by_steps = read_json(evaluation.output)[self.side], {}
+        for steps, metrics in summary["by_difficulty"].items():
+            by_steps[steps.split()[0]] = 100 * metrics["pass@1"]
+        overall, groups = summary["overall"], {"all": summary["overall"], **summary["by_type"]}
+        row |= {name: 100 * groups[name]["pass@1"] for name in ACCURACIES if name in groups}
+        others = ("match_rate", "accuracy_given_match", "forward_share", "backward_share")
+        row |= {name: 100 * (overall[name] or 0.0) for name in others} | {"by_steps": by_steps}
+        of_sft = sft.log()[-1]["accuracy_given_match"]
+        return row | {"sft_accuracy_given_match": 100 * (of_sft or 0.0)}
 
 
 @dataclass(frozen=True)
@@ -214,15 +212,15 @@ class Plan:
     claims: list["Claim"]
     columns: dict[str, str] = field(default_factory=lambda: {key: key for key in ACCURACIES})
     paper: dict[str, tuple] = field(default_factory=dict)  # by cell: its first columns
-    measure: Callable[..., dict] = evaluated  # returns a cell's row; takes it and its runs
+    measure: Callable[[Cell, list[dict]], dict] | None = None  # more of a row, from RL's log
     curves: dict | None = None  # draw curves of the logs, not bars of the table
-    figure: Callable | None = None  # or something else
+    by_steps: tuple[str, ...] = ()  # or the accuracy of these stages by the number of steps
 
     def table(self, rows: list[dict]) -> str:
         """Return means and ranges over the seeds as Markdown, then the paper's numbers."""
-        head = [*self.columns]
+        headings = [*self.columns]
         of_paper = max(map(len, self.paper.values()), default=0)
-        head = ["", *head, *(f"paper: {heading}" for heading in head[:of_paper])]
+        head = ["", *headings, *(f"paper: {heading}" for heading in headings[:of_paper])]
         lines = []
         for cell in self.cells:
             found = (values(rows, key, **cell.labels) for key in self.columns.values())
@@ -232,12 +230,11 @@ class Plan:
 
     def draw(self, rows: list[dict]):
         """Draw the rows; for curves each has the `log` of its RL run."""
-        if self.figure:
-            return self.figure(rows)
+        if self.by_steps:
+            return accuracy_by_steps(rows, self.by_steps)
         if self.curves:
             return curve_figure(rows, self.curves)
-        groups = {cell.name: cell.labels for cell in self.cells}
-        return bar_figure(rows, groups, list(self.columns.values()), self.paper, "pass@1, %")
+        return bar_figure(rows, self.cells, list(self.columns.values()), self.paper)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,28 +290,28 @@ def verdict_table(verdicts: list[list]) -> str:
 # Figures
 
 
-def bar_figure(rows: list[dict], groups: dict[str, Labels], keys, paper: dict, ylabel: str):
-    """Draw bars of `keys` for each group of rows: means, a dot for each seed, the paper's lines.
+def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict):
+    """Draw bars of `keys` for each cell: means, a dot for each seed, the paper's lines.
 
-    paper: by group, the paper's numbers for the first keys
+    paper: by cell, the paper's numbers for the first keys
     """
-    figure, (axis,) = new_figure(3 + len(groups), 4, 1, 1)
+    figure, (axis,) = new_figure(3 + len(cells), 4, 1, 1)
     distance = 0.8 / len(keys)
     half = 0.45 * distance
     for i, key in enumerate(keys):
-        for j, (name, labels) in enumerate(groups.items()):
+        for j, cell in enumerate(cells):
             x = j + distance * (i - (len(keys) - 1) / 2)
-            found = values(rows, key, **labels)
+            found = values(rows, key, **cell.labels)
             label = key if j == 0 else None
             axis.bar(x, fmean(found), 2 * half, color=f"C{i}", alpha=0.75, label=label)
             axis.plot([x] * len(found), found, "k.", markersize=4)
-            for height in paper.get(name, ())[i : i + 1]:
+            for height in paper.get(cell.name, ())[i : i + 1]:
                 axis.plot([x - half, x + half], [height, height], "k-")
     if paper:
         axis.plot([], [], "k-", label="paper")
     axis.plot([], [], "k.", label="a seed")
-    axis.set(xticks=range(len(groups)), ylim=(0, 102), ylabel=ylabel)
-    axis.set_xticklabels([name.replace(", ", "\n") for name in groups], fontsize=9)
+    axis.set(xticks=range(len(cells)), ylim=(0, 102), ylabel="pass@1, %")
+    axis.set_xticklabels([cell.name.replace(", ", "\n") for cell in cells], fontsize=9)
     legend_above(axis)
     return figure
 
@@ -335,3 +332,15 @@ def curve_figure(rows: list[dict], panels: dict[str, list[Series]]):
 def legend_above(axis) -> None:
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
     axis.legend(frameon=False, ncols=5, fontsize=9, **place)
+
+
+def accuracy_by_steps(rows: list[dict], stages: tuple[str, ...]):
+    figure, (axis,) = new_figure(6, 4, 1, 1)
+    for stage, color in zip(stages, ("0.6", "C0")):
+        for i, by_steps in enumerate(values(rows, "by_steps", stage=stage)):
+            steps = [int(n) for n in by_steps]
+            style = {"color": color, "markersize": 4, "label": stage if i == 0 else None}
+            axis.plot(steps, list(by_steps.values()), "o-", **style)
+    axis.set(xlabel="number of steps", ylabel="pass@1 on validation problems, %", ylim=(0, 102))
+    legend_above(axis)
+    return figure

@@ -19,24 +19,12 @@ from statistics import fmean
 
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION
 from lib.flags import parse_flags, quiet_pipes, read_json, require, require_min
-from lib.plots import new_figure
-from paper.experiment import (
-    MODELS,
-    Cell,
-    Claim,
-    Experiment,
-    Plan,
-    ReproduceConfig,
-    Run,
-    evaluated,
-    legend_above,
-    series,
-    values,
-)
+from paper.experiment import MODELS, Cell, Claim, Experiment, Plan, ReproduceConfig, series
 
 TYPES = (EVALUATION, INVERSION)
 EASY, HARD, EXTREME = ({"difficulty": name} for name in ("easy", "hard", "extreme"))
 MARGIN = 3  # percentage points below which two evaluations count as equal
+EXPERIMENTS: dict[str, Plan] = {}
 
 
 def tenth(log: list[dict], which: str) -> list[dict]:
@@ -47,7 +35,7 @@ def tenth(log: list[dict], which: str) -> list[dict]:
 
 def mean_of(log: list[dict], metric: str) -> float:
     """Return a metric's mean in percent, over the updates that have it."""
-    return 100 * fmean(update[metric] for update in log if metric in update)
+    return 100 * fmean(row[metric] for row in log if row.get(metric) is not None)
 
 
 def grows(least: float = MARGIN) -> Callable[[float, float], bool]:
@@ -96,10 +84,8 @@ def table1_claims() -> list[Claim]:
               series("accuracy_given_match", "stage", to_easy, model="FB")),
         Claim("FB gains by RL on 2-5", grows(), series("all", "stage", to_easy, model="FB")),
     ]  # fmt: skip
-    for model, matching, other, unknown in (
-        ("F", EVALUATION, INVERSION, BACKWARD),
-        ("B", INVERSION, EVALUATION, FORWARD),
-    ):
+    single = (("F", EVALUATION, INVERSION, BACKWARD), ("B", INVERSION, EVALUATION, FORWARD))
+    for model, matching, other, unknown in single:
         claims += [
             Claim(f"{model}: no new strategy, share of {unknown} responses", below(1),
                   series(f"{unknown}_share", "stage", STAGES, model=model)),
@@ -113,7 +99,7 @@ def table1_claims() -> list[Claim]:
     return claims
 
 
-TABLE1 = Plan(
+EXPERIMENTS["table1"] = Plan(
     "SFT on backward, forward or both strategies, then RL on 2-5 or 6-9 steps",
     [
         Cell({"model": model, "stage": stage}, model, rl, HARD, side)
@@ -130,9 +116,9 @@ TABLE1 = Plan(
 # Dynamics: the course of RL, from the runs of table 1
 
 
-def accuracy_in_rl(cell: Cell, sft: Run, rl: Run) -> dict[str, float]:
-    log = tenth(rl.log(), cell.labels["updates"])
-    return {kind: mean_of(log, f"accuracy/{kind}") for kind in TYPES}
+def accuracy_in_rl(cell: Cell, log: list[dict]) -> dict[str, float]:
+    part = tenth(log, cell.labels["updates"])
+    return {kind: mean_of(part, f"accuracy/{kind}") for kind in TYPES}
 
 
 def course_of_rl() -> dict[str, list]:
@@ -141,7 +127,7 @@ def course_of_rl() -> dict[str, list]:
     for model, data in MODELS.items():
         labels = {"model": model, "updates": "last tenth"}
         of_types = [(kind, f"accuracy/{kind}", labels) for kind in TYPES]
-        of_steps = [(f"{n} steps", f"accuracy_at_steps/{n}", labels) for n in range(6, 10)]
+        of_steps = [(f"{n} steps", f"accuracy_at/{n} steps", labels) for n in range(6, 10)]
         panels |= {f"accuracy in RL, SFT on {data}": of_types, f"SFT on {data}": of_steps}
     return panels
 
@@ -151,7 +137,7 @@ def only_fb_above_90(*of_types: float) -> bool:
     return fb > 90 > 20 > max(b, f)
 
 
-DYNAMICS = Plan(
+EXPERIMENTS["dynamics"] = Plan(
     "accuracy in the course of RL, by type and by number of steps (runs of table1)",
     [
         Cell({"model": model, "updates": which}, model, HARD)
@@ -159,17 +145,13 @@ DYNAMICS = Plan(
         for which in ("first tenth", "last tenth")
     ],
     "Accuracy in RL in %, on its own problems, in the first and the last tenth of the updates:",
-    [
-        Claim(
-            "only FB approaches 100% on both types (last tenth; evaluation, then inversion)",
-            only_fb_above_90,
-            [x for kind in TYPES for x in series(kind, "model", MODELS, updates="last tenth")],
-        )
-    ],
+    [Claim("only FB approaches 100% on both types (last tenth; evaluation, then inversion)",
+           only_fb_above_90,
+           [x for kind in TYPES for x in series(kind, "model", MODELS, updates="last tenth")])],
     columns={kind: kind for kind in TYPES},
     measure=accuracy_in_rl,
     curves=course_of_rl(),
-)
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
@@ -179,37 +161,30 @@ SHARES = {0.5: {}, 0.75: {"evaluation_share": 0.75}, 0.9: {"evaluation_share": 0
 LEARNING_TO_CHOOSE = range(16, 26)  # updates in which the tiny model does
 
 
-def forward_shares(cell: Cell, sft: Run, rl: Run, evaluation: Run) -> dict[str, float]:
-    """Return a row with the share of forward responses in RL.
+def forward_shares(cell: Cell, log: list[dict]) -> dict[str, float]:
+    """Return the share of forward responses in RL.
 
     stream: in the last tenth of the updates
     learning: while RL teaches the choice, if half of the problems had been evaluation
     """
-    log = rl.log()
     early = [row for row in log if row["update"] in LEARNING_TO_CHOOSE]
     learning = fmean(mean_of(early, f"{FORWARD}/{kind}") for kind in TYPES)
     stream = mean_of(tenth(log, "last tenth"), f"{FORWARD}/all")
-    return evaluated(cell, sft, rl, evaluation) | {"stream": stream, "learning": learning}
-
-
-def follows_the_data(*found: float) -> bool:
-    return all(abs(x - 100 * share) < 6 for x, share in zip(found, SHARES))
+    return {"stream": stream, "learning": learning}
 
 
 def rises(low: float, middle: float, high: float) -> bool:
     return low + 2 < middle < high - 2
 
 
-AMPLIFICATION = Plan(
+EXPERIMENTS["amplification"] = Plan(
     "RL on 50, 75 and 90% evaluation problems: forward responses follow the data",
-    [
-        Cell({"evaluation_share": share}, "FB", HARD | flags, HARD)
-        for share, flags in SHARES.items()
-    ],
+    [Cell({"evaluation_share": share}, "FB", HARD | flag, HARD) for share, flag in SHARES.items()],
     "Share of forward responses in %, by the share of evaluation among RL's problems:",
     [
         Claim("the share of forward responses in the RL stream follows the data: 50, 75, 90%",
-              follows_the_data, series("stream", "evaluation_share", SHARES)),
+              lambda *found: all(abs(x - 100 * share) < 6 for x, share in zip(found, SHARES)),
+              series("stream", "evaluation_share", SHARES)),
         Claim("and rises with it on balanced validation data, after RL",
               rises, series("forward_share", "evaluation_share", SHARES)),
         Claim("(ours) or at least on the way, while RL teaches the choice",
@@ -230,7 +205,7 @@ AMPLIFICATION = Plan(
 
 SFT_PARTS = {"single parts": {}, "1-2 parts": {"parts": "1-2"}, "1-3 parts": {"parts": "1-3"}}
 SIDES = {"SFT": "before", "RL": "after"}
-COMPOSITION = Plan(
+EXPERIMENTS["composition"] = Plan(
     "RL on compositions of 3-5 parts, SFT on single parts, up to two (the paper's) or three",
     [
         Cell({"sft": name, "parts": parts, "stage": stage}, "FB",
@@ -263,7 +238,7 @@ COMPOSITION = Plan(
 
 GF13_STAGES = {"SFT, on 2-5": (EASY, "before"), "SFT": (HARD, "before"), "RL 6-9": (HARD, "after")}
 FIELD = {"field": 13}
-GF13 = Plan(
+EXPERIMENTS["gf13"] = Plan(
     "the three SFT models in GF(13), then RL on 6-9 steps",
     [
         Cell({"model": model, "stage": stage}, model, HARD | FIELD, evaluation, side, FIELD)
@@ -286,29 +261,13 @@ GF13 = Plan(
 
 
 EXTREME_SIDES = {"SFT": "before", "RL 6-15": "after"}
-
-
-def accuracy_by_steps(rows: list[dict]):
-    figure, (axis,) = new_figure(6, 4, 1, 1)
-    for stage, color in zip(EXTREME_SIDES, ("0.6", "C0")):
-        for i, by_steps in enumerate(values(rows, "by_steps", stage=stage)):
-            steps = [int(n) for n in by_steps]
-            style = {"color": color, "markersize": 4, "label": stage if i == 0 else None}
-            axis.plot(steps, list(by_steps.values()), "o-", **style)
-    axis.set(xlabel="number of steps", ylabel="pass@1 on validation problems, %", ylim=(0, 102))
-    legend_above(axis)
-    return figure
-
-
-EXTREME_PLAN = Plan(
+EXPERIMENTS["extreme"] = Plan(
     "FB reinforced on 6-15 steps",
     [Cell({"stage": stage}, "FB", EXTREME, EXTREME, side) for stage, side in EXTREME_SIDES.items()],
     "Pass@1 in % on 6-15 steps:",
-    [
-        Claim("FB still improves clearly on 6-15 steps", grows(10),
-              series("all", "stage", EXTREME_SIDES))
-    ],
-    figure=accuracy_by_steps,
+    [Claim("FB still improves clearly on 6-15 steps", grows(10),
+           series("all", "stage", EXTREME_SIDES))],
+    by_steps=tuple(EXTREME_SIDES),
 )  # fmt: skip
 
 SETTINGS = {  # flags, and the paper's final accuracy of B, F and FB
@@ -317,7 +276,7 @@ SETTINGS = {  # flags, and the paper's final accuracy of B, F and FB
     "group 16": ({"group_size": 16}, (58, 51, 98)),
     "group 16, beta 0.1": ({"group_size": 16, "beta": 0.1}, (53, 52, 97)),
 }
-ROBUSTNESS = Plan(
+EXPERIMENTS["robustness"] = Plan(
     "other KL weights and group sizes: the final accuracy of B, F and FB on 6-9 steps",
     [
         Cell({"rl": name, "model": model}, model, HARD | flags, HARD)
@@ -337,37 +296,61 @@ ROBUSTNESS = Plan(
 
 
 # ------------------------------------------------------------------------------------------------
+# Losses that people compare: our question, not the paper's
 
-EXPERIMENTS = {
-    "table1": TABLE1,
-    "dynamics": DYNAMICS,
-    "amplification": AMPLIFICATION,
-    "composition": COMPOSITION,
-    "gf13": GF13,
-    "extreme": EXTREME_PLAN,
-    "robustness": ROBUSTNESS,
+LOSSES = {  # flags of train_grpo.py, with the clipping bounds of each publication
+    "GRPO": {"normalise": "responses"},
+    "DAPO": {"clip_high": 0.28},
+    "Dr. GRPO": {"normalise": "constant", "advantage": "mean"},
+    "GSPO": {"normalise": "responses", "ratio_of": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+    "CISPO": {"clip": "weight", "clip_high": 4.0},
 }
+FOUR_STEPS = HARD | {"minibatches": 4}
+
+
+def speed_of_learning(cell: Cell, log: list[dict]) -> dict[str, float]:
+    """Return the mean reward of the first hundred updates, and what was clipped."""
+    return {"early": mean_of(log[:100], "reward"), "clipped": mean_of(log, "clip_ratio")}
+
+
+EXPERIMENTS["losses"] = Plan(
+    "five published losses on the main job, four steps a rollout",
+    [Cell({"loss": name}, "FB", FOUR_STEPS | flags, HARD) for name, flags in LOSSES.items()],
+    "FB reinforced on 6-9 steps with four steps a rollout, in %:",
+    [
+        Claim("(ours) all five end above 90%", lambda *found: min(found) > 90,
+              series("all", "loss", LOSSES)),
+        Claim("(ours) and within five points of each other",
+              lambda *found: max(found) - min(found) < 5, series("all", "loss", LOSSES)),
+    ],
+    {
+        "pass@1": "all",
+        "reward, mean of the updates 1-100": "early",
+        "matching strategy": "match_rate",
+        "clipped tokens": "clipped",
+    },
+    measure=speed_of_learning,
+    curves={"reward": series("reward", "loss", LOSSES)},
+)  # fmt: skip
 
 
 def reproduce(name: str, config: ReproduceConfig) -> None:
     """Run an experiment's commands, read their rows and report."""
     plan, experiment = EXPERIMENTS[name], Experiment(name, config)
-    planned = []  # a cell, a seed, the runs
+    planned, rows, drawn = [], [], []
     for cell in plan.cells:
         for seed in range(config.seeds):
             flags = cell.sft if config.model else cell.sft_tiny | cell.sft
             sft = experiment.sft(cell.model, seed, **flags)
-            runs = [sft, experiment.rl(sft, seed, **cell.rl)]
+            rl, evaluation = experiment.rl(sft, seed, **cell.rl), None
             if cell.evaluation is not None:
-                runs.append(experiment.compare(*runs, **cell.evaluation))
-            planned.append((cell, seed, runs))
+                evaluation = experiment.compare(sft, rl, **cell.evaluation)
+            planned.append((cell, seed, sft, rl, evaluation))
     experiment.run()
-    rows = [
-        cell.labels | {"seed": seed} | plan.measure(cell, *runs) for cell, seed, runs in planned
-    ]
-    drawn = rows
-    if plan.curves:
-        drawn = [row | {"log": runs[1].log()} for row, (_, _, runs) in zip(rows, planned)]
+    for cell, seed, sft, rl, evaluation in planned:
+        row, log = cell.row(seed, sft, evaluation), rl.log()
+        rows.append(row | (plan.measure(cell, log) if plan.measure else {}))
+        drawn.append(rows[-1] | {"log": log})
     verdicts = [claim.verdict(rows) for claim in plan.claims]
     experiment.report(rows, plan.table(rows), verdicts, plan.draw(drawn))
 

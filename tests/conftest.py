@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from data.finite_field import vocabulary
 from lib import tokenizer as tokenizers_of_lib
+from lib.responses import Response
 from lib.transformer import ModelConfig, Transformer
 from strategies import score_response
 
@@ -25,6 +26,13 @@ def score_groups(problems: list, texts: list[str], stopped: list[bool]) -> list[
     group = len(texts) // len(problems)
     scored = [score_response(problems[i // group], t, stopped[i]) for i, t in enumerate(texts)]
     return [scored[i : i + group] for i in range(0, len(scored), group)]
+
+
+def response(kind, steps, strategy, matches, correct, error=None, stopped=True) -> Response:
+    """A scored response without a text."""
+    difficulty = f"{steps} step{'s' * (steps != 1)}"
+    taken = {"strategy": strategy, "matches": matches, "error": error}
+    return Response("", kind, difficulty, correct, stopped, **taken)
 
 
 def small_model(seed: int = 0, **shape) -> Transformer:

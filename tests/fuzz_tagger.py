@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data.finite_field import BACKWARD, FORWARD, Problem, Task, reward, vocabulary
+from data.finite_field import BACKWARD, FORWARD, Problem, Task, vocabulary
 from strategies import MIXED, NONE, matches, parse_lines, score_response, tag
 
 TASKS = [
@@ -34,7 +34,7 @@ def check(problem: Problem, text: str) -> None:
     assert found.strategy in (FORWARD, BACKWARD, MIXED, NONE)
     assert len(found.parts) == len(found.guessed) == len(problem.parts)
     assert 0 <= found.steps_right <= problem.steps
-    right = reward(problem, text) == 1.0
+    right = problem.reward(text) == 1.0
     assert any(found.guessed) or not found.misguessed
     assert score_response(problem, text, True).correct == right and (
         not right or found.answer == problem.answer

@@ -1,13 +1,15 @@
 """decompose_gain on simulated policies whose selection and improvement are known."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import response
 
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION, MATCHING_STRATEGY
 from eval import CAUSES, compare, decompose_gain
-from strategies import ARITHMETIC, GUESS, NO_ANSWER, NONE, SKIPPED, Response
+from strategies import ARITHMETIC, GUESS, NO_ANSWER, NONE, SKIPPED
 
 OTHER = {FORWARD: BACKWARD, BACKWARD: FORWARD}
 
@@ -27,7 +29,7 @@ def sample(match_rate, accuracy, other_accuracy=1 / 11, cause=ARITHMETIC, n=600,
             right = rng.random() < (accuracy if matches else other_accuracy)
             strategy = MATCHING_STRATEGY[kind] if matches else OTHER[MATCHING_STRATEGY[kind]]
             error = None if right else cause if matches else GUESS
-            group.append(Response(kind, steps, strategy, matches, right, error, True))
+            group.append(response(kind, steps, strategy, matches, right, error, True))
         scored.append(group)
     return scored
 
@@ -116,10 +118,10 @@ def test_problems_on_which_strategies_fare_differently():
     def group(i, n_matching):
         right = 8 if i % 2 else 4  # of 8 matching responses
         responses = [
-            Response(EVALUATION, 6, FORWARD, True, j % 8 < right, None, True)
+            response(EVALUATION, 6, FORWARD, True, j % 8 < right, None, True)
             for j in range(n_matching)
         ]
-        wrong = Response(EVALUATION, 6, BACKWARD, False, False, GUESS, True)
+        wrong = response(EVALUATION, 6, BACKWARD, False, False, GUESS, True)
         return responses + [wrong] * (48 - n_matching)
 
     before = [group(i, 40 if i % 2 else 8) for i in range(40)]
@@ -146,19 +148,19 @@ def test_the_parts_add_up_exactly(seed):
                 right = rng.random() < 0.5
                 error = None if right else rng.choice((GUESS, ARITHMETIC, SKIPPED, NO_ANSWER))
                 responses.append(
-                    Response(kind, steps, strategy, strategy == FORWARD, right, error, True)
+                    response(kind, steps, strategy, strategy == FORWARD, right, error, True)
                 )
             group.append(responses)
         return group
 
     before, after = anything((FORWARD, NONE)), anything((FORWARD, BACKWARD))
     after = [
-        [Response(b[0].kind, b[0].steps, *list(vars(r).values())[2:]) for r in a]
+        [replace(r, kind=b[0].kind, difficulty=b[0].difficulty) for r in a]
         for a, b in zip(after, before)
     ]
     reasons, differences = decompose_gain(before, after, 20), compare(before, after)
     pairs = [(reasons["overall"], differences["overall"])]
-    for key in ("by_type", "by_steps"):
+    for key in ("by_type", "by_difficulty"):
         assert reasons[key].keys() == differences[key].keys()
         pairs += [(reasons[key][value], differences[key][value]) for value in reasons[key]]
     for parts, difference in pairs:
@@ -188,13 +190,9 @@ def test_a_wrong_guess_is_the_only_cause_of_its_failure():
 def test_groups_and_causes():
     before, after = sample(0.5, 0.6, cause=SKIPPED), sample(1.0, 1.0, seed=1)
     reasons = decompose_gain(before, after)
-    assert set(reasons["by_type"]) == {EVALUATION, INVERSION} and list(reasons["by_steps"]) == [
-        "6",
-        "7",
-        "8",
-        "9",
-    ]
-    mean = np.mean([reasons["by_steps"][n]["selection"]["mean"] for n in reasons["by_steps"]])
+    assert set(reasons["by_type"]) == {EVALUATION, INVERSION}
+    assert list(reasons["by_difficulty"]) == [f"{n} steps" for n in range(6, 10)]
+    mean = np.mean([of["selection"]["mean"] for of in reasons["by_difficulty"].values()])
     assert mean == pytest.approx(reasons["overall"]["selection"]["mean"])
     assert near(reasons["overall"]["procedure"], 0.3) and reasons["overall"]["arithmetic"][
         "mean"

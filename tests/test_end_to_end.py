@@ -136,8 +136,8 @@ def poison(monkeypatch, updates: set[int]) -> None:
     """Make the gradient infinite in some updates, numbered from 1."""
     real, calls = training.accumulate_gradients, iter(range(1, 100))
 
-    def poisoned(master, policy, loss_fn, items):
-        metrics = real(master, policy, loss_fn, items)
+    def poisoned(master, *rest):
+        metrics = real(master, *rest)
         if next(calls) in updates:
             next(w for w in master.parameters() if w.grad is not None).grad.view(-1)[0] = math.inf
         return metrics

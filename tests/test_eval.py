@@ -6,12 +6,13 @@ import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
-from conftest import score_groups, small_model, word_tokenizer
+from conftest import response, score_groups, small_model, word_tokenizer
 
 from data.finite_field import (
     BACKWARD,
@@ -20,25 +21,24 @@ from data.finite_field import (
     MATCHING_STRATEGY,
     Task,
     is_validation,
-    validation_problems,
 )
 from eval import (
+    CAUSES,
     EvalConfig,
     compare,
-    comparison_table,
     decompose_gain,
     main,
     metrics_of,
     paired_difference,
     rollout_metrics,
     summarise,
-    table,
 )
 from lib.distributed import World
 from lib.rng import rng
 from lib.run_dir import choose_checkpoints, describe_start, save_checkpoint
 from lib.stats import pass_at_k, wilson
-from strategies import GUESS, Response, score_response
+from lib.tables import comparison_table, table
+from strategies import GUESS, score_response
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -69,7 +69,7 @@ def test_paired_intervals_hold_the_truth(n, gained, lost):
             ((False, True), (True, False), (True, True)), (gained, lost, 1 - gained - lost), k=n
         )
         before, after = (
-            [[Response(EVALUATION, 6, FORWARD, True, r, None, True)] for r in side]
+            [[response(EVALUATION, 6, FORWARD, True, r, None, True)] for r in side]
             for side in zip(*changes)
         )
         low, high = paired_difference(before, after)["ci95"]
@@ -106,7 +106,7 @@ def test_metrics_are_those_counted_by_hand():
     for kind, c in summary["by_type"].items():
         assert c["problems"] == sum(problem.kind == kind for problem in problems)
         assert c["forward_share"] == c["backward_share"] == 0.5
-    assert set(summary["by_steps"]) == {str(p.steps) for p in problems}
+    assert set(summary["by_difficulty"]) == {p.difficulty for p in problems}
     n_evaluation = 4 * sum(p.kind == EVALUATION for p in problems)
     forward = summary["by_strategy"][FORWARD]
     assert forward["responses"] == 120 and forward["accuracy"] == pytest.approx(n_evaluation / 240)
@@ -117,8 +117,7 @@ def test_metrics_are_those_counted_by_hand():
 def test_rollout_metrics_are_those_counted_by_hand():
     def group(kind, *responses):
         return [
-            Response(kind, 6, strategy, matches, right, None, True)
-            for strategy, matches, right in responses
+            response(kind, 6, strategy, matches, right) for strategy, matches, right in responses
         ]
 
     scored = [
@@ -157,7 +156,7 @@ def test_rollout_metrics_are_those_counted_by_hand():
         "accuracy_given_backward/evaluation": 1 / 2,
     }
     expected |= {"match_rate/inversion": 0, "forward/inversion": 2 / 3, "mixed/inversion": 1 / 3}
-    expected |= {"forward/all": 5 / 9, "accuracy_at_steps/6": 4 / 9}
+    expected |= {"forward/all": 5 / 9, "accuracy_at/6 steps": 4 / 9}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert (
         metrics["accuracy_given_match/inversion"] is None
@@ -166,7 +165,7 @@ def test_rollout_metrics_are_those_counted_by_hand():
 
 
 def test_no_matching_response_means_no_accuracy():
-    problem = validation_problems(Task(), 1, rng(0, "validation problems"))[0]
+    problem = Task().validation(1, rng(0, "validation problems"))[0]
     other = BACKWARD if problem.kind == EVALUATION else FORWARD
     metrics = metrics_of([[score_response(problem, problem.solution(other), True)]])
     assert metrics["accuracy_given_match"] is None
@@ -200,7 +199,7 @@ def test_the_table_shows_what_was_gained_and_why():
     ]
     scored = [score_groups(problems, some, [True] * len(some)) for some in (texts, right)]
     summaries = map(summarise, scored)
-    text = comparison_table(*summaries, compare(*scored), decompose_gain(*scored))
+    text = comparison_table(*summaries, compare(*scored), decompose_gain(*scored), CAUSES)
     (cells,) = (re.split("  +", line) for line in text.splitlines() if line.startswith("all  "))
     assert cells[1:4] == ["50.0 -> 100.0", "50.0 -> 100.0", "100.0 -> 100.0"]
     assert cells[4].startswith("+50.0 (") and cells[5].startswith("+50.0 (")
@@ -210,14 +209,14 @@ def test_the_table_shows_what_was_gained_and_why():
 
 
 def test_validation_problems_are_distinct_and_of_their_stream():
-    problems = validation_problems(Task((2, 2)), 200, rng(0, "validation problems"))
+    problems = Task((2, 2)).validation(200, rng(0, "validation problems"))
     assert len({(p.field, p.parts) for p in problems}) == 200 and all(map(is_validation, problems))
     assert (
         problems
-        == validation_problems(Task((2, 2)), 200, rng(0, "validation problems"))
-        != validation_problems(Task((2, 2)), 200, rng(1, "validation problems"))
+        == Task((2, 2)).validation(200, rng(0, "validation problems"))
+        != Task((2, 2)).validation(200, rng(1, "validation problems"))
     )
-    few = validation_problems(Task((1, 1), p=3), 200, rng(0, "validation problems"))
+    few = Task((1, 1), p=3).validation(200, rng(0, "validation problems"))
     assert 0 < len(few) < 200, "a small task has no 200 problems"
 
 
@@ -225,7 +224,12 @@ def test_every_solution_fits_the_token_budget(model, tokenizer):
     """The longest solution of any problem leaves less than a line of room."""
     for task in (Task((6, 9)), Task((2, 4), parts=(1, 4)), Task((6, 15))):
         budget = tokenizer.max_response_tokens(task, 2048)
-        problems = [task.longest().sample(random.Random(i), "train") for i in range(50)]
+        problems = [
+            replace(task, steps=task.steps[1:] * 2, parts=task.parts[1:] * 2).sample(
+                random.Random(i), "train"
+            )
+            for i in range(50)
+        ]
         longest = max(
             len(tokenizer.solution(p.solution(s))) for p in problems for s in (FORWARD, BACKWARD)
         )
@@ -277,7 +281,11 @@ def test_command_evaluates_the_newest_checkpoint_and_writes_files(checkpoints, t
     main(EvalConfig([str(checkpoints)], problems=12, samples=2, steps="1-2", **files), ONE)
     metrics = json.loads((tmp_path / "a.json").read_text())
     assert metrics["checkpoints"] == [str(checkpoints / "step-10")]
-    for c in (metrics["overall"], metrics["by_type"]["evaluation"], metrics["by_steps"]["2"]):
+    for c in (
+        metrics["overall"],
+        metrics["by_type"]["evaluation"],
+        metrics["by_difficulty"]["2 steps"],
+    ):
         assert {
             "pass@1",
             "ci95",
@@ -296,7 +304,7 @@ def test_command_compares_two(checkpoints, tmp_path, capsys):
     metrics = json.loads((tmp_path / "b.json").read_text())
     assert metrics["before"]["overall"]["samples"] == 1
     assert metrics["difference"]["overall"]["problems"] == 8
-    for group, value in (("overall", None), ("by_type", EVALUATION), ("by_steps", "2")):
+    for group, value in (("overall", None), ("by_type", EVALUATION), ("by_difficulty", "2 steps")):
         reasons, difference = (metrics[name][group] for name in ("reasons", "difference"))
         reasons, difference = (x[value] if value else x for x in (reasons, difference))
         assert reasons["gain"]["mean"] == pytest.approx(difference["pass@1"])

@@ -19,12 +19,10 @@ from data.finite_field import (
     Part,
     Problem,
     Task,
-    choose_strategies,
     is_prime,
     is_validation,
     make_field,
     parse_range,
-    reward,
     vocabulary,
 )
 
@@ -103,10 +101,10 @@ def test_answers_solutions_and_reward(task):
         assert follow(problem)[-1] == problem.answer
         words = set(vocabulary(task.p))
         assert words.issuperset(problem.prompt().split())
-        for strategy in (FORWARD, BACKWARD, choose_strategies(problem, "mixed", rng)):
-            solution = problem.solution(strategy)
+        solutions = [task.solution(problem, way, rng) for way in (FORWARD, BACKWARD, "mixed")]
+        for solution in solutions:
             assert words.issuperset(solution.split())
-            assert reward(problem, solution) == 1.0
+            assert problem.reward(solution) == 1.0
         assert problem.solution(FORWARD).count("guess") == sum(
             part.kind == INVERSION for part in problem.parts
         )
@@ -136,7 +134,7 @@ def test_a_wrong_guess_gives_a_wrong_answer():
     for _ in range(100):
         problem = Task().sample(rng, "train")
         other = BACKWARD if MATCHING_STRATEGY[problem.kind] == FORWARD else FORWARD
-        right += sum(reward(problem, problem.solution(other, [g])) for g in range(11))
+        right += sum(problem.reward(problem.solution(other, [g])) for g in range(11))
     assert right == 100
 
 
@@ -144,8 +142,8 @@ def test_reward_takes_the_last_word_only():
     problem = Task().sample(random.Random(0), "train")
     right = problem.answer
     wrong = next(f"e{i}" for i in range(11) if f"e{i}" != right)
-    assert reward(problem, f"answer {right}") == 1.0
-    assert reward(problem, f"answer {right}\n") == 1.0
+    assert problem.reward(f"answer {right}") == 1.0
+    assert problem.reward(f"answer {right}\n") == 1.0
     for text in (
         "",
         right,
@@ -153,8 +151,8 @@ def test_reward_takes_the_last_word_only():
         f"answer {right} answer {wrong}",
         f"answer {right} {wrong}",
     ):
-        assert reward(problem, text) == 0.0
-    assert reward(problem, f"answer {right}1") == reward(problem, f"nonanswer {right}") == 0.0
+        assert problem.reward(text) == 0.0
+    assert problem.reward(f"answer {right}1") == problem.reward(f"nonanswer {right}") == 0.0
 
 
 @pytest.mark.parametrize(

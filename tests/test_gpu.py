@@ -1,5 +1,7 @@
 """On a GPU, with its kernels and graphs: the CPU's tokens, log-probs and gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import small_model, with_large_biases
@@ -36,7 +38,8 @@ def update(device: torch.device, precision: str, lora: bool = False, model_type:
     world, config = World(0, 1, device), GrpoConfig(temperature=1.0)
     rollout.rewards = REWARDS.to(device)
     rollout.advantages = group_advantages(rollout.rewards)
-    metrics = grpo_backward(model, policy, None, rollout, config, world)
+    run = SimpleNamespace(config=config, master=model, policy=policy, reference=None)
+    metrics = grpo_backward(run, rollout, torch.arange(len(PROMPTS)), 0, world)
     gradient = torch.cat([w.grad.flatten().cpu() for w in trainable_parameters(model)])
     return rollout, metrics["logp_diff_max"], gradient
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,7 +242,8 @@ def test_sampler_and_trainer_agree_through_adapters_and_the_base_is_the_referenc
         rollout = Sampler(policy, [1], 4, 8, 1.3).sample(prompts, [(0,), (1,)])
         rollout.rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0]] * 2)
         rollout.advantages = train_grpo.group_advantages(rollout.rewards)
-        metrics = train_grpo.grpo_backward(policy, policy, base, rollout, config, ONE)
+        run = SimpleNamespace(config=config, master=policy, policy=policy, reference=base)
+        metrics = train_grpo.grpo_backward(run, rollout, torch.arange(len(rollout.prompts)), 0, ONE)
         assert metrics["logp_diff_max"] < 1e-4
         assert all(w.grad is not None for w in trainable_parameters(policy))
         assert base.lm_head.weight.grad is None

@@ -5,13 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import response
 
 from data.finite_field import EVALUATION, INVERSION
 from eval import rollout_metrics
 from lib import plots
 from lib.flags import parse_flags
 from lib.plots import PANELS, PlotConfig, plot_training, smooth
-from strategies import Response
 
 
 def log(n: int, kl: bool) -> list[dict]:
@@ -19,7 +19,7 @@ def log(n: int, kl: bool) -> list[dict]:
     rows = []
     for update in range(1, n + 1):
         kind = ("evaluation", "inversion")[update % 2]
-        scored = [[Response(kind, 6, "forward", kind == "evaluation", True, None, True)] * 2]
+        scored = [[response(kind, 6, "forward", kind == "evaluation", True, None, True)] * 2]
         row = {
             "update": update,
             "reward": 0.5,
@@ -53,7 +53,7 @@ def test_the_bars_of_the_causes_are_stacked():
     overall = {name: part(mean) for name, mean in parts.items()}
     _, (axis,) = plots.new_figure(4, 4, 1, 1)
     plots.draw_reasons(
-        axis, {"overall": overall, "by_type": {"evaluation": overall}, "by_steps": {}}
+        axis, {"overall": overall, "by_type": {"evaluation": overall}, "by_difficulty": {}}
     )
     bars = [
         (bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in axis.patches

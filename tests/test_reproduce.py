@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import response
 
 from data.finite_field import EVALUATION, INVERSION, MATCHING_STRATEGY
 from eval import rollout_metrics, summarise
@@ -12,14 +13,13 @@ from lib.flags import parse_flags, write_json
 from paper import experiment, reproduce
 from paper.experiment import Experiment, ReproduceConfig, verdict_table
 from paper.reproduce import EXPERIMENTS, main
-from strategies import Response
 
 OTHER = {"forward": "backward", "backward": "forward"}
 
 
 def responses(
     shown: str, match_rate: float, accuracy: float, kinds=(EVALUATION, INVERSION) * 10
-) -> list[list[Response]]:
+) -> list[list]:
     """Return ten responses to each problem, in fixed proportions.
 
     shown: the strategy, or "mixed", that the model was shown
@@ -33,7 +33,7 @@ def responses(
             matches = strategy == matching
             right = j % 5 < 5 * accuracy if matches else j == 5
             error = None if right else "order"
-            group.append(Response(kind, 6 + i % 4, strategy, matches, right, error, True))
+            group.append(response(kind, 6 + i % 4, strategy, matches, right, error, True))
         scored.append(group)
     return scored
 
@@ -60,7 +60,7 @@ class FakeExperiment(Experiment):
             elif run.script == "train_grpo.py":
                 n = round(20 * float(run.flags.get("evaluation_share", 0.5)))
                 after = responses(shown, 1.0, 1.0, [EVALUATION] * n + [INVERSION] * (20 - n))
-                metrics = rollout_metrics(after) | {"reward": 0.9}
+                metrics = rollout_metrics(after) | {"reward": 0.9, "clip_ratio": 0.1}
                 write_log(run.output, [{"update": u} | metrics for u in range(1, 31)])
             else:
                 before = responses(shown, 0.5, 0.6 if seeded else 0.0)
@@ -159,6 +159,7 @@ def rows_of(name: str) -> list[dict]:
             for parts in ("3-5", "4-5")
             for stage in ("SFT", "RL")
         ],
+        "losses": [{"loss": name, "all": 94} for name in reproduce.LOSSES],
         "gf13": [
             {"model": model, "stage": stage, "all": right}
             for model, easy, hard in (("B", 74, 54), ("F", 73, 53), ("FB", 72, 98))
@@ -236,6 +237,8 @@ BOUNDS = [
     ("gf13", of("FB", "SFT, on 2-5"), "all", 77.9, 78.1, "alike"),
     ("gf13", of("F", "RL 6-9"), "all", 69.9, 70.1, "near perfect"),
     ("extreme", {"stage": "RL 6-15"}, "all", 30, 29.9, "still improves"),
+    ("losses", {"loss": "GSPO"}, "all", 90.1, 89.9, "above 90%"),
+    ("losses", {"loss": "CISPO"}, "all", 98.9, 99.1, "within five points"),
     ("robustness", {"rl": "beta 0.1", "model": "FB"}, "all", 75, 74.9, "far ahead"),
 ]
 

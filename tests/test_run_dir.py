@@ -137,7 +137,7 @@ def test_a_log_cut_short_is_repaired(tmp_path):
     "text, says",
     [
         ('{"update": 1}\n{"upd\n{"update": 3}\n', "line 2"),
-        ('{"update": 1}\n\n{"update": 3}\n', "line 2"),
+        ('{"update": 1}\n\n{"update": 3}\n', "lacks update 2"),
         ('{"update": 1}\n[2]\n', "line 2"),
         ('{"update": 1}\n\xff\xfe\n', "line 2"),
         ('{"update": 1}\n{"update": 3}\n', "lacks update 2"),

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.multiprocessing as mp
 from conftest import score_groups, small_model
 
 import train_grpo
-from data.finite_field import Task, is_correct
+from data.finite_field import Problem, Task
 from eval import rollout_metrics
 from lib.diagnose import diagnose
 from lib.distributed import World, init_distributed
@@ -72,8 +73,10 @@ class Batch:
         rollout.rewards = self.rewards[order]
         rollout.advantages = group_advantages(rollout.rewards, config.advantage)
         self.model.zero_grad()
-        models = self.model, self.model, self.reference
-        self.metrics = grpo_backward(*models, rollout, config, world)
+        run = SimpleNamespace(
+            config=config, master=self.model, policy=self.model, reference=self.reference
+        )
+        self.metrics = grpo_backward(run, rollout, torch.arange(len(order)), 0, world)
         world.all_reduce_gradients(self.model)
         return gradient(self.model)
 
@@ -169,9 +172,18 @@ def test_what_was_not_measured_is_not_logged_as_zero(batch):
     rollout = dataclasses.replace(
         batch.rollout, rewards=torch.ones(6, 4), advantages=torch.zeros(6, 4)
     )
-    metrics = grpo_backward(batch.model, batch.model, batch.model, rollout, CONFIG, ONE)
+    models = dict.fromkeys(("master", "policy", "reference"), batch.model)
+    run = SimpleNamespace(config=CONFIG, **models)
+    metrics = grpo_backward(run, rollout, torch.arange(6), 0, ONE)
     assert metrics["frac_reward_zero_std"] == 1 and metrics["trained_tokens"] == 0
     assert all(metrics[name] is None for name in ("entropy", "ratio", "clip_ratio", "kl"))
+
+
+def loss_of(logps, old_logps, ref_logps, advantages, **flags):
+    """The loss of tokens of one response, summed."""
+    rows, whole = torch.zeros(len(logps), dtype=torch.long), torch.zeros(len(logps)).bool()
+    config = GrpoConfig(**({"beta": 0.0} | flags))
+    return grpo_loss(config, logps, old_logps, ref_logps, advantages, rows, whole, {"tokens": 1})
 
 
 @pytest.mark.parametrize(
@@ -188,7 +200,7 @@ def test_what_was_not_measured_is_not_logged_as_zero(batch):
 def test_clipping(ratio, advantage, loss, slope):
     """Bug: the clip inverted for negative advantages. Bounds 0.2 below and 0.3 above."""
     log_probs = torch.tensor([ratio]).log().requires_grad_()
-    value, _ = grpo_loss(log_probs, torch.zeros(1), None, torch.tensor([advantage]), 1, 0.2, 0.3)
+    value, _ = loss_of(log_probs, torch.zeros(1), None, torch.tensor([advantage]), clip_high=0.3)
     value.backward()
     assert value.item() == pytest.approx(loss) and log_probs.grad.item() == pytest.approx(slope)
 
@@ -239,7 +251,7 @@ def test_advantages():
 def kl_of(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
     """The KL term of each token, (M,)."""
     zeros = torch.zeros_like(logps)
-    return grpo_loss(logps, logps, ref_logps, zeros, 1, beta=1.0)[1]["kl"]
+    return loss_of(logps, logps, ref_logps, zeros, beta=1.0)[1]["kl"]
 
 
 def test_kl_is_zero_at_the_reference_and_else_positive():
@@ -348,10 +360,10 @@ def graded(monkeypatch):
     """A reward of 0.1 for wrong responses that reach an answer."""
 
     def reward(problem, response, stopped):
-        right = is_correct(problem, response, stopped)
+        right = problem.is_correct(response, stopped)
         return 1.0 if right else 0.1 if "answer" in response else 0.0
 
-    monkeypatch.setattr("strategies.reward", reward)
+    monkeypatch.setattr(Problem, "reward", reward)
 
 
 class Texts:
@@ -386,15 +398,15 @@ def test_a_line_changed_in_the_loss_changes_the_gradient(batch, monkeypatch):
     whole = batch.gradient()
 
     def changed(*args, **kwargs):
-        logps, old_logps, _, advantages, n_tokens, *_ = args
+        _, logps, old_logps, _, advantages, *_, totals = args
         ratio = (logps - old_logps).exp()
         _, per_token = grpo_loss(*args, **kwargs)
-        return -(ratio * advantages).sum() / n_tokens, per_token
+        return -(ratio * advantages).sum() / totals["tokens"], per_token
 
     monkeypatch.setattr(train_grpo, "grpo_loss", changed)
     assert relative_difference(batch.gradient(), whole) > 0.01
     monkeypatch.setattr(
-        train_grpo, "grpo_loss", lambda *args: (args[0].sum() * 0, grpo_loss(*args)[1])
+        train_grpo, "grpo_loss", lambda *args: (args[1].sum() * 0, grpo_loss(*args)[1])
     )
     assert batch.gradient().norm() == 0
 

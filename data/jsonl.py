@@ -1,0 +1,208 @@
+r"""Any task, from a file with a JSON object in each line: {"prompt": ..., "answer": ...}.
+
+    python train_grpo.py --init models/smollm2 --data sums.jsonl --answer-pattern '(-?\d+)\D*$'
+
+"response" is a worked solution, for SFT; where "answer" is missing, its answer counts. Optional:
+"system" (a system prompt), "kind" and "difficulty" (tables group by them) and "split" ("train" or
+"validation"; otherwise one prompt in eight, by its hash, is for validation).
+
+A response is right if it has ended and its answer equals the problem's: as text, as a number, or,
+where the problem's is LaTeX, by math-verify. It lies where --answer-pattern matches last, in its
+first group if it has one; without the flag the whole response is the answer.
+"""
+
+import functools
+import math
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import sympy
+
+from data.finite_field import VALIDATION_SHARE
+from lib.flags import parse_json_lines, require
+
+NUMBER = re.compile(r"([-+]?(?:\d{1,300}(?:\.\d{0,300})?|\.\d{1,300}))(?:/(\d{1,300}))?", re.ASCII)
+LATEX = re.compile(r"[\\$^{}]")
+TEXTS = ("prompt", "answer", "response", "system", "kind", "difficulty", "split")
+
+
+def number(text: str) -> sympy.Rational | None:
+    """Return the number that a text is, such as -1,234.5 or 3/4, exactly; None if it is none."""
+    match = NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-").replace(",", ""))
+    if not match or (match[2] and not int(match[2])):
+        return None
+    return sympy.Rational(match[1]) / sympy.Rational(match[2] or 1)
+
+
+@functools.lru_cache(10_000)
+def parse_latex(text: str) -> list:
+    """Return what math-verify reads in a formula."""
+    from math_verify import parse
+
+    return parse(text if "$" in text else f"${text}$")
+
+
+def same_answer(answer: str, found: str) -> bool:
+    """Whether two answers are equal: as text, as numbers, or by math-verify if the first is LaTeX.
+
+    No text is ever run as code. Source for LaTeX: github.com/huggingface/Math-Verify.
+    """
+    if answer == found:
+        return True
+    if (value := number(answer)) is not None:
+        return value == number(found)
+    if not LATEX.search(answer):
+        return False
+    from math_verify import verify
+
+    return bool(verify(parse_latex(answer), parse_latex(found[:1000])))
+
+
+def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
+    """Return the answer in a text: the last match, or its first group; None where it has none."""
+    if pattern is None:
+        return text.strip()
+    matches = [*pattern.finditer(text)]
+    return (matches[-1][min(1, pattern.groups)] or "").strip() if matches else None
+
+
+def answer_form(pattern: re.Pattern) -> re.Pattern:
+    """Return the pattern of an answer alone: its first group, or all of it."""
+    for start in re.finditer(r"(?<!\\)\((?!\?)", pattern.pattern):
+        for end in re.finditer(r"\)", pattern.pattern):  # the first that leaves a whole pattern
+            try:
+                return re.compile(pattern.pattern[start.end() : end.start()], pattern.flags)
+            except re.error:
+                continue
+    return pattern
+
+
+def load_function(place: str) -> Callable | None:
+    """Return the function of FILE.py:function. Raises ValueError if there is none."""
+    if not place:
+        return None
+    file, _, name = place.rpartition(":")
+    spec = spec_from_file_location(f"user's {Path(file).stem}", file)
+    if spec is None or not Path(file).is_file():
+        raise ValueError(f"{place}: expected FILE.py:function, of a file that is there")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:  # it is a program
+        raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Problem:
+    row: dict  # the file's line
+    where: str  # file and line, for messages
+    task: "Task"
+    kind: str
+    difficulty: str
+    answer: str
+    system: str
+    explanation = ""
+
+    def prompt(self) -> str:
+        return self.row["prompt"]
+
+    def is_correct(self, response: str, stopped: bool = True) -> bool:
+        """Whether the response has ended and holds the right answer."""
+        found = find_answer(response, self.task.pattern) if stopped else None
+        return found is not None and same_answer(self.answer, found)
+
+    def reward(self, response: str, stopped: bool = True) -> float:
+        """Return what --reward says, or 1 for the right answer and else 0."""
+        value = correct = self.is_correct(response, stopped)
+        if self.task.reward:
+            value = self.task.reward(self.row, response, correct)
+        require(math.isfinite(value), f"{self.where}: --reward returned {value}")
+        return float(value)
+
+    def label(self, response: str) -> str:
+        """Return what --tagger says."""
+        return str(self.task.tagger(self.row, response)) if self.task.tagger else ""
+
+
+class Task:
+    """The problems of a file. Raises ValueError with the line that is at fault, or OSError."""
+
+    def __init__(self, config):
+        path, flags = Path(config.data), vars(config)
+        self.about = f"problems of {path.stem}"
+        self.reward = load_function(flags.get("reward", ""))  # (row, response, correct) -> float
+        self.tagger = load_function(flags.get("tagger", ""))  # (row, response) -> label
+        try:
+            self.pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
+        except re.error as error:
+            raise ValueError(f"--answer-pattern {config.answer_pattern!r}: {error}") from None
+        seen, splits = {}, {"train": [], "validation": []}
+        for n, row in parse_json_lines(path, path.read_bytes()):
+            problem = self.read(row, f"{path}, line {n}", path.stem)
+            key = zlib.crc32(problem.prompt().encode()) % VALIDATION_SHARE
+            split = problem.row.get("split", "train" if key else "validation")
+            first_split, first = seen.setdefault((problem.system, problem.prompt()), (split, n))
+            if first_split != split:
+                raise ValueError(f"{problem.where}: the prompt of line {first}, of another split")
+            splits[split].append(problem)
+        for split, problems in splits.items():
+            if not problems:
+                raise ValueError(f"{path} holds no {split} problem")
+        self.train, self.held_out = splits.values()
+
+    def read(self, row: dict, where: str, kind: str) -> Problem:
+        """Return a line's problem. Raises ValueError if it is none that can be solved."""
+        for name in TEXTS:
+            if isinstance(row.get(name, ""), int | float) and name != "prompt":
+                row[name] = f"difficulty {row[name]}" if name == "difficulty" else str(row[name])
+            if not isinstance(row.get(name, ""), str):
+                raise ValueError(f"{where}: {name!r} is no text")
+        if row.get("split", "train") not in ("train", "validation"):
+            raise ValueError(f"{where}: 'split' is neither train nor validation")
+        if "answer" not in row and "response" in row:
+            row["answer"] = find_answer(row["response"], self.pattern) or ""
+        for name in ("prompt", "answer"):
+            if not row.get(name, "").strip():
+                raise ValueError(f"{where}: {name!r} is missing or empty")
+        self.check_answer(answer := row["answer"].strip(), row.get("response"), where)
+        texts = (row.get("kind", kind), row.get("difficulty", ""), answer, row.get("system", ""))
+        return Problem(row, where, self, *texts)
+
+    def check_answer(self, answer: str, response: str | None, where: str) -> None:
+        """Raise ValueError if no response could match an answer, or if the line's own does not."""
+        value, forms = number(answer), [answer]
+        if value is None and LATEX.search(answer) and not find_spec("math_verify"):
+            raise ValueError(f"{where}: to compare LaTeX, pip install math-verify")
+        if value is not None:
+            forms += [f"{value}", f"{value}.0"] + [f"{int(value):,}"] * value.is_integer
+        if self.pattern and not any(map(answer_form(self.pattern).fullmatch, forms)):
+            raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")
+        found = answer if response is None else find_answer(response, self.pattern)
+        if found is None or not same_answer(answer, found):
+            raise ValueError(f"{where}: the answer of 'response' is {found!r}, not {answer!r}")
+
+    @property
+    def words(self) -> list[str]:
+        rows = [problem.row for problem in self.train + self.held_out]
+        texts = [row["prompt"] + " " + row.get("response", row["answer"]) for row in rows]
+        return sorted({word for text in texts for word in text.split()})
+
+    def sample(self, rng, split: str, index: int | None = None) -> Problem:
+        problems = self.train if split == "train" else self.held_out
+        return rng.choice(problems) if index is None else problems[index % len(problems)]
+
+    def validation(self, n: int, rng) -> list[Problem]:
+        return rng.sample(self.held_out, min(n, len(self.held_out)))
+
+    def solution(self, problem: Problem, strategy: str, rng) -> str:
+        return problem.row["response"]
+
+    def examples(self, rng) -> tuple[list[Problem], list[str]]:
+        problems = self.train + self.held_out
+        return problems, [p.row["response"] for p in problems if "response" in p.row]

@@ -1,0 +1,116 @@
+"""Read the paper's task back from text: a problem from its prompt, lines from a response.
+
+White space does not matter, so what a tokenizer made of the line breaks does not, either.
+"""
+
+import re
+from dataclasses import dataclass
+
+from data.finite_field import (
+    BACKWARD,
+    EVALUATION,
+    FORWARD,
+    INVERSE,
+    INVERSION,
+    Field,
+    Part,
+    Problem,
+    make_field,
+)
+
+LINE = re.compile(  # of whole words
+    r"(?<![^ ])(?:"
+    r"(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})"
+    r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4})"
+    r" = (?P<result>e\d{1,4})"
+    r"|answer (?P<answer>e\d{1,4})"
+    r")(?![^ ])",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    form: str  # "anchor" (an opening or closing), "step", "answer" or "other"
+    text: str
+    guess: bool = False
+    side: str = ""
+    value: str = ""  # of an anchor, a step's result, or the answer
+    label: int = 0
+    left: str = ""
+    op: str = ""
+    right: str = ""
+
+    @property
+    def direction(self) -> str | None:
+        """Return the direction in which a step goes."""
+        return {"+": FORWARD, "*": FORWARD, "-": BACKWARD, "/": BACKWARD}.get(self.op)
+
+
+def parse_lines(response: str) -> list[Line]:
+    """Return the lines in order; text between two recognised ones is one line of form "other"."""
+    text, lines, end = " ".join(response.split()), [], 0
+    for match in LINE.finditer(text):
+        if between := text[end : match.start()].strip():
+            lines.append(Line("other", between))
+        end = match.end()
+        if match["side"]:
+            guess = bool(match["guess"])
+            lines.append(Line("anchor", match[0], guess, match["side"], match["value"]))
+        elif match["answer"]:
+            lines.append(Line("answer", match[0], value=match["answer"]))
+        else:
+            step = {key: match[key] for key in ("left", "op", "right")}
+            step |= {"label": int(match["label"]), "value": match["result"]}
+            lines.append(Line("step", match[0], **step))
+    if rest := text[end:].strip():
+        lines.append(Line("other", rest))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompts
+
+ONE_PART = r"start (e\d{1,4}|\?|carry)((?: \d{1,4}: [+*] e\d{1,4})+) end (e\d{1,4}|\?|carry) "
+PROMPT = re.compile(
+    rf"(?<![^ ])(?:elements((?: e\d{{1,4}})+) )?((?:{ONE_PART})+)solution:", re.ASCII
+)
+FIELD = re.compile(r"elements of GF\((\d{1,4})\)", re.ASCII)  # in the explanation
+
+
+def parse_prompt(text: str, p: int = 11) -> Problem:
+    """Return the last problem in a text, whatever chat template or instructions are around it.
+
+    The field is the one that the text names, or GF(p). Raises ValueError if there is no problem.
+    """
+    text = " ".join(text.split())
+    found = [*PROMPT.finditer(text)]
+    if not found:
+        raise ValueError("the prompt holds no problem")
+    named = FIELD.search(text)
+    field, names = make_field(int(named[1]) if named else p), found[-1][1]
+    if names:
+        field = Field(len(names.split()), tuple(int(name[1:]) for name in names.split()))
+        make_field(field.p)  # refuses what is no prime
+    if sorted(field.names) != list(range(field.p)):
+        raise ValueError("the prompt does not list each element once")
+    parts, carried, first_label = [], None, 0
+    for start, steps, end in re.findall(ONE_PART, found[-1][2]):
+        kind = EVALUATION if end == "?" else INVERSION
+        given = start if kind == EVALUATION else end
+        known = carried if given == "carry" else field.value(given) if given != "?" else None
+        words = steps.split()
+        operations = [(op, field.value(name)) for op, name in zip(words[1::3], words[2::3])]
+        if known is None or any(b is None or (op, b) == ("*", 0) for op, b in operations):
+            raise ValueError(f"the problem is none of GF({field.p})")
+        first_label, value = first_label or int(words[0][:-1]), known
+        undone = [(INVERSE[op], b) for op, b in reversed(operations)]
+        for op, b in operations if kind == EVALUATION else undone:
+            value = field.apply(op, value, b)
+        ends = (known, value) if kind == EVALUATION else (value, known)
+        parts.append(Part(kind, ends[0], tuple(operations), ends[1]))
+        carried = parts[-1].asked
+    problem = Problem(field, tuple(parts), first_label, shown=bool(names))
+    if " ".join(problem.prompt().split()) != found[-1][0]:
+        raise ValueError("the problem is not written as ours are")
+    return problem

@@ -1,0 +1,151 @@
+"""Scored responses: what is kept of each, and how a terminal shows them.
+
+    + 29: e9 * e3 = e3                          right
+    x 30: e3 + e4 = e7                          the first error
+        arithmetic; due: 30: e3 + e4 = e0
+    . end e7                                    what follows it
+
+A row of RUN/responses.jsonl is one response, with its prompt and what is known of it.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from textwrap import wrap
+
+RESPONSES = "responses.jsonl"  # in a run's folder
+NONE = "none"  # the strategy of a response that follows none, or of which none is known
+WIDTH = 80
+GREEN, RED, DIM, BOLD = "32", "31", "2", "1"
+GROUP = ("update", "split", "problem", "prompt")  # keys that all responses to a prompt share
+
+
+@dataclass(frozen=True)
+class Response:
+    """A scored response: its text, and what tables, logs and the viewer say of it."""
+
+    text: str
+    kind: str  # the problem's type
+    difficulty: str
+    correct: bool  # ended by a stop token and the right answer: what tables count
+    stopped: bool  # whether it ended before the token limit
+    reward: float = 0.0  # what GRPO trains on
+    strategy: str = NONE  # or any label, where the task is not the paper's
+    matches: bool | None = (
+        None  # whether every part is solved with the strategy that needs no guess
+    )
+    guess: str | None = None  # "right" or "wrong" where it guesses
+    error: str | None = None  # what went wrong first: a wrong guess, or the kind of a line's error
+    error_line: int | None = None  # the first line that is wrong, from 0
+    line_error: str | None = None  # what is wrong with it
+    due: str | None = None  # the line that was due there
+
+
+def response_rows(problems: list, scored: list, advantages=None, **where) -> list[dict]:
+    """Return what responses.jsonl holds of each response to each problem, `where` in each row."""
+    rows = []
+    for i, (problem, group) in enumerate(zip(problems, scored)):
+        of_group = where | {"problem": i, "prompt": problem.prompt(), "answer": problem.answer}
+        for j, one in enumerate(group):
+            advantage = None if advantages is None else float(advantages[i, j])
+            row = of_group | {"response": one.text, "advantage": advantage} | asdict(one)
+            del row["text"]
+            rows.append(row)
+    return rows
+
+
+@dataclass
+class ShowConfig:
+    place: list = field(default_factory=list)  # a GRPO run, or JSON lines with prompt and response
+    update: int | None = None  # only those of this update [a run's last, or with --problem all]
+    problem: int | None = None  # only those to this validation problem
+    strategy: str = ""  # only those that follow this strategy
+    wrong: bool = False  # only wrong ones
+    n: int = 2  # how many to each prompt, 0: all
+    json: bool = False  # print them as JSON lines
+    field: int = 11  # number of elements of the field, where a prompt does not say it
+
+
+def select(rows: list[dict], config: ShowConfig) -> list[dict]:
+    """Return the rows that the flags ask for."""
+    update = config.update
+    if update is None and config.problem is None and rows:
+        update = rows[-1].get("update")
+    wanted = {} if update is None else {"update": update}
+    if config.problem is not None:
+        wanted |= {"split": "validation", "problem": config.problem}
+    if config.strategy:
+        wanted["strategy"] = config.strategy
+    if config.wrong:
+        wanted["correct"] = False
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
+def show(rows: list[dict], lines_of, n: int = 0) -> Iterator[str]:
+    """Yield the lines that show each group of rows, of its responses the first n, or all if n is 0.
+
+    `lines_of` splits a response as its tagger does, so that row["error_line"] counts these lines.
+    """
+    prompt = None
+    for keys, group in groupby(rows, key=lambda row: [row.get(key) for key in GROUP]):
+        first, *_ = shown = list(group)[: n or None]
+        yield paint(heading(first), BOLD)
+        if keys[-1] != prompt:
+            prompt = keys[-1]
+            yield from indented("", printable(" | ".join(prompt.strip().splitlines())), DIM)
+        for row in shown:
+            yield from ("", *response(row, lines_of(row["response"])), "")
+
+
+def heading(row: dict) -> str:
+    update, number = row.get("update"), row.get("problem")
+    words = [f"update {update}:"] if update is not None else []
+    words += [row.get("split") or "", f"problem {number}," if number is not None else ""]
+    words += [f"{row['kind']},", f"{row['difficulty']}," if row["difficulty"] else ""]
+    return printable(" ".join(filter(None, [*words, f"answer {row['answer']}"])))
+
+
+def response(row: dict, lines: list[str]) -> Iterator[str]:
+    """Yield a response's head line, and its lines marked as right, wrong or behind the error."""
+    match = {True: " (matches)", False: " (does not match)"}.get(row["matches"], "")
+    head = [row["strategy"] + match, "right" if row["correct"] else "wrong"]
+    head += [f"guess {row['guess']}"] if row["guess"] else []
+    head += [f"reward {row['reward']:g}"]
+    head += [f"advantage {row['advantage']:+.2f}"] if row.get("advantage") is not None else []
+    head += [] if row["stopped"] else ["cut off"]
+    yield from indented("", printable(", ".join(head)), BOLD)
+    wrong = row["error_line"]
+    for i, line in enumerate(lines):
+        judged = row["matches"] is not None
+        mark, color = ("+ ", GREEN) if judged else ("  ", "")
+        if wrong is not None and i >= wrong:
+            mark, color = ("x ", RED) if i == wrong else (". ", DIM)
+        yield from indented(mark, printable(line), color)
+        if i == wrong:
+            yield from fault(row)
+    if wrong is not None and wrong >= len(lines):
+        yield from fault(row)
+
+
+def fault(row: dict) -> Iterator[str]:
+    """Yield what is wrong with the line above, and what was due instead of it."""
+    due = f"due: {row['due']}" if row["due"] else "nothing more was due"
+    yield from indented("    ", f"{row['line_error']}; {due}", RED)
+
+
+def indented(mark: str, text: str, color: str) -> Iterator[str]:
+    for i, line in enumerate(wrap(text, WIDTH - len(mark)) or [""]):
+        yield paint((mark if i == 0 else " " * len(mark)) + line, color)
+
+
+def paint(text: str, color: str) -> str:
+    """Colour a text, on a terminal only."""
+    plain = not color or not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\x1b[{color}m{text}\x1b[0m"
+
+
+def printable(text: str) -> str:
+    """Replace what would move the cursor or clear the screen: a model may say anything."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

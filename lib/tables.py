@@ -1,0 +1,75 @@
+"""Tables of eval.py's metrics, in percent."""
+
+
+def rows_of(summary: dict) -> dict[str, dict]:
+    return {"all": summary["overall"], **summary["by_type"], **summary["by_difficulty"]}
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def signed(part: dict, key: str = "mean") -> str:
+    """Format a change and its interval."""
+    values = (part[key], *part["ci95"])
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in values))
+
+
+def largest_pass_rate(metrics: dict) -> str:
+    """Return the key of pass@k with the largest k, which comes last."""
+    return [key for key in metrics if key.startswith("pass@")][-1]
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Align columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def strategy_columns(summary: dict) -> dict[str, str]:
+    """Return headings and keys of what strategies say: the paper's two, or the commonest labels."""
+    if summary["overall"]["match_rate"] is not None:
+        columns = {"forward": "forward_share", "backward": "backward_share"}
+        return columns | {"matching": "match_rate", "right if matching": "accuracy_given_match"}
+    taken = sorted(summary["by_strategy"].items(), key=lambda item: -item[1]["responses"])
+    return {strategy: f"{strategy}_share" for strategy, _ in taken[:4]}
+
+
+def table(summary: dict) -> str:
+    """Format the metrics of one checkpoint."""
+    columns = {key: key for key in ("pass@1", largest_pass_rate(summary["overall"]))}
+    columns |= strategy_columns(summary)
+    rows = [["", *columns, "95% interval", "problems"]]
+    for name, metrics in rows_of(summary).items():
+        interval = "{} - {}".format(*map(percent, metrics["ci95"]))
+        cells = [percent(metrics.get(key, 0.0)) for key in columns.values()]
+        rows.append([name, *cells, interval, str(metrics["problems"])])
+    return format_table(rows)
+
+
+def comparison_table(before: dict, after: dict, difference: dict, reasons: dict, causes) -> str:
+    """Format two checkpoints, what changed, and why."""
+
+    def change_of(a: dict, b: dict, key: str) -> str:
+        return f"{percent(a.get(key, 0.0))} -> {percent(b.get(key, 0.0))}"
+
+    columns = strategy_columns(before) | strategy_columns(after)
+    for shown_otherwise in ("forward", "backward") * ("matching" in columns):
+        del columns[shown_otherwise]
+    columns = {"pass@1": "pass@1", **columns}
+    rows = [["", *columns, "change", "= selection", "+ improvement"]]
+    tables = [rows_of(x) for x in (before, after, difference, reasons)]
+    for name, a, b, change, why in zip(tables[0], *(table.values() for table in tables)):
+        parts = [signed(change, "pass@1"), signed(why["selection"]), signed(why["improvement"])]
+        rows.append([name, *(change_of(a, b, key) for key in columns.values()), *parts])
+    a, b, why = before["overall"], after["overall"], reasons["overall"]
+    key = largest_pass_rate(a)
+    note = f"all problems: {key} {change_of(a, b, key)}"
+    if "matching" in columns:
+        shown = (f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in causes)
+        note += f"; improvement by {', '.join(shown)}"
+    return f"{format_table(rows)}\n{note}"

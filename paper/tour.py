@@ -1,0 +1,172 @@
+"""Follow one problem through an update of GRPO, with the functions that do it. Under a minute.
+
+python -m paper.tour                      # the SFT start is trained first if it is missing
+python -m paper.tour --init ckpt/sft-forward-gf11 --seed 3
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+import train_sft
+from data.finite_field import DIFFICULTY, Task
+from lib import training
+from lib.checkpoint import load_meta, load_model
+from lib.distributed import World, distributed
+from lib.flags import parse_flags, require
+from lib.packing import response_logps
+from lib.responses import response_rows, show
+from lib.rng import rng
+from lib.tables import format_table
+from rollout import Rollout, Sampler
+from strategies import lines_of, score_rollout
+from train_grpo import TINY, GrpoConfig, group_advantages, grpo_backward, grpo_loss
+
+ONLY = torch.tensor([0])  # the one group
+
+
+@dataclass
+class TourConfig:
+    init: str = ""  # SFT checkpoint or run of the tiny model [ckpt/sft-mixed-gf11]
+    seed: int = 0  # of the problem and of the sampling
+
+
+def heading(title: str, functions: str) -> None:
+    print(f"\n{'-' * 80}\n{title}\n    {functions}\n")
+
+
+@torch.no_grad()
+def log_probs(model, rollout: Rollout) -> Tensor:
+    """Return the log-prob of each whole response, (G,)."""
+    batch, _, rows = rollout.pack(ONLY)
+    logps, _ = response_logps(model, batch)
+    return torch.zeros(len(rollout.lengths)).index_add(0, rows, logps)
+
+
+def take_step(master, rollout: Rollout, world: World, lr: float, temperature: float = 1.0):
+    """Return a copy of the model after one step on the group, and the gradient's norm."""
+    model, config = deepcopy(master), GrpoConfig(**(TINY | {"temperature": temperature}))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    run = SimpleNamespace(config=config, master=model, policy=model, optimizer=optimizer)
+    run.reference, run.nonfinite, run.folder = None, 0, ""
+    metrics = grpo_backward(run, rollout, ONLY, 0, world)
+    return model, training.optimizer_step(run, metrics, lr, world)["grad_norm"]
+
+
+def loss_terms(model, rollout: Rollout, tokenizer, row: int) -> str:
+    """Return the loss of the first tokens of a response, term by term."""
+    batch, old_logps, rows = rollout.pack(ONLY)
+    logps, _ = response_logps(model, batch)
+    tokens = (rollout.advantages.flatten()[rows], rows, ~rollout.stopped[rows])
+    totals, config = {"tokens": len(rows)}, GrpoConfig(**TINY)
+    loss, per_token = grpo_loss(config, logps, old_logps, None, *tokens, totals)
+    lines = [["token", "log-prob: sampler", "trainer", "ratio", "advantage", "-ratio * advantage"]]
+    for i in (rows == row).nonzero()[:8, 0]:
+        values = [x[i].item() for x in (old_logps, logps, per_token["ratio"], tokens[0])]
+        word = tokenizer.decode([[int(batch.targets[i])]])[0]
+        cells = [f"{x:.4f}" for x in (*values, -values[2] * values[3])]
+        lines.append([word, *cells])
+    return (
+        f"{format_table(lines)}\n...\nThe loss is their mean over {len(rows)} tokens: {loss:+.4f}."
+    )
+
+
+def experiments(rollout: Rollout, lr: float) -> list[tuple]:
+    """Return changes to try: where, a line, what it becomes, and what the step then works with."""
+    rewards, flipped = rollout.rewards, replace(rollout, advantages=-rollout.advantages)
+    no_guess = torch.tensor([[float("guess" not in one.text) for one in rollout.scored[0]]])
+    other_reward = replace(rollout, rewards=no_guess, advantages=group_advantages(no_guess))
+    return [
+        ("train_grpo.py, group_advantages", "advantages = rewards - rewards.mean(1, keepdim=True)",
+         "advantages = rewards.clone()", replace(rollout, advantages=rewards), lr),
+        ("train_grpo.py, grpo_loss", "per_token_loss = -torch.minimum(...)",
+         "per_token_loss = torch.minimum(...)", flipped, lr),
+        ("data/finite_field.py, Problem.reward", "return float(self.is_correct(...))",
+         "return float('guess' not in response)", other_reward, lr),
+        ("train_grpo.py, grpo_backward", "response_logps(model, batch, config.temperature, ...)",
+         "response_logps(model, batch, 2.0, ...)", rollout, lr, 2.0),
+        ("train_grpo.py, TINY", '"lr": 3e-4', '"lr": 3e-2', rollout, 100 * lr),
+    ]  # fmt: skip
+
+
+def main(config: TourConfig, world: World) -> None:
+    flags = GrpoConfig(init=config.init)
+    start = train_sft.find_start(flags) or train_sft.train_start(flags, world)
+    meta, (model, tokenizer) = load_meta(start), load_model(start)
+    require(tokenizer.word_level and "field" in meta, "the tour is of a tiny model of ours")
+    task = Task(DIFFICULTY["hard"], meta["field"], meta["relabel"])
+    limit = tokenizer.max_response_tokens(task, model.config.max_position_embeddings)
+    sampler, stream = Sampler(model, tokenizer.stops, 8, limit), rng(config.seed, "tour")
+    lr = training.linear_decay(GrpoConfig(**TINY), 0, TINY["updates"])  # of the first update
+
+    def sample(policy) -> Rollout:
+        """Sample eight responses to the problem, with the same random numbers at each call."""
+        sampler.model = policy
+        rollout = sampler.sample([tokenizer.prompt(problem)], [(config.seed, "tour")])
+        score_rollout(rollout, [problem], tokenizer)
+        rollout.advantages = group_advantages(rollout.rewards)
+        return rollout
+
+    def what_changed(after, norm: float) -> str:
+        change, again = log_probs(after, rollout) - log_probs(model, rollout), sample(after)
+        n, right_now = int(right.sum()), sum(one.correct for one in again.scored[0])
+        text = (
+            f"gradient's norm {norm:.3f}; log-prob of right responses {change[right].mean():+.2f},"
+        )
+        text += f" of wrong ones {change[~right].mean():+.2f};\nsampled again with the same random"
+        return f"{text} numbers: {right_now} of 8 are right, {n} were"
+
+    for _ in range(50):
+        problem = task.sample(stream, "validation")
+        rollout = sample(model)
+        if rollout.has_signal().item():
+            break
+    require(rollout.has_signal().item(), f"{start} answers each of 50 problems alike: no signal")
+    right, scored = rollout.rewards[0].bool(), rollout.scored[0]
+
+    heading("1. Draw a problem", "data/finite_field.py: Task.sample, Problem.prompt")
+    print(f"{problem.kind}, {problem.difficulty}, answer {problem.answer}\n\n{problem.prompt()}")
+    heading(
+        "2. Sample a group of responses", "lib/tokenizer.py: prompt; rollout.py: Sampler.sample"
+    )
+    print(f"A prompt of {rollout.prompt_lengths.item()} tokens, eight responses of", end=" ")
+    print(f"{', '.join(map(str, rollout.lengths.tolist()))}.")
+    heading("3. Score them: reward, strategy, first error", "strategies.py: score_rollout, tag")
+    lines = [["response", "strategy", "matches", "first error", "reward", "advantage"]]
+    for one, advantage in zip(scored, rollout.advantages[0]):
+        cells = (one.strategy, str(one.matches), one.error or "-", f"{one.reward:g}")
+        lines.append([str(len(lines) - 1), *cells, f"{advantage:+.3f}"])
+    print(format_table(lines))
+    chosen = [int(right.nonzero()[0]), int((~right).nonzero()[0])]
+    rows = response_rows([problem], [[scored[i] for i in chosen]], rollout.advantages[:, chosen])
+    print(f"\nResponses {chosen[0]} and {chosen[1]}, by lib/responses.py, show:\n")
+    print("\n".join(show(rows, lines_of)))
+    heading("4. Compare each reward with its group's", "train_grpo.py: group_advantages")
+    mean, std = rollout.rewards.mean(), rollout.rewards.std()
+    print(f"(1 - {mean:.3f}) / {std:.3f} = {(1 - mean) / std:+.3f} for a right response,", end=" ")
+    print(f"(0 - {mean:.3f}) / {std:.3f} = {-mean / std:+.3f} for a wrong one.")
+    heading("5. Compute the loss and its gradient", "train_grpo.py: grpo_loss, grpo_backward")
+    print(f"Response {chosen[0]}, its first tokens:\n")
+    print(
+        loss_terms(model, rollout, tokenizer, chosen[0]),
+        "Every ratio is 1, so the\nloss says",
+        end="",
+    )
+    print(" nothing. Its gradient does.")
+    heading(
+        "6. Step, and sample again", "lib/training.py: optimizer_step; rollout.py: Sampler.sample"
+    )
+    print(what_changed(*take_step(model, rollout, world, lr)))
+    heading("Change this line to ...", "what the same step on the same group then does to a copy")
+    for where, line, changed, other, *settings in experiments(rollout, lr):
+        print(f"{where}:\n    {line}\n--> {changed}")
+        print(what_changed(*take_step(model, other, world, *settings)), "\n")
+
+
+if __name__ == "__main__":
+    config = parse_flags(TourConfig, __doc__)
+    with distributed() as world:
+        main(config, world)
