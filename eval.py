@@ -159,7 +159,7 @@ def rollout_metrics(scored: Scored) -> dict[str, float | None]:
     """Return what an update's log says of its responses: reward, accuracy, strategies by type."""
     responses = [r for group in scored for r in group]
     overall, strategies = metrics_of(scored), strategies_of(responses)
-    metrics = {"reward": fmean(r.reward for r in responses)}
+    metrics = {"reward": fmean(r.reward for r in responses), "accuracy": overall["pass@1"]}
     metrics["frac_truncated"] = fmean(not r.stopped for r in responses)
     metrics |= {f"{strategy}/all": overall[f"{strategy}_share"] for strategy in strategies}
     for kind, groups in group_by(scored, "kind").items():
@@ -300,6 +300,7 @@ def main(config: EvalConfig, world: World) -> None:
     fields = [(meta["field"], meta.get("relabel", "fixed")) for meta in metas] or [(11, "fixed")]
     message = "the two checkpoints were trained on different fields or namings"
     newest, wanted = metas[-1] if metas else {}, config.max_new_tokens
+    template = not (config.no_chat_template or newest.get("no_chat_template"))
     config.data = config.data or newest.get("data", "")
     if config.data:
         config.answer_pattern = config.answer_pattern or newest.get("answer_pattern", "")
@@ -311,9 +312,9 @@ def main(config: EvalConfig, world: World) -> None:
     def score_checkpoint(path: Path) -> Scored:
         one = World(0, 1, world.device)
         precision = choose_dtype(config.precision, read_config(path), path, one)
-        template = not config.no_chat_template
         model, tokenizer = load_model(path, world.device, DTYPES[precision], template)
-        tokenizer.require_vocabulary(task.words)
+        if tokenizer.word_level or not config.data:
+            tokenizer.require_vocabulary(task.words)
         limits = (model.config.max_position_embeddings, wanted)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
         return evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)

@@ -24,7 +24,7 @@ from pathlib import Path
 from data.finite_field import BACKWARD, FORWARD, MATCHING_STRATEGY, Problem
 from data.parse import Line, parse_lines, parse_prompt
 from lib.flags import parse_flags, parse_json_lines, quiet_pipes, require, user_errors
-from lib.responses import NONE, RESPONSES, Response, ShowConfig, response_rows, select, show
+from lib.responses import KEYS, NONE, RESPONSES, Response, ShowConfig, response_rows, select, show
 
 MIXED = "mixed"
 STRATEGIES = (FORWARD, BACKWARD, MIXED, NONE)  # what a response can be tagged as
@@ -230,7 +230,7 @@ def tagged_rows(path: Path, p: int) -> list[dict]:
     """Read a run's responses; or tag responses from elsewhere to our prompts, in GF(p)."""
     rows = []
     for number, row in parse_json_lines(path, path.read_bytes()):
-        if "error_line" not in row:
+        if not row.keys() >= KEYS:
             prompt, text = row.get("prompt"), row.get("response")
             try:
                 if not (isinstance(prompt, str) and isinstance(text, str)):
@@ -238,7 +238,9 @@ def tagged_rows(path: Path, p: int) -> list[dict]:
                 problem = parse_prompt(prompt, p)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
-            row = response_rows([problem], [[score_response(problem, text)]])[0] | row
+            finished = row.get("finish_reason") != "length"  # as vLLM and others say it
+            scored = score_response(problem, text, finished)
+            row |= response_rows([problem], [[scored]])[0] | {"prompt": prompt}
         rows.append(row)
     return rows
 
@@ -247,8 +249,8 @@ def main(config: ShowConfig) -> None:
     require(len(config.place) == 1, "name one run, or one file of JSON lines")
     path = Path(config.place[0])
     with user_errors():
-        rows = tagged_rows(path / RESPONSES if path.is_dir() else path, config.field)
-    rows = select(rows, config)
+        file = path / RESPONSES if path.is_dir() else path
+        rows = select(tagged_rows(file, config.field), config)
     require(bool(rows), f"{path} holds no such response")
     for line in map(json.dumps, rows) if config.json else show(rows, lines_of, config.n):
         print(line)

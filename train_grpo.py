@@ -246,7 +246,7 @@ def main(config: GrpoConfig, world: World) -> None:
         training.keep_responses(run, 0, problems, evaluate(policy, *followed))
     signals, bar, rollout = Signals(), training.progress_bar(run, "GRPO", world), None
     for update in signals.during(bar):
-        start, scored, places = time.perf_counter(), [], groups.tolist()
+        start, sampled, places = time.perf_counter(), [], groups.tolist()
         for refill in range(config.refills + 1):  # the first fills all places
             stream = update + refill * run.updates  # numbers the random streams
             # 1. Draw problems: this rank takes every world_size-th of the update's
@@ -260,11 +260,11 @@ def main(config: GrpoConfig, world: World) -> None:
 
             # 3. Score them: reward, strategy, first error
             score_rollout(fresh, drawn, tokenizer)
-            scored += fresh.scored
+            sampled.append(fresh)
             rollout = rollout.replace(places, fresh) if refill else fresh
             if not (places := (~rollout.has_signal()).nonzero()[:, 0].tolist()):
                 break
-        sampled = time.perf_counter()
+        seconds = [time.perf_counter() - start]
 
         # 4. Compare each reward with its group's
         rollout.advantages = group_advantages(rollout.rewards, config.advantage)
@@ -276,9 +276,10 @@ def main(config: GrpoConfig, world: World) -> None:
 
             # 6. Step, sync the sampler's weights, log
             steps.append(metrics | training.optimizer_step(run, metrics, lr, world))
-        seconds = (sampled - start, time.perf_counter() - sampled)
+        seconds.append(time.perf_counter() - start - seconds[0])
+        scored = [group for fresh in sampled for group in fresh.scored]
         row = {"update": update + 1} | eval.rollout_metrics(world.all_gather(scored))
-        row |= training.update_metrics(steps, rollout.lengths, seconds, world)
+        row |= training.update_metrics(steps, rollout, sampled, seconds, world)
         if world.is_master:
             if evaluating := config.eval_every and (update + 1) % config.eval_every == 0:
                 row |= eval.validation_metrics(evaluate(policy, 1))

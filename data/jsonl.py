@@ -24,19 +24,21 @@ from pathlib import Path
 import sympy
 
 from data.finite_field import VALIDATION_SHARE
-from lib.flags import parse_json_lines, require
+from lib.flags import fail, parse_json_lines, require
 
-NUMBER = re.compile(r"([-+]?(?:\d{1,300}(?:\.\d{0,300})?|\.\d{1,300}))(?:/(\d{1,300}))?", re.ASCII)
+INTEGER = r"(?:\d{1,3}(?:,\d{3}){1,99}|\d{1,300})"
+NUMBER = re.compile(
+    rf"([-+]?(?:{INTEGER}(?:\.\d{{0,300}})?|\.\d{{1,300}}))(?:/({INTEGER}))?", re.ASCII
+)
 LATEX = re.compile(r"[\\$^{}]")
 TEXTS = ("prompt", "answer", "response", "system", "kind", "difficulty", "split")
 
 
 def number(text: str) -> sympy.Rational | None:
     """Return the number that a text is, such as -1,234.5 or 3/4, exactly; None if it is none."""
-    match = NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-").replace(",", ""))
-    if not match or (match[2] and not int(match[2])):
-        return None
-    return sympy.Rational(match[1]) / sympy.Rational(match[2] or 1)
+    match = NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
+    above, below = (part.replace(",", "") for part in match.groups("1")) if match else ("0", "0")
+    return sympy.Rational(above) / sympy.Rational(below) if int(below) else None
 
 
 @functools.lru_cache(10_000)
@@ -71,15 +73,19 @@ def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
     return (matches[-1][min(1, pattern.groups)] or "").strip() if matches else None
 
 
-def answer_form(pattern: re.Pattern) -> re.Pattern:
-    """Return the pattern of an answer alone: its first group, or all of it."""
-    for start in re.finditer(r"(?<!\\)\((?!\?)", pattern.pattern):
-        for end in re.finditer(r"\)", pattern.pattern):  # the first that leaves a whole pattern
-            try:
-                return re.compile(pattern.pattern[start.end() : end.start()], pattern.flags)
-            except re.error:
-                continue
-    return pattern
+def answer_form(pattern: re.Pattern | None) -> re.Pattern | None:
+    """Return the pattern of an answer alone: of the only group; None where it is hard to tell."""
+    if pattern is None or pattern.groups > 1 or re.search(r"\(\?|\\[1-9]", pattern.pattern):
+        return None
+    if pattern.groups == 0:
+        return pattern
+    inner = re.split(r"(?<!\\)\(", pattern.pattern, maxsplit=1)[1]
+    for end in re.finditer(r"\)", inner):  # the first that leaves a whole pattern
+        try:
+            return re.compile(inner[: end.start()], pattern.flags)
+        except re.error:
+            continue
+    return None
 
 
 def load_function(place: str) -> Callable | None:
@@ -93,9 +99,11 @@ def load_function(place: str) -> Callable | None:
     module = sys.modules[spec.name] = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return getattr(module, name)
     except Exception as error:  # it is a program
         raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {error}") from None
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{file} has no function {name!r}")
+    return getattr(module, name)
 
 
 @dataclass(frozen=True)
@@ -121,13 +129,20 @@ class Problem:
         """Return what --reward says, or 1 for the right answer and else 0."""
         value = correct = self.is_correct(response, stopped)
         if self.task.reward:
-            value = self.task.reward(self.row, response, correct)
-        require(math.isfinite(value), f"{self.where}: --reward returned {value}")
+            value = self.call("reward", response, correct)
+        sound = isinstance(value, int | float) and math.isfinite(value)
+        require(sound, f"{self.where}: --reward returned {value!r}, which is no number")
         return float(value)
 
     def label(self, response: str) -> str:
         """Return what --tagger says."""
-        return str(self.task.tagger(self.row, response)) if self.task.tagger else ""
+        return str(self.call("tagger", response)) if self.task.tagger else ""
+
+    def call(self, name: str, *arguments):
+        try:
+            return getattr(self.task, name)(self.row, *arguments)
+        except Exception as error:  # it is a program
+            fail(f"{self.where}: --{name} failed: {type(error).__name__}: {error}")
 
 
 class Task:
@@ -150,18 +165,22 @@ class Task:
             first_split, first = seen.setdefault((problem.system, problem.prompt()), (split, n))
             if first_split != split:
                 raise ValueError(f"{problem.where}: the prompt of line {first}, of another split")
-            splits[split].append(problem)
+            if split == "train" or n == first:  # validation problems are distinct
+                splits[split].append(problem)
         for split, problems in splits.items():
             if not problems:
                 raise ValueError(f"{path} holds no {split} problem")
         self.train, self.held_out = splits.values()
+        self.train[0].reward("")  # functions that fail do so before any work
+        self.train[0].label("")
 
     def read(self, row: dict, where: str, kind: str) -> Problem:
         """Return a line's problem. Raises ValueError if it is none that can be solved."""
         for name in TEXTS:
             if isinstance(row.get(name, ""), int | float) and name != "prompt":
                 row[name] = f"difficulty {row[name]}" if name == "difficulty" else str(row[name])
-            if not isinstance(row.get(name, ""), str):
+            text = row.get(name, "")
+            if not isinstance(text, str) or re.search(r"[\ud800-\udfff]", text):  # half a letter
                 raise ValueError(f"{where}: {name!r} is no text")
         if row.get("split", "train") not in ("train", "validation"):
             raise ValueError(f"{where}: 'split' is neither train nor validation")
@@ -180,8 +199,9 @@ class Task:
         if value is None and LATEX.search(answer) and not find_spec("math_verify"):
             raise ValueError(f"{where}: to compare LaTeX, pip install math-verify")
         if value is not None:
-            forms += [f"{value}", f"{value}.0"] + [f"{int(value):,}"] * value.is_integer
-        if self.pattern and not any(map(answer_form(self.pattern).fullmatch, forms)):
+            forms += [f"{value}", f"{value}.0", f"{int(value):,}", f"{value.evalf(15)}".rstrip("0")]
+        form = None if LATEX.search(answer) else answer_form(self.pattern)
+        if form and not any(map(form.fullmatch, forms)):
             raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")
         found = answer if response is None else find_answer(response, self.pattern)
         if found is None or not same_answer(answer, found):

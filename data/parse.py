@@ -87,8 +87,8 @@ def parse_prompt(text: str, p: int = 11) -> Problem:
     found = [*PROMPT.finditer(text)]
     if not found:
         raise ValueError("the prompt holds no problem")
-    named = FIELD.search(text)
-    field, names = make_field(int(named[1]) if named else p), found[-1][1]
+    named = FIELD.findall(text[: found[-1].end()])
+    field, names = make_field(int(named[-1]) if named else p), found[-1][1]
     if names:
         field = Field(len(names.split()), tuple(int(name[1:]) for name in names.split()))
         make_field(field.p)  # refuses what is no prime

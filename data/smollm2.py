@@ -72,9 +72,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     require(not os.path.lexists(folder), f"{folder} is there already")
     missing = [package for package in ("gguf", "accelerate") if not find_spec(package)]
-    require(
-        not missing, f"{' and '.join(missing)} missing: pip install -r .ci/requirements-dev.txt"
-    )
+    names = " and ".join(missing)
+    require(not missing, f"{names} missing: pip install -r .ci/requirements-dev.txt")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:

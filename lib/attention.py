@@ -151,7 +151,7 @@ class KVCache:
     """
 
     def __init__(self, model: Transformer, groups: int, G: int, max_prompt_len: int, T: int):
-        self.config, self.groups, self.G, self.T = model.config, groups, G, T
+        self.config, self.groups, self.G = model.config, groups, G
         self.max_prompt_len, self.backend = max_prompt_len, decode_backend(model)
         K, d, device = self.config.num_key_value_heads, self.config.head_dim, model.device
         options, layers = {"dtype": model.dtype, "device": device}, self.config.num_hidden_layers

@@ -18,13 +18,13 @@ def diagnose(rows: list[dict]) -> set[str]:
     recent = rows[-DIAGNOSE_WINDOW:]
     if len(recent) < DIAGNOSE_WINDOW:
         return set()
-    messages, reward = set(), fmean(row["reward"] for row in recent)
+    messages, accuracy = set(), fmean(row.get("accuracy", row["reward"]) for row in recent)
     if all(row["frac_truncated"] == 1 for row in recent):
         messages.add(TRUNCATED)
     if all(row["frac_reward_zero_std"] == 1 for row in recent):
-        messages.add(SOLVED if reward > 0.99 else NO_SIGNAL)
+        messages.add(SOLVED if accuracy > 0.99 else NO_SIGNAL)
     learning = [r for r in recent if r["frac_reward_zero_std"] < 1 and not r.get("skipped")]
     entropies = [row["entropy"] for row in learning]
-    if entropies and max(entropies) < 1e-3 and reward < 0.9:
+    if entropies and max(entropies) < 1e-3 and accuracy < 0.9:
         messages.add(COLLAPSED)
     return {" ".join(message.split()) for message in messages}

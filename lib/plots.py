@@ -6,6 +6,7 @@ python -m lib.plots ckpt/grpo-1 ckpt/grpo-2 ckpt/grpo-3 --out three.png
 
 import os
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ def new_figure(width: float, height: float, rows: int, columns: int):
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def plain(text: str) -> str:
+    """Return a label that is drawn as it is: $ would begin a formula."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def legend_below(axis) -> None:
@@ -73,10 +79,10 @@ def draw_accuracy(axis, summaries: dict[str, dict]) -> None:
         for j, (kind, by_difficulty) in enumerate(summary["by_both"].items()):
             found = by_difficulty or {"all": summary["by_type"][kind]}
             x = np.array([names.index(n) for n in found]) + 0.08 * j  # side by side if they agree
-            style |= {"color": f"C{j % 10}", "label": f"{kind} {name}"}
+            style |= {"color": f"C{j % 10}", "label": plain(f"{kind} {name}")}
             draw_intervals(axis, x, list(found.values()), "pass@1", **style)
     axis.set(ylabel="pass@1", ylim=(0, 1.02), xticks=range(len(names)))
-    axis.set_xticklabels([name.replace(" ", "\n") for name in names], fontsize=8)
+    axis.set_xticklabels([plain(name).replace(" ", "\n") for name in names], fontsize=8)
     axis.set_title("Accuracy, with 95% intervals")
     legend_below(axis)
 
@@ -88,14 +94,14 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
     shares, base = {}, np.zeros(len(columns))  # keys, in order
     for of_column in metrics:
         shares |= {key: None for key in of_column if key.endswith("_share")}
-    for key, colour in zip(shares, STRATEGY_COLOURS):
+    for key, colour in zip(shares, cycle(STRATEGY_COLOURS)):
         share = np.array([of_column.get(key, 0.0) for of_column in metrics])
         if share.any():
-            style = {"color": colour, "label": key.removesuffix("_share")}
+            style = {"color": colour, "label": plain(key.removesuffix("_share"))}
             axis.bar(range(len(columns)), share, bottom=base, **style)
             base += share
     axis.set(ylabel="share of responses", title="Strategies", ylim=(0, 1.02))
-    axis.set_xticks(range(len(columns)), [f"{kind}\n{name}" for kind, name in columns])
+    axis.set_xticks(range(len(columns)), [plain(f"{kind}\n{name}") for kind, name in columns])
     legend_below(axis)
 
 
@@ -119,7 +125,7 @@ def draw_reasons(axis, reasons: dict) -> None:
     axis.plot(x, means["gain"], "k_", markersize=22, label="gain: their sum")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(ylabel="change of pass@1", title="Why accuracy changed")
-    axis.set_xticks(x, [name.replace(" ", "\n") for name in rows], fontsize=8)
+    axis.set_xticks(x, [plain(name).replace(" ", "\n") for name in rows], fontsize=8)
     legend_below(axis)
 
 
@@ -133,7 +139,7 @@ PANELS = {  # title: a metric of the log, or with /* one for each problem type
     "KL divergence from the start, groups with signal": "kl",
     "tokens per response": "response_length",
 }
-SHARES = ("reward", "accuracy", "match_rate", "frac")  # metrics that lie between 0 and 1
+SHARES = ("accuracy", "match_rate", "frac")  # metrics that lie between 0 and 1
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -163,13 +169,13 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     kinds = sorted(m.removeprefix("accuracy/") for m in logged if m.startswith("accuracy/"))
     for axis, (title, metric) in zip(axes, PANELS.items()):
         metrics = [metric.replace("*", kind) for kind in kinds] if "*" in metric else [metric]
-        for j, (name, line) in enumerate(zip(metrics, LINE_STYLES)):
+        for j, (name, line) in enumerate(zip(metrics, cycle(LINE_STYLES))):
             for i, rows in enumerate(runs.values()):
                 colour = f"C{(i if len(runs) > 1 else j) % 10}"
                 draw_smoothly(axis, rows, name, faint=0.25, color=colour, linestyle=line)
             if len(metrics) > 1:  # which style is which type
-                colour = "grey" if len(runs) > 1 else f"C{j}"
-                axis.plot([], [], line, color=colour, label=kinds[j])
+                colour = "grey" if len(runs) > 1 else f"C{j % 10}"
+                axis.plot([], [], line, color=colour, label=plain(kinds[j]))
                 axis.legend(fontsize=8, frameon=False)
         axis.set_title(title, fontsize=10)
         if not axis.lines:
@@ -180,7 +186,7 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     for axis in axes[:4]:
         axis.set_xlabel("")
     if len(runs) > 1:
-        labels = [n.encode(errors="backslashreplace").decode().replace("$", r"\$") for n in runs]
+        labels = map(plain, runs)
         plot = axes[0].plot
         handles = [plot([], [], color=f"C{i % 10}", label=x)[0] for i, x in enumerate(labels)]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)

@@ -39,10 +39,7 @@ def detect_dtype(config: ModelConfig, device: torch.device) -> str:
 
 
 def fastest(rounds: int, *calls: Callable[[], object], warmup: int = 1) -> list[float]:
-    """Return the least seconds of each call; wait for the device after each.
-
-    They are timed in turn, so that none meets a busier moment.
-    """
+    """Return the least seconds of each call, timed in turn, so that none meets a busier moment."""
     times = [[] for _ in calls]
     for call, seconds in list(zip(calls, times)) * (warmup + rounds):
         start = time.perf_counter()

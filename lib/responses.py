@@ -11,9 +11,11 @@ A row of RUN/responses.jsonl is one response, with its prompt and what is known 
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from textwrap import wrap
+
+from lib.flags import require_min
 
 RESPONSES = "responses.jsonl"  # in a run's folder
 NONE = "none"  # the strategy of a response that follows none, or of which none is known
@@ -33,14 +35,15 @@ class Response:
     stopped: bool  # whether it ended before the token limit
     reward: float = 0.0  # what GRPO trains on
     strategy: str = NONE  # or any label, where the task is not the paper's
-    matches: bool | None = (
-        None  # whether every part is solved with the strategy that needs no guess
-    )
+    matches: bool | None = None  # whether each part takes the strategy that needs no guess
     guess: str | None = None  # "right" or "wrong" where it guesses
     error: str | None = None  # what went wrong first: a wrong guess, or the kind of a line's error
     error_line: int | None = None  # the first line that is wrong, from 0
     line_error: str | None = None  # what is wrong with it
     due: str | None = None  # the line that was due there
+
+
+KEYS = {field.name for field in fields(Response)} - {"text"} | {"prompt", "response", "answer"}
 
 
 def response_rows(problems: list, scored: list, advantages=None, **where) -> list[dict]:
@@ -70,6 +73,7 @@ class ShowConfig:
 
 def select(rows: list[dict], config: ShowConfig) -> list[dict]:
     """Return the rows that the flags ask for."""
+    require_min(config, n=0)
     update = config.update
     if update is None and config.problem is None and rows:
         update = rows[-1].get("update")
@@ -91,7 +95,7 @@ def show(rows: list[dict], lines_of, n: int = 0) -> Iterator[str]:
     prompt = None
     for keys, group in groupby(rows, key=lambda row: [row.get(key) for key in GROUP]):
         first, *_ = shown = list(group)[: n or None]
-        yield paint(heading(first), BOLD)
+        yield from indented("", printable(heading(first)), BOLD)
         if keys[-1] != prompt:
             prompt = keys[-1]
             yield from indented("", printable(" | ".join(prompt.strip().splitlines())), DIM)
@@ -104,7 +108,7 @@ def heading(row: dict) -> str:
     words = [f"update {update}:"] if update is not None else []
     words += [row.get("split") or "", f"problem {number}," if number is not None else ""]
     words += [f"{row['kind']},", f"{row['difficulty']}," if row["difficulty"] else ""]
-    return printable(" ".join(filter(None, [*words, f"answer {row['answer']}"])))
+    return " ".join(filter(None, [*words, f"answer {row['answer']}"]))
 
 
 def response(row: dict, lines: list[str]) -> Iterator[str]:
@@ -132,7 +136,7 @@ def response(row: dict, lines: list[str]) -> Iterator[str]:
 def fault(row: dict) -> Iterator[str]:
     """Yield what is wrong with the line above, and what was due instead of it."""
     due = f"due: {row['due']}" if row["due"] else "nothing more was due"
-    yield from indented("    ", f"{row['line_error']}; {due}", RED)
+    yield from indented("    ", printable(f"{row['line_error']}; {due}"), RED)
 
 
 def indented(mark: str, text: str, color: str) -> Iterator[str]:

@@ -146,8 +146,10 @@ def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
 
 def hash_inputs(config) -> dict[str, str]:
     """Return the SHA-256 of the files that a run reads besides checkpoints, by flag."""
-    files = {flag: getattr(config, flag, "") for flag in ("data", "reward", "tagger")}
-    return {flag_name(x): sha256(Path(re.sub(r":\w*$", "", f))) for x, f in files.items() if f}
+    files = {"data": getattr(config, "data", "")}
+    for flag in ("reward", "tagger"):  # FILE.py:function
+        files[flag] = getattr(config, flag, "").rpartition(":")[0]
+    return {flag_name(flag): sha256(Path(file)) for flag, file in files.items() if file}
 
 
 def weights_sha256(folder: Path) -> str:

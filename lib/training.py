@@ -76,7 +76,8 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
         what, n = f"{what} times --minibatches", n * config.minibatches
     require(getattr(config, per_update) >= n, f"{flag_name(per_update)} is below {n}, {what}")
     fsdp.validate_fsdp(config, world)
-    tokenizer.require_vocabulary(task.words)
+    if tokenizer.word_level or not config.data:  # each prompt of a file is checked by itself
+        tokenizer.require_vocabulary(task.words)
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
     limits = (shape.max_position_embeddings, config.max_new_tokens)
     return tokenizer.max_response_tokens(task, *limits, problems)
@@ -219,14 +220,13 @@ def optimizer_step(run: Run, metrics: dict, lr: float, world: World) -> dict[str
     norm = nn.utils.clip_grad_norm_(weights, run.config.max_grad_norm)
     grad_norm = full_tensor(norm).item()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    has_signal = metrics.get("frac_reward_zero_std", 0) < 1
     run.nonfinite = 0 if finite else run.nonfinite + 1
     message = f"""the loss ({loss}) or the gradient's norm ({grad_norm}) was not finite in five
         updates in a row. None of them was taken. Start a new run with a lower --lr or with
         --precision fp32, from the newest checkpoint in {run.folder} if there is one (--init, for
         SFT --model)"""
-    require(run.nonfinite < 5, message)
-    if has_signal and not run.nonfinite:
+    require(run.nonfinite < 5 * getattr(run.config, "minibatches", 1), message)
+    if grad_norm > 0 and not run.nonfinite:
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         run.optimizer.step()
@@ -250,25 +250,34 @@ def sum_metrics(of_batches: list[dict]) -> dict:
     return metrics
 
 
-def update_metrics(steps: list[dict], lengths: Tensor, seconds: tuple, world: World) -> dict:
-    """Return the metrics of an update's steps together: the means, with lengths and speeds.
+def update_metrics(steps: list[dict], rollout, sampled: list, seconds: list, world: World) -> dict:
+    """Return the metrics of an update's steps together, with lengths and speeds.
 
-    `lengths` are its responses', `seconds` those of sampling and of the rest. Sampler and trainer
-    agree until the first step, so `logp_diff_max` is the first one's.
+    `rollout` was trained on, `sampled` are all that were drawn for it, `seconds` those of sampling
+    and of the rest. Sampler and trainer agree until the first step that trains, so `logp_diff_max`
+    is of that one.
     """
-    merged = {}
-    for name in steps[0]:
-        known = [step[name] for step in steps if step[name] is not None]
-        merged[name] = fmean(known) if known else None
-    trained_tokens = sum(step["trained_tokens"] for step in steps)
-    n_tokens, n_responses = world.all_reduce(int(lengths.sum()), len(lengths))
-    del merged["trained_tokens"]
-    return merged | {
+    lengths = torch.cat([one.lengths for one in sampled])
+    counts = (
+        int(lengths.sum()),
+        len(lengths),
+        int(rollout.has_signal().sum()),
+        len(rollout.rewards),
+    )
+    n_tokens, n_responses, n_signal, n_groups = world.all_reduce(*counts)
+    metrics = {name: fmean(step[name] for step in steps) for name in ("loss", "grad_norm")}
+    trained = [step for step in steps if step["trained_tokens"]]
+    tokens = [step["trained_tokens"] for step in trained]
+    for name in ("entropy", "ratio", "clip_ratio", "kl"):
+        known = bool(trained) and trained[0][name] is not None
+        metrics[name] = fmean((step[name] for step in trained), tokens) if known else None
+    return metrics | {
+        "frac_reward_zero_std": 1 - n_signal / n_groups,
+        "logp_diff_max": trained[0]["logp_diff_max"] if trained else None,
         "skipped": any(step["skipped"] for step in steps),
-        "logp_diff_max": steps[0]["logp_diff_max"],
         "response_length": n_tokens / n_responses,
         "rollout_tokens_per_second": n_tokens / seconds[0],
-        "training_tokens_per_second": trained_tokens / seconds[1],
+        "training_tokens_per_second": sum(tokens) / seconds[1],
         "peak_memory_gb": peak_memory_gb(world.device),
     }
 

@@ -305,7 +305,7 @@ LOSSES = {  # flags of train_grpo.py, with the clipping bounds of each publicati
     "GSPO": {"normalise": "responses", "ratio_of": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
     "CISPO": {"clip": "weight", "clip_high": 4.0},
 }
-FOUR_STEPS = HARD | {"minibatches": 4}
+FOUR_STEPS = HARD | {"minibatches": 4, "updates": 150}
 
 
 def speed_of_learning(cell: Cell, log: list[dict]) -> dict[str, float]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import train_sft
-from data.finite_field import DIFFICULTY, Task
+from data.finite_field import Task, parse_range
 from lib import training
 from lib.checkpoint import load_meta, load_model
 from lib.distributed import World, distributed
-from lib.flags import parse_flags, require
+from lib.flags import parse_flags, require, user_errors
 from lib.packing import response_logps
 from lib.responses import response_rows, show
 from lib.rng import rng
@@ -31,6 +31,7 @@ ONLY = torch.tensor([0])  # the one group
 @dataclass
 class TourConfig:
     init: str = ""  # SFT checkpoint or run of the tiny model [ckpt/sft-mixed-gf11]
+    steps: str = "6-9"  # of the problem
     seed: int = 0  # of the problem and of the sampling
 
 
@@ -97,7 +98,8 @@ def main(config: TourConfig, world: World) -> None:
     start = train_sft.find_start(flags) or train_sft.train_start(flags, world)
     meta, (model, tokenizer) = load_meta(start), load_model(start)
     require(tokenizer.word_level and "field" in meta, "the tour is of a tiny model of ours")
-    task = Task(DIFFICULTY["hard"], meta["field"], meta["relabel"])
+    with user_errors():
+        task = Task(parse_range(config.steps), meta["field"], meta["relabel"])
     limit = tokenizer.max_response_tokens(task, model.config.max_position_embeddings)
     sampler, stream = Sampler(model, tokenizer.stops, 8, limit), rng(config.seed, "tour")
     lr = training.linear_decay(GrpoConfig(**TINY), 0, TINY["updates"])  # of the first update

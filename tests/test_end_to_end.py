@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.run_dir import find_checkpoint, read_log
 from lib.transformer import ModelConfig
+from paper import tour
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_grpo.__file__).parent
@@ -392,3 +394,19 @@ def test_processes_share_an_updates_examples_between_them(tmp_path, monkeypatch)
         train_sft.main(config, World(rank % 10, size, torch.device("cpu")))
     assert len(drawn[10]) == 10 and (len(drawn[20]), len(drawn[21])) == (6, 4)
     assert sorted(map(repr, drawn[20] + drawn[21])) == sorted(map(repr, drawn[10]))
+
+
+def test_the_tour_shows_a_step_that_helps_and_five_changes(sft, capsys):
+    """Its numbers are those of the run: a step makes right responses likelier, wrong ones rarer."""
+    tour.main(tour.TourConfig(init=str(sft), steps="1-2"), ONE)
+    out = capsys.readouterr().out
+    assert all(f"\n{i}. " in out for i in range(1, 7)) and out.count("--> ") == 5
+    assert all(len(line) <= 100 for line in out.splitlines())
+    changes = re.findall(r"right responses ([-+.\d]+), of wrong ones ([-+.\d]+);", out)
+    right, wrong = ([float(pair[i]) for pair in changes] for i in range(2))
+    assert len(changes) == 6 and right[0] > wrong[0], "the step itself"
+    assert right[1] > right[0] - 0.01 and wrong[1] > wrong[0], "no baseline: nothing pushes down"
+    assert right[2] < 0 < wrong[2], "the loss with its sign turned"
+    table = out.split("first error  reward  advantage\n")[1].split("\n\n")[0].splitlines()
+    rewards, advantages = ([float(line.split()[i]) for line in table] for i in (-2, -1))
+    assert len(set(rewards)) == 2 and sum(advantages) == pytest.approx(0, abs=0.01)

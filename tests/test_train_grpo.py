@@ -342,6 +342,7 @@ def rows(n: int = 20, **changes) -> list[dict]:
         ({"frac_reward_zero_std": 1.0, "reward": 0.0}, "easier problems"),
         ({"frac_reward_zero_std": 1.0, "reward": 0.6}, "easier problems"),
         ({"frac_reward_zero_std": 1.0, "reward": 1.0}, "harder problems"),
+        ({"frac_reward_zero_std": 1.0, "reward": 3.0, "accuracy": 0.2}, "easier problems"),
         ({"entropy": 1e-4}, "--beta"),
         ({"entropy": 1e-4, "reward": 0.98}, None),
         ({"entropy": 0.0, "frac_reward_zero_std": 1.0, "reward": 1.0}, "harder problems"),
