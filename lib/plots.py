@@ -186,9 +186,8 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     for axis in axes[:4]:
         axis.set_xlabel("")
     if len(runs) > 1:
-        labels = map(plain, runs)
         plot = axes[0].plot
-        handles = [plot([], [], color=f"C{i % 10}", label=x)[0] for i, x in enumerate(labels)]
+        handles = [plot([], [], color=f"C{i % 10}", label=plain(x))[0] for i, x in enumerate(runs)]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     save(figure, path)
 

@@ -120,6 +120,9 @@ def same_end(a: Path, b: Path) -> bool:
             torch.equal(value, states[1]["state"][i][key]) for key, value in of_weight.items()
         )
     assert without_times(a) == without_times(b)
+    kept = [run / "responses.jsonl" for run in (a, b)]
+    texts = [file.read_bytes() if file.exists() else None for file in kept]
+    assert texts[0] == texts[1] and texts[0] != b"", "the responses of GRPO, which SFT has not"
     return same_weights(*(load_model(folder)[0] for folder in last))
 
 
