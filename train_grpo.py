@@ -79,16 +79,14 @@ class GrpoConfig:
     advantage: Literal["z-score", "mean", "leave-one-out"] = "z-score"  # how rewards are compared
     normalise: Literal["tokens", "responses", "constant"] = "tokens"  # what the loss is a mean of
     ratio_of: Literal["token", "sequence"] = "token"  # whose ratio to the sampler counts
-    clip: Literal["ratio", "weight"] = (
-        "ratio"  # min with the clipped ratio, or a weight of log-probs
-    )
+    clip: Literal["ratio", "weight"] = "ratio"  # clip the ratio, or take it as a clipped weight
     mask_truncated: bool = False  # responses that the token limit cut off teach nothing
     minibatches: int = 1  # steps per rollout, each on a share of its groups
     beta: float | None = None  # weight of the KL from the start [tiny 0, pretrained 0.05]
     clip_low: float = 0.2  # bad responses get no gradient where their ratio is below 1 - this
     clip_high: float = 0.2  # good responses get no gradient where their ratio is above 1 + this
     # Optimizer
-    updates: int | None = None  # optimizer steps [tiny 300, pretrained 500]
+    updates: int | None = None  # rollouts that are trained on [tiny 300, pretrained 500]
     lr: float | None = None  # peak learning rate of AdamW [tiny 3e-4, pretrained 1e-5]
     warmup: int = 10  # updates of linear warm-up, then linear decay to zero
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm

@@ -16,7 +16,6 @@ problem.where                               file and line, for messages
 """
 
 from lib.flags import user_errors
-from lib.rng import rng
 
 
 @user_errors()
@@ -26,6 +25,8 @@ def load_problems(config, n: int, field: int | None = None, relabel: str = "") -
     `field` and `relabel` are those of a checkpoint, instead of flags. A file's task sets the number
     of --examples, where that is not given, to that of its problems.
     """
+    from lib.rng import rng  # torch takes seconds to import
+
     if config.data:
         from data import jsonl  # sympy takes a second to import
 

@@ -35,8 +35,8 @@ class TourConfig:
     seed: int = 0  # of the problem and of the sampling
 
 
-def heading(title: str, functions: str) -> None:
-    print(f"\n{'-' * 80}\n{title}\n    {functions}\n")
+def say(title: str, functions: str, *lines: str) -> None:
+    print(f"\n{'-' * 80}\n{title}\n    {functions}\n", *lines, sep="\n")
 
 
 @torch.no_grad()
@@ -129,40 +129,30 @@ def main(config: TourConfig, world: World) -> None:
     require(rollout.has_signal().item(), f"{start} answers each of 50 problems alike: no signal")
     right, scored = rollout.rewards[0].bool(), rollout.scored[0]
 
-    heading("1. Draw a problem", "data/finite_field.py: Task.sample, Problem.prompt")
-    print(f"{problem.kind}, {problem.difficulty}, answer {problem.answer}\n\n{problem.prompt()}")
-    heading(
-        "2. Sample a group of responses", "lib/tokenizer.py: prompt; rollout.py: Sampler.sample"
-    )
-    print(f"A prompt of {rollout.prompt_lengths.item()} tokens, eight responses of", end=" ")
-    print(f"{', '.join(map(str, rollout.lengths.tolist()))}.")
-    heading("3. Score them: reward, strategy, first error", "strategies.py: score_rollout, tag")
+    facts = f"{problem.kind}, {problem.difficulty}, answer {problem.answer}"
+    say("1. Draw a problem", "data/finite_field.py: Task.sample, prompt", facts, problem.prompt())
+    lengths = ", ".join(map(str, rollout.lengths.tolist()))
+    facts = f"A prompt of {rollout.prompt_lengths.item()} tokens, eight responses of {lengths}."
+    say("2. Sample a group of responses", "rollout.py: Sampler.sample", facts)
     lines = [["response", "strategy", "matches", "first error", "reward", "advantage"]]
     for one, advantage in zip(scored, rollout.advantages[0]):
         cells = (one.strategy, str(one.matches), one.error or "-", f"{one.reward:g}")
         lines.append([str(len(lines) - 1), *cells, f"{advantage:+.3f}"])
-    print(format_table(lines))
+    say("3. Score them", "strategies.py: score_rollout, tag", format_table(lines))
     chosen = [int(right.nonzero()[0]), int((~right).nonzero()[0])]
     rows = response_rows([problem], [[scored[i] for i in chosen]], rollout.advantages[:, chosen])
     print(f"\nResponses {chosen[0]} and {chosen[1]}, by lib/responses.py, show:\n")
-    print("\n".join(show(rows, lines_of)))
-    heading("4. Compare each reward with its group's", "train_grpo.py: group_advantages")
+    print(*show(rows, lines_of), sep="\n")
     mean, std = rollout.rewards.mean(), rollout.rewards.std()
-    print(f"(1 - {mean:.3f}) / {std:.3f} = {(1 - mean) / std:+.3f} for a right response,", end=" ")
-    print(f"(0 - {mean:.3f}) / {std:.3f} = {-mean / std:+.3f} for a wrong one.")
-    heading("5. Compute the loss and its gradient", "train_grpo.py: grpo_loss, grpo_backward")
-    print(f"Response {chosen[0]}, its first tokens:\n")
-    print(
-        loss_terms(model, rollout, tokenizer, chosen[0]),
-        "Every ratio is 1, so the\nloss says",
-        end="",
-    )
-    print(" nothing. Its gradient does.")
-    heading(
-        "6. Step, and sample again", "lib/training.py: optimizer_step; rollout.py: Sampler.sample"
-    )
-    print(what_changed(*take_step(model, rollout, world, lr)))
-    heading("Change this line to ...", "what the same step on the same group then does to a copy")
+    facts = f"a right response: (1 - {mean:.3f}) / {std:.3f} = {(1 - mean) / std:+.3f}"
+    facts += f"\na wrong one: (0 - {mean:.3f}) / {std:.3f} = {-mean / std:+.3f}"
+    say("4. Compare each reward with its group's", "train_grpo.py: group_advantages", facts)
+    facts = loss_terms(model, rollout, tokenizer, chosen[0])
+    say("5. Compute the loss and its gradient", "train_grpo.py: grpo_loss, grpo_backward", facts)
+    print("Every ratio is 1, so the loss says nothing. Its gradient does.")
+    facts = what_changed(*take_step(model, rollout, world, lr))
+    say("6. Step, and sample again", "lib/training.py: optimizer_step", facts)
+    say("Change this line to ...", "and this the same step on the same group then does to a copy")
     for where, line, changed, other, *settings in experiments(rollout, lr):
         print(f"{where}:\n    {line}\n--> {changed}")
         print(what_changed(*take_step(model, other, world, *settings)), "\n")

@@ -1,6 +1,8 @@
 """The tagger: it names every solution's strategy, finds every change, and takes any text."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -246,3 +248,9 @@ def test_the_sampler_says_what_was_cut_off(limit, monkeypatch):
     score_rollout(rollout, [problem], tokenizer)
     right = 1.0 if limit == "at the stop token" else 0.0
     assert rollout.rewards.tolist() == [[right]] and rollout.scored[0][0].correct == bool(right)
+
+
+def test_the_tagger_needs_no_torch():
+    """So that it tags anybody's responses at once, and anywhere."""
+    code = "import sys, strategies; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
