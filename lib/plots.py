@@ -5,6 +5,7 @@ python -m lib.plots ckpt/grpo-1 ckpt/grpo-2 ckpt/grpo-3 --out three.png
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -131,13 +132,17 @@ def draw_reasons(axis, reasons: dict) -> None:
 
 PANELS = {  # title: a metric of the log, or with /* one for each problem type
     "reward": "reward",
-    "accuracy by type": "accuracy/*",
+    "accuracy by type; dots: validation": "accuracy/*",
     "accuracy given the matching strategy": "accuracy_given_match/*",
     "share of the matching strategy": "match_rate/*",
     "groups whose rewards are all equal": "frac_reward_zero_std",
     "entropy per token, groups with signal": "entropy",
     "KL divergence from the start, groups with signal": "kl",
     "tokens per response": "response_length",
+}
+OF_LABELS = {  # what these show for a task of one's own, whose strategies are any labels
+    "accuracy_given_match/*": ("accuracy given each strategy", r"accuracy_given_(.+)"),
+    "match_rate/*": ("share of each strategy", r"(.+)/all"),
 }
 SHARES = ("accuracy", "match_rate", "frac")  # metrics that lie between 0 and 1
 
@@ -165,17 +170,26 @@ def draw_smoothly(axis, rows: list[dict], metric: str, faint: float = 0.0, **sty
 def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     """Draw GRPO runs' logs, by name: a line style per problem type, a colour per run (or type)."""
     figure, axes = new_figure(16, 7, 2, 4)
-    logged = {metric for rows in runs.values() for row in rows for metric in row}
+    logged = {key for rows in runs.values() for row in rows for key in row if row[key] is not None}
     kinds = sorted(m.removeprefix("accuracy/") for m in logged if m.startswith("accuracy/"))
     for axis, (title, metric) in zip(axes, PANELS.items()):
         metrics = [metric.replace("*", kind) for kind in kinds] if "*" in metric else [metric]
+        names = kinds
+        if metric in OF_LABELS and logged.isdisjoint(metrics):
+            title, pattern = OF_LABELS[metric]
+            metrics = [key for key in sorted(logged) if re.fullmatch(pattern, key)]
+            names = [re.fullmatch(pattern, key)[1] for key in metrics]
         for j, (name, line) in enumerate(zip(metrics, cycle(LINE_STYLES))):
             for i, rows in enumerate(runs.values()):
                 colour = f"C{(i if len(runs) > 1 else j) % 10}"
                 draw_smoothly(axis, rows, name, faint=0.25, color=colour, linestyle=line)
+                if metric == "accuracy/*":
+                    of_kind = f"validation/{kinds[j]}"
+                    points = np.array([(row["update"], row.get(of_kind)) for row in rows], float)
+                    axis.plot(*points.T, "o", color=colour, markersize=4)  # NaN is not drawn
             if len(metrics) > 1:  # which style is which type
                 colour = "grey" if len(runs) > 1 else f"C{j % 10}"
-                axis.plot([], [], line, color=colour, label=plain(kinds[j]))
+                axis.plot([], [], line, color=colour, label=plain(names[j]))
                 axis.legend(fontsize=8, frameon=False)
         axis.set_title(title, fontsize=10)
         if not axis.lines:
