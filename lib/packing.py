@@ -115,7 +115,7 @@ def random_position_gaps(
     tokens = torch.tensor(prompt + response)
     weights = torch.rand(len(tokens), generator=generator) * torch.isin(tokens, starts)
     total = torch.rand(1, generator=generator) * max_gap
-    gaps = (weights.cumsum(0) / weights.sum() * total).long()
+    gaps = (weights.cumsum(0) / weights.sum().clamp(min=1e-9) * total).long()  # without starts: 0
     positions = (torch.arange(len(tokens)) + gaps).tolist()
     return positions[: len(prompt)], positions[len(prompt) :]
 

@@ -104,6 +104,8 @@ def test_gaps_start_at_any_line_of_the_prompt_and_of_the_response():
         assert p[1] == p[0] + 1 and r[1] == r[0] + 1
         seen |= {("prompt", p[2] > p[1] + 1), ("response", r[0] > p[2] + 1)}
     assert {("prompt", True), ("response", True)} <= seen
+    nowhere = random_position_gaps([9, 5], [9], torch.tensor([7]), 100, torch.Generator())
+    assert nowhere == ([0, 1], [2]), "another task's texts have no such lines"
 
 
 def test_fresh_examples_never_repeat_and_a_data_set_comes_round():
