@@ -30,7 +30,6 @@ from lib.run_dir import choose_checkpoints
 from lib.stats import contributions, paired_interval, pass_at_k, wilson
 from lib.tables import comparison_table, table
 from lib.tokenizer import Tokenizer
-from lib.transformer import Transformer
 from rollout import Sampler
 from strategies import ARITHMETIC, GUESS, STRATEGIES, lines_of, score_rollout
 
@@ -53,7 +52,7 @@ class EvalConfig:
     samples: int = 4  # responses to each
     temperature: float = 1.0  # of the sampling
     greedy: bool = False  # always the likeliest token, one response to a problem
-    max_new_tokens: int = 0  # longest response [0: as in training, or the longest solution's]
+    max_new_tokens: int = 0  # longest response [0: the longest solution's; with --data as trained]
     seed: int = 0  # of the problems and of the sampling
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as in training, or measured
     # Output
@@ -62,23 +61,13 @@ class EvalConfig:
     show: int = 0  # print the responses to so many problems
 
 
-def evaluate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    problems: list,
-    max_new_tokens: int,
-    samples: int,
-    temperature: float,
-    seed: int,
-) -> Scored:
-    """Sample and score `samples` responses of at most `max_new_tokens` tokens to each problem."""
+def evaluate(sampler: Sampler, tokenizer: Tokenizer, problems: list, seed: int) -> Scored:
+    """Sample and score a group of responses to each problem."""
     if not problems:
         return []
-    sampler = Sampler(model, tokenizer.stops, samples, max_new_tokens, temperature)
-    prompts = [tokenizer.prompt(problem) for problem in problems]
-    keys = [(seed, "evaluation sampling", i) for i in range(len(prompts))]
+    keys = [(seed, "evaluation sampling", i) for i in range(len(problems))]
     with user_errors():  # a prompt too long for the model
-        rollout = sampler.sample(prompts, keys)
+        rollout = sampler.sample([tokenizer.prompt(problem) for problem in problems], keys)
     score_rollout(rollout, problems, tokenizer)
     return rollout.scored
 
@@ -131,8 +120,8 @@ def group_by(scored: Scored, key: str) -> dict[str, Scored]:
 
 def by_number(text: str) -> list:
     """Return a key by which "9 steps" comes before "10 steps"."""
-    words = re.split(r"(\d+)", text)
-    return [(int(word), "") if word.isdecimal() else (0, word) for word in words]
+    words = re.split(r"([0-9]+)", text)  # text and numbers in turn
+    return [int(word) if i % 2 else word for i, word in enumerate(words)]
 
 
 def summarise(scored: Scored) -> dict:
@@ -317,7 +306,8 @@ def main(config: EvalConfig, world: World) -> None:
             tokenizer.require_vocabulary(task.words)
         limits = (model.config.max_position_embeddings, wanted)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
-        return evaluate(model, tokenizer, problems, budget, samples, temperature, config.seed)
+        sampler = Sampler(model, tokenizer.stops, samples, budget, temperature)
+        return evaluate(sampler, tokenizer, problems, config.seed)
 
     scored = {str(path): score_checkpoint(path) for path in paths}  # one model in memory at a time
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"

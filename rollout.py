@@ -63,8 +63,8 @@ class Rollout:
         """Return which groups (P,) have rewards that differ."""
         return (self.rewards != self.rewards[:, :1]).any(1)
 
-    def replace(self, groups: list[int], other: "Rollout") -> "Rollout":
-        """Return this rollout with other's groups in the place of these."""
+    def with_groups(self, groups: list[int], other: "Rollout") -> "Rollout":
+        """Return this rollout with other's p groups in the place of these p, all of them scored."""
         index = torch.tensor(groups, device=self.tokens.device)
         new = replace(self, problems=list(self.problems), scored=list(self.scored))
         for i, problem, scored in zip(groups, other.problems, other.scored):

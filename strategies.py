@@ -18,13 +18,13 @@ lines are then compared with a faultless solution in that direction.
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.finite_field import BACKWARD, FORWARD, MATCHING_STRATEGY, Problem
 from data.parse import Line, parse_lines, parse_prompt
 from lib.flags import parse_flags, parse_json_lines, quiet_pipes, require, user_errors
-from lib.responses import KEYS, NONE, RESPONSES, Response, ShowConfig, response_rows, select, show
+from lib.responses import KEYS, NONE, RESPONSES, Response, ShowConfig, select, show
 
 MIXED = "mixed"
 STRATEGIES = (FORWARD, BACKWARD, MIXED, NONE)  # what a response can be tagged as
@@ -89,7 +89,7 @@ def score_response(problem, text: str, stopped: bool = True) -> Response:
     else:
         found["strategy"] = problem.label(text) or NONE
     return Response(
-        text=text,
+        response=text,
         kind=problem.kind,
         difficulty=problem.difficulty,
         correct=problem.is_correct(text, stopped),
@@ -229,18 +229,18 @@ def lines_of(response: str) -> list[str]:
 def tagged_rows(path: Path, p: int) -> list[dict]:
     """Read a run's responses; or tag responses from elsewhere to our prompts, in GF(p)."""
     rows = []
-    for number, row in parse_json_lines(path, path.read_bytes()):
+    content = path.read_bytes()
+    if path.name == RESPONSES:  # of a run that may be writing its last line
+        content = content.rpartition(b"\n")[0]
+    for number, row in parse_json_lines(path, content):
         if not row.keys() >= KEYS:
-            prompt, text = row.get("prompt"), row.get("response")
-            try:
-                if not (isinstance(prompt, str) and isinstance(text, str)):
-                    raise ValueError("prompt or response is missing, or is no text")
+            at, prompt, text = f"{path}, line {number}: ", row.get("prompt"), row.get("response")
+            texts = isinstance(prompt, str) and isinstance(text, str)
+            require(texts, f"{at}prompt or response is missing, or is no text")
+            with user_errors(at):
                 problem = parse_prompt(prompt, p)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
             finished = row.get("finish_reason") != "length"  # as vLLM and others say it
-            scored = score_response(problem, text, finished)
-            row |= response_rows([problem], [[scored]])[0] | {"prompt": prompt}
+            row |= {"answer": problem.answer} | asdict(score_response(problem, text, finished))
         rows.append(row)
     return rows
 

@@ -11,7 +11,7 @@ even by the KL, and one step per rollout leaves ratios at 1 but for rounding and
 Published methods combine a few choices (paper/README.md has a table):
 
     --normalise   tokens: DAPO, arXiv 2503.14476; responses: GRPO; constant: Dr. GRPO, 2503.20783
-    --ratio-of    token: PPO, 1707.06347; sequence, the mean of its tokens': GSPO, 2507.18071
+    --ratio-of    token: PPO, 1707.06347; sequence, their geometric mean: GSPO, 2507.18071
     --clip        ratio: PPO, its bounds apart: DAPO; weight: CISPO, 2506.13585
     --advantage   z-score: GRPO; mean: Dr. GRPO; leave-one-out: RLOO, 2402.14740
     --mask-truncated, --refills: DAPO's overlong filter and dynamic sampling
@@ -79,7 +79,9 @@ class GrpoConfig:
     advantage: Literal["z-score", "mean", "leave-one-out"] = "z-score"  # how rewards are compared
     normalise: Literal["tokens", "responses", "constant"] = "tokens"  # what the loss is a mean of
     ratio_of: Literal["token", "sequence"] = "token"  # whose ratio to the sampler counts
-    clip: Literal["ratio", "weight"] = "ratio"  # clip the ratio, or take it as a clipped weight
+    clip: Literal["ratio", "weight"] = (
+        "ratio"  # clip the ratio, or use it as a weight, capped above
+    )
     mask_truncated: bool = False  # responses that the token limit cut off teach nothing
     minibatches: int = 1  # steps per rollout, each on a share of its groups
     beta: float | None = None  # weight of the KL from the start [tiny 0, pretrained 0.05]
@@ -151,8 +153,8 @@ def grpo_loss(
     the KL estimate k3 joschu.net/blog/kl-approx.html.
     """
     log_ratio = logps - old_logps
+    lengths = rows.bincount().clamp(min=1)  # (B,) tokens of each response, of those that are here
     if config.ratio_of == "sequence":
-        lengths = rows.bincount()  # (B,)
         sums = log_ratio.new_zeros(len(lengths)).index_add(0, rows, log_ratio)  # (B,)
         log_ratio = (sums / lengths)[rows]
     ratio = log_ratio.exp()
@@ -171,37 +173,39 @@ def grpo_loss(
     if config.mask_truncated:
         per_token_loss = per_token_loss * ~truncated
     if config.normalise == "responses":
-        per_token_loss = per_token_loss / rows.bincount()[rows]
+        per_token_loss = per_token_loss / lengths[rows]
     return per_token_loss.sum() / totals[config.normalise], per_token
 
 
 def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: World) -> dict:
-    """Accumulate this rank's gradient of some groups (p,) into run.master. Return global metrics.
+    """Accumulate this rank's gradient of some groups (p,) into run.master.
 
-    `rollout` has its rewards and advantages (P, G); `step` numbers the random stream of dropout.
+    Return the loss and the metrics of all ranks' micro-batches. `rollout` has its rewards and
+    advantages (P, G); `step` numbers the random stream of dropout.
     """
+    groups = groups.to(rollout.rewards.device)
     config, lengths = run.config, rollout.lengths.view(rollout.rewards.shape)  # (P, G)
     active = groups[rollout.has_signal()[groups]]
     # Groups without signal count in the totals, though their part of the loss is zero and they are
     # never forwarded. A policy of NaN earns no reward, so it shows in the log-probs alone.
     counted = lengths * rollout.stopped.view_as(lengths) if config.mask_truncated else lengths
-    counts = (int(counted[groups].sum()), lengths[groups].numel(), lengths[active].numel())
     broken = not rollout.logps.isfinite().all()
-    n_tokens, n_responses, n_active, n_broken = world.all_reduce(*counts, broken)
+    counts = (int(counted[groups].sum()), lengths[groups].numel(), broken)
+    n_tokens, n_responses, n_broken = world.all_reduce(*counts)
     totals = {"tokens": max(1, n_tokens), "responses": n_responses}
     totals["constant"] = n_responses * rollout.max_new_tokens
     model = run.master if is_fsdp(run.master) else run.policy
 
-    def loss_fn(i: int, chosen: Tensor) -> tuple[Tensor, dict[str, float]]:
-        batch, old_logps, rows = rollout.pack(chosen)  # (M,) each
+    def loss_fn(i: int, some: Tensor) -> tuple[Tensor, dict[str, float]]:
+        batch, old_logps, rows = rollout.pack(some)  # (M,) each
         seed = dropout_key(config, step, world.rank, i)
         logps, entropy = response_logps(model, batch, config.temperature, True, seed)
         ref_logps = None
         if run.reference is not None:
             with torch.no_grad():
                 ref_logps, _ = response_logps(run.reference, batch, config.temperature)
-        tokens = (rollout.advantages.flatten()[rows], rows, ~rollout.stopped[rows])  # (M,) each
-        loss, per_token = grpo_loss(config, logps, old_logps, ref_logps, *tokens, totals)
+        of_tokens = (rollout.advantages.flatten()[rows], rows, ~rollout.stopped[rows])  # (M,) each
+        loss, per_token = grpo_loss(config, logps, old_logps, ref_logps, *of_tokens, totals)
         per_token["entropy"] = entropy
         metrics = {name: values.sum().item() for name, values in per_token.items()}
         metrics |= {"loss": loss.item(), "trained_tokens": len(logps)}
@@ -211,9 +215,9 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
     budget = config.micro_batch_tokens or (16384 if world.device.type == "cuda" else 2048)
     batches = list(micro_batches(rollout.prompt_lengths, lengths, active, budget))
     of_batches = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
-    metrics = training.sum_metrics(world.all_gather(of_batches))
-    metrics["frac_reward_zero_std"] = 1 - n_active / n_responses
-    return metrics | {"loss": math.nan} if n_broken else metrics
+    of_batches = world.all_gather(of_batches)
+    loss = math.nan if n_broken else sum(of_batch["loss"] for of_batch in of_batches)
+    return {"loss": loss, "batches": of_batches}
 
 
 def draw_problems(config: GrpoConfig, task, update: int) -> list:
@@ -233,34 +237,35 @@ def main(config: GrpoConfig, world: World) -> None:
     sampling = (config.group_size, max_new_tokens, config.temperature)
     sampler = Sampler(policy, tokenizer.stops, *sampling)
     numbers = range(config.prompts_per_update)[world.rank :: world.world_size]  # of this rank
-    groups = torch.arange(len(numbers), device=world.device)
+    groups = torch.arange(len(numbers))  # numbered within this rank
 
-    def evaluate(model: Transformer, samples: int, n: int | None = None) -> eval.Scored:
-        how = (max_new_tokens, samples, config.temperature, config.seed)
-        return eval.evaluate(model, tokenizer, problems[:n], *how)
+    def evaluate(model: Transformer, samples: int) -> eval.Scored:
+        sampling = (samples, max_new_tokens, config.temperature)
+        sampler = Sampler(model, tokenizer.stops, *sampling)
+        return eval.evaluate(sampler, tokenizer, problems, config.seed)
 
-    followed = (config.group_size, config.keep_responses)  # a group each to the first problems
+    followed = (tokenizer, problems[: config.keep_responses], config.seed)
     if world.is_master and run.first_update == 0:
-        training.keep_responses(run, 0, problems, evaluate(policy, *followed))
+        training.keep_responses(run, 0, problems, eval.evaluate(sampler, *followed))
     signals, bar, rollout = Signals(), training.progress_bar(run, "GRPO", world), None
     for update in signals.during(bar):
-        start, sampled, places = time.perf_counter(), [], groups.tolist()
-        for refill in range(config.refills + 1):  # the first fills all places
-            stream = update + refill * run.updates  # numbers the random streams
+        start, sampled, to_fill = time.perf_counter(), [], groups.tolist()
+        for refill in range(config.refills + 1):  # the first draws all groups
+            draw = update + refill * run.updates  # numbers the random streams
             # 1. Draw problems: this rank takes every world_size-th of the update's
-            of_all_ranks = draw_problems(config, task, stream)
-            drawn = [of_all_ranks[numbers[i]] for i in places]
+            of_all_ranks = draw_problems(config, task, draw)
+            drawn = [of_all_ranks[numbers[i]] for i in to_fill]
 
             # 2. Sample a group of responses to each
-            keys = [(config.seed, "sampling", stream, numbers[i]) for i in places]
+            keys = [(config.seed, "sampling", draw, numbers[i]) for i in to_fill]
             with user_errors():  # a prompt too long for the model
                 fresh = sampler.sample([tokenizer.prompt(problem) for problem in drawn], keys)
 
             # 3. Score them: reward, strategy, first error
             score_rollout(fresh, drawn, tokenizer)
             sampled.append(fresh)
-            rollout = rollout.replace(places, fresh) if refill else fresh
-            if not (places := (~rollout.has_signal()).nonzero()[:, 0].tolist()):
+            rollout = rollout.with_groups(to_fill, fresh) if refill else fresh
+            if not (to_fill := (~rollout.has_signal()).nonzero()[:, 0].tolist()):
                 break
         seconds = [time.perf_counter() - start]
 
@@ -273,7 +278,7 @@ def main(config: GrpoConfig, world: World) -> None:
             metrics = grpo_backward(run, rollout, minibatch, update + i * run.updates, world)
 
             # 6. Step, sync the sampler's weights, log
-            steps.append(metrics | training.optimizer_step(run, metrics, lr, world))
+            steps.append(metrics | training.optimizer_step(run, metrics["loss"], lr, world))
         seconds.append(time.perf_counter() - start - seconds[0])
         scored = [group for fresh in sampled for group in fresh.scored]
         row = {"update": update + 1} | eval.rollout_metrics(world.all_gather(scored))
@@ -283,7 +288,7 @@ def main(config: GrpoConfig, world: World) -> None:
                 row |= eval.validation_metrics(evaluate(policy, 1))
             training.log_update(run, row, bar)
             if evaluating or training.is_saved(run, update):
-                validation = evaluate(policy, *followed)
+                validation = eval.evaluate(sampler, *followed)
                 training.keep_responses(run, update + 1, problems, validation, rollout)
         training.end_update(run, update, signals, world)
 

@@ -32,6 +32,7 @@ from lib.tables import percent
 from lib.tokenizer import Tokenizer
 from lib.training import Run
 from lib.transformer import Transformer
+from rollout import Sampler
 
 
 @dataclass
@@ -107,7 +108,7 @@ def draw_examples(config: SftConfig, task, update: int) -> list[tuple[object, st
         key, indices = "data set", epoch_indices(config.seed, config.examples, update * n, n)
     for i in indices:
         stream = rng(config.seed, "sft", key, i)
-        problem = task.sample(stream, "train", i)
+        problem = task.sample(stream, "train", i if config.examples else None)
         examples.append((problem, task.solution(problem, config.strategy, stream)))
     return examples
 
@@ -149,8 +150,8 @@ def validate(run: Run, config: SftConfig, task, problems: list, max_new_tokens: 
     examples = [(problem, task.solution(problem, config.strategy, stream)) for problem in problems]
     batch = make_batch(run.tokenizer, examples, run.policy.device)
     loss = loss_sum(run.policy, batch).item() / len(batch.targets)
-    sampling = (problems, max_new_tokens, 1, 1.0, config.seed)
-    metrics = eval.metrics_of(eval.evaluate(run.policy, run.tokenizer, *sampling))
+    sampler = Sampler(run.policy, run.tokenizer.stops, 1, max_new_tokens)
+    metrics = eval.metrics_of(eval.evaluate(sampler, run.tokenizer, problems, config.seed))
     accuracies = {"accuracy": "pass@1", "accuracy_given_match": "accuracy_given_match"}
     return {"validation_loss": loss} | {name: metrics[key] for name, key in accuracies.items()}
 
@@ -179,7 +180,7 @@ def main(config: SftConfig, world: World) -> Path:
         # 3. Step and log
         lr = training.cosine_decay(config, update, run.updates)
         row = {"update": update + 1, "loss": loss}
-        row |= training.optimizer_step(run, row, lr, world) | {"lr": lr}
+        row |= training.optimizer_step(run, loss, lr, world) | {"lr": lr}
         row["tokens_per_second"] = n_tokens / (time.perf_counter() - start)
         if world.is_master:
             if (update + 1) % config.eval_every == 0 or update + 1 == run.updates:

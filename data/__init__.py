@@ -4,7 +4,7 @@ task.words                             every word of its texts, for a new model'
 task.sample(rng, split, index=None)    a problem; of a finite set that of an index
 task.validation(n, rng)                n problems that training never sees
 task.solution(problem, strategy, rng)  a worked solution, for SFT
-task.examples(rng)                     problems and solutions among which the longest are
+task.examples(rng)                     problems and solutions, the longest included
 task.about                             what its problems are, for a heading
 
 problem.prompt(), .explanation, .system     the question; before it, a sentence or a system prompt
@@ -15,7 +15,9 @@ problem.label(response)                     the strategy (of finite_field.py's: 
 problem.where                               file and line, for messages
 """
 
-from lib.flags import user_errors
+from lib.flags import flag_name, require, user_errors
+
+OF_THE_PAPER = ("difficulty", "steps", "parts", "field", "relabel", "evaluation_share", "strategy")
 
 
 @user_errors()
@@ -30,11 +32,17 @@ def load_problems(config, n: int, field: int | None = None, relabel: str = "") -
     if config.data:
         from data import jsonl  # sympy takes a second to import
 
+        for flag in {*vars(config)} & {*OF_THE_PAPER}:
+            default = type(config).__dataclass_fields__[flag].default
+            same = getattr(config, flag) == default
+            require(same, f"{flag_name(flag)} is of the paper's task, not of --data")
         task = jsonl.Task(config)
         if getattr(config, "examples", 0) is None:
             config.examples = len(task.train)
     else:
         from data import finite_field
 
+        for flag in ("answer_pattern", "reward", "tagger"):
+            require(not getattr(config, flag, ""), f"{flag_name(flag)} needs --data")
         task = finite_field.Task.from_flags(config, field, relabel)
     return task, task.validation(n, rng(config.seed, "validation problems"))

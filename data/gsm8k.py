@@ -28,10 +28,8 @@ def problem_of(row: dict) -> dict:
 @user_errors()
 def main(path: Path) -> None:
     for number, row in parse_json_lines(path, path.read_bytes()):
-        try:
+        with user_errors(f"{path}, line {number}: "):
             print(json.dumps(problem_of(row)))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
 
 
 if __name__ == "__main__":

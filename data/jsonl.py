@@ -12,7 +12,6 @@ first group if it has one; without the flag the whole response is the answer.
 """
 
 import functools
-import math
 import re
 import sys
 import zlib
@@ -31,6 +30,7 @@ NUMBER = re.compile(
     rf"([-+]?(?:{INTEGER}(?:\.\d{{0,300}})?|\.\d{{1,300}}))(?:/({INTEGER}))?", re.ASCII
 )
 LATEX = re.compile(r"[\\$^{}]")
+TAKEN = ("all", "accuracy", "match_rate", "validation")  # which tables and logs use themselves
 TEXTS = ("prompt", "answer", "response", "system", "kind", "difficulty", "split")
 
 
@@ -52,7 +52,8 @@ def parse_latex(text: str) -> list:
 def same_answer(answer: str, found: str) -> bool:
     """Whether two answers are equal: as text, as numbers, or by math-verify if the first is LaTeX.
 
-    No text is ever run as code. Source for LaTeX: github.com/huggingface/Math-Verify.
+    Of no text more than digits and operators is evaluated. Source for LaTeX:
+    github.com/huggingface/Math-Verify.
     """
     if answer == found:
         return True
@@ -130,13 +131,15 @@ class Problem:
         value = correct = self.is_correct(response, stopped)
         if self.task.reward:
             value = self.call("reward", response, correct)
-        sound = isinstance(value, int | float) and math.isfinite(value)
-        require(sound, f"{self.where}: --reward returned {value!r}, which is no number")
+        sound = isinstance(value, int | float) and abs(value) < 1e30
+        require(sound, f"{self.where}: --reward returned {value!r:.99}, not a number of use")
         return float(value)
 
     def label(self, response: str) -> str:
         """Return what --tagger says."""
-        return str(self.call("tagger", response)) if self.task.tagger else ""
+        label = str(self.call("tagger", response)) if self.task.tagger else ""
+        require(label not in TAKEN, f"{self.where}: --tagger says {label!r}, a name of the log's")
+        return label
 
     def call(self, name: str, *arguments):
         try:
@@ -186,6 +189,8 @@ class Task:
             raise ValueError(f"{where}: 'split' is neither train nor validation")
         if "answer" not in row and "response" in row:
             row["answer"] = find_answer(row["response"], self.pattern) or ""
+        if "all" in (row.get("kind"), row.get("difficulty")):
+            raise ValueError(f"{where}: 'all' is the name of all problems together")
         for name in ("prompt", "answer"):
             if not row.get(name, "").strip():
                 raise ValueError(f"{where}: {name!r} is missing or empty")
@@ -218,7 +223,7 @@ class Task:
         return rng.choice(problems) if index is None else problems[index % len(problems)]
 
     def validation(self, n: int, rng) -> list[Problem]:
-        return rng.sample(self.held_out, min(n, len(self.held_out)))
+        return rng.sample(self.held_out, len(self.held_out))[:n]
 
     def solution(self, problem: Problem, strategy: str, rng) -> str:
         return problem.row["response"]

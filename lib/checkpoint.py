@@ -242,8 +242,10 @@ def load_meta(checkpoint: Path) -> dict:
     """Return what made the checkpoint; empty for one that was not made here."""
     path = checkpoint / "training.json"
     meta = read_json(path) if path.exists() else {}
-    kinds = {str: ("stage", "relabel", "init_from", "init_beside", "init_name", "init_sha256")}
-    for kind, names in (kinds | {int: ("field", "update", "total", "lora")}).items():
+    texts = ("stage", "relabel", "init_from", "init_beside", "init_name", "init_sha256")
+    kinds = {str: (*texts, "data", "answer_pattern"), bool: ("no_chat_template",)}
+    kinds |= {int: ("field", "update", "total", "lora", "max_new_tokens"), dict: ("inputs",)}
+    for kind, names in kinds.items():
         wrong = [name for name in names if type(meta.get(name, kind())) is not kind]
         require(not wrong, f"{path}: bad {', '.join(wrong)}")
     return meta

@@ -147,8 +147,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Return the most memory that this process has held: the GPU's, or else the machine's."""
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory that this process has held, in GB: of the GPU or the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux

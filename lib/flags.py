@@ -99,14 +99,14 @@ def quiet_pipes():
 
 
 @contextlib.contextmanager
-def user_errors():
-    """Turn a ValueError or OSError that says what is wrong into a user error."""
+def user_errors(at: str = ""):
+    """Turn a ValueError or OSError that says what is wrong into a user error, `at` before it."""
     try:
         yield
     except BrokenPipeError:  # quiet_pipes
         raise
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail(f"{at}{error}")
 
 
 def parse_json(path: Path) -> dict:

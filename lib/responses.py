@@ -28,7 +28,7 @@ GROUP = ("update", "split", "problem", "prompt")  # keys that all responses to a
 class Response:
     """A scored response: its text, and what tables, logs and the viewer say of it."""
 
-    text: str
+    response: str  # its text
     kind: str  # the problem's type
     difficulty: str
     correct: bool  # ended by a stop token and the right answer: what tables count
@@ -43,7 +43,7 @@ class Response:
     due: str | None = None  # the line that was due there
 
 
-KEYS = {field.name for field in fields(Response)} - {"text"} | {"prompt", "response", "answer"}
+KEYS = {field.name for field in fields(Response)} | {"prompt", "answer"}  # of a row, at least
 
 
 def response_rows(problems: list, scored: list, advantages=None, **where) -> list[dict]:
@@ -53,9 +53,7 @@ def response_rows(problems: list, scored: list, advantages=None, **where) -> lis
         of_group = where | {"problem": i, "prompt": problem.prompt(), "answer": problem.answer}
         for j, one in enumerate(group):
             advantage = None if advantages is None else float(advantages[i, j])
-            row = of_group | {"response": one.text, "advantage": advantage} | asdict(one)
-            del row["text"]
-            rows.append(row)
+            rows.append(of_group | {"advantage": advantage} | asdict(one))
     return rows
 
 

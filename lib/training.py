@@ -15,15 +15,7 @@ from tqdm import tqdm
 from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
 from lib.diagnose import diagnose
-from lib.distributed import (
-    Signals,
-    World,
-    full_tensor,
-    in_threads,
-    is_fsdp,
-    n_threads,
-    peak_memory_gb,
-)
+from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads, peak_memory
 from lib.flags import flag_name, require, require_min, user_errors, warn
 from lib.limits import return_freed_memory
 from lib.lora import validate_lora, without_adapters
@@ -178,9 +170,9 @@ def accumulate_gradients(
     metrics = []
     if is_fsdp(master):  # the model itself runs forward and backward, in lockstep on all ranks
         n_passes = max(world.all_gather([len(items)]))
-        for i in range(n_passes):  # a rank with fewer items repeats one, with weight 0
-            item = items[i] if i < len(items) else torch.zeros(1, dtype=torch.long)
-            loss, of_item = loss_fn(i, item)
+        nothing = torch.zeros(1, dtype=torch.long, device=master.device)
+        for i in range(n_passes):  # a rank with fewer items runs group 0, with weight 0
+            loss, of_item = loss_fn(i, items[i] if i < len(items) else nothing)
             weight = dist.get_world_size() * (i < len(items))  # FSDP averages over the processes
             (loss * weight).backward()
             metrics += [of_item] * (i < len(items))
@@ -209,14 +201,14 @@ def accumulate_gradients(
     return metrics
 
 
-def optimizer_step(run: Run, metrics: dict, lr: float, world: World) -> dict[str, float | bool]:
-    """Sum gradients over the ranks, clip, step, sync the policy's weights; return more metrics.
+def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, float | bool]:
+    """Sum gradients over the ranks, clip, step, sync the policy's weights; return metrics.
 
     Skips updates without signal (momentum alone must not move the weights) and those whose loss or
     gradient is not finite; the fifth of these in a row ends the run.
     """
     world.all_reduce_gradients(run.master)
-    weights, loss = trainable_parameters(run.master), metrics["loss"]
+    weights = trainable_parameters(run.master)
     norm = nn.utils.clip_grad_norm_(weights, run.config.max_grad_norm)
     grad_norm = full_tensor(norm).item()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -235,50 +227,44 @@ def optimizer_step(run: Run, metrics: dict, lr: float, world: World) -> dict[str
     return {"grad_norm": grad_norm, "skipped": bool(run.nonfinite)}
 
 
-def sum_metrics(of_batches: list[dict]) -> dict:
-    """Return the metrics of all micro-batches together: sums, and means over the tokens.
+# ------------------------------------------------------------------------------------------------
+# GRPO's log
+
+
+def mean_metrics(of_batches: list[dict], names) -> dict[str, float | None]:
+    """Return the means over all tokens of metrics that are sums over a micro-batch's.
 
     What was not measured, since nothing was trained on or there is no reference, is None.
     """
     n = sum(of_batch["trained_tokens"] for of_batch in of_batches)
-    loss = sum(of_batch["loss"] for of_batch in of_batches)
-    largest = max((of_batch["logp_diff_max"] for of_batch in of_batches), default=0.0)
-    metrics = {"loss": loss, "trained_tokens": n, "logp_diff_max": largest}
-    for name in ("entropy", "ratio", "clip_ratio", "kl"):
-        measured = of_batches and name in of_batches[0]
-        metrics[name] = sum(of_batch[name] for of_batch in of_batches) / n if measured else None
-    return metrics
+    measured = of_batches[0] if of_batches else {}
+    sums = {name: sum(x[name] for x in of_batches) for name in names if name in measured}
+    return {name: sums[name] / n if name in sums else None for name in names}
 
 
 def update_metrics(steps: list[dict], rollout, sampled: list, seconds: list, world: World) -> dict:
     """Return the metrics of an update's steps together, with lengths and speeds.
 
     `rollout` was trained on, `sampled` are all that were drawn for it, `seconds` those of sampling
-    and of the rest. Sampler and trainer agree until the first step that trains, so `logp_diff_max`
-    is of that one.
+    and scoring, and of the rest. Sampler and trainer agree until the first step that trains, so
+    `logp_diff_max` is of that one.
     """
+    signal = rollout.has_signal()  # (P,)
     lengths = torch.cat([one.lengths for one in sampled])
-    counts = (
-        int(lengths.sum()),
-        len(lengths),
-        int(rollout.has_signal().sum()),
-        len(rollout.rewards),
-    )
+    counts = (int(lengths.sum()), len(lengths), int(signal.sum()), len(signal))
     n_tokens, n_responses, n_signal, n_groups = world.all_reduce(*counts)
     metrics = {name: fmean(step[name] for step in steps) for name in ("loss", "grad_norm")}
-    trained = [step for step in steps if step["trained_tokens"]]
-    tokens = [step["trained_tokens"] for step in trained]
-    for name in ("entropy", "ratio", "clip_ratio", "kl"):
-        known = bool(trained) and trained[0][name] is not None
-        metrics[name] = fmean((step[name] for step in trained), tokens) if known else None
+    of_batches = [of_batch for step in steps for of_batch in step["batches"]]
+    metrics |= mean_metrics(of_batches, ("entropy", "ratio", "clip_ratio", "kl"))
+    first = next((step["batches"] for step in steps if step["batches"]), [])
     return metrics | {
+        "logp_diff_max": max((of_batch["logp_diff_max"] for of_batch in first), default=None),
         "frac_reward_zero_std": 1 - n_signal / n_groups,
-        "logp_diff_max": trained[0]["logp_diff_max"] if trained else None,
         "skipped": any(step["skipped"] for step in steps),
         "response_length": n_tokens / n_responses,
         "rollout_tokens_per_second": n_tokens / seconds[0],
-        "training_tokens_per_second": sum(tokens) / seconds[1],
-        "peak_memory_gb": peak_memory_gb(world.device),
+        "training_tokens_per_second": sum(x["trained_tokens"] for x in of_batches) / seconds[1],
+        "peak_memory_gb": peak_memory(world.device),
     }
 
 
@@ -296,7 +282,7 @@ def log_update(run: Run, row: dict, bar: tqdm) -> None:
 
 
 def keep_responses(run: Run, update: int, problems, validation: list, rollout=None) -> None:
-    """Append to responses.jsonl groups of validation, each time the same, and of training."""
+    """Append scored groups to responses.jsonl: the same validation problems, a rollout's first."""
     rows = response_rows(problems, validation, update=update, split="validation")
     if rollout:
         scored = rollout.scored[: run.config.keep_responses]

@@ -78,7 +78,7 @@ def loss_terms(model, rollout: Rollout, tokenizer, row: int) -> str:
 def experiments(rollout: Rollout, lr: float) -> list[tuple]:
     """Return changes to try: where, a line, what it becomes, and what the step then works with."""
     rewards, flipped = rollout.rewards, replace(rollout, advantages=-rollout.advantages)
-    no_guess = torch.tensor([[float("guess" not in one.text) for one in rollout.scored[0]]])
+    no_guess = torch.tensor([[float("guess" not in one.response) for one in rollout.scored[0]]])
     other_reward = replace(rollout, rewards=no_guess, advantages=group_advantages(no_guess))
     return [
         ("train_grpo.py, group_advantages", "advantages = rewards - rewards.mean(1, keepdim=True)",

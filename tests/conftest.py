@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from data.finite_field import vocabulary
 from lib import tokenizer as tokenizers_of_lib
 from lib.responses import Response
+from lib.training import update_metrics
 from lib.transformer import ModelConfig, Transformer
 from strategies import score_response
+from train_grpo import grpo_backward
 
 
 def word_tokenizer(p: int) -> tokenizers_of_lib.Tokenizer:
@@ -54,6 +56,14 @@ def with_large_biases(model: Transformer, size: float = 30.0) -> Transformer:
     with torch.no_grad():
         biases[: c.num_attention_heads + c.num_key_value_heads, c.head_dim // 2 - 1] += size
     return model
+
+
+def backward(run, rollout, groups, step, world) -> dict:
+    """Accumulate the gradient of GRPO; return the loss and the log's metrics of this one step."""
+    step = grpo_backward(run, rollout, groups, step, world) | {"grad_norm": 0.0, "skipped": False}
+    metrics = update_metrics([step], rollout, [rollout], [1.0, 1.0], world)
+    del metrics["peak_memory_gb"]
+    return metrics | {"trained_tokens": metrics["training_tokens_per_second"]}  # in one second
 
 
 CHAT = (

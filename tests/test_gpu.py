@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small_model, with_large_biases
+from conftest import backward, small_model, with_large_biases
 
 from lib.distributed import World
 from lib.lora import add_lora
 from lib.policy import DTYPES, cast_matmuls, make_policy, trainable_parameters
 from rollout import Sampler
-from train_grpo import GrpoConfig, group_advantages, grpo_backward
+from train_grpo import GrpoConfig, group_advantages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,7 +39,7 @@ def update(device: torch.device, precision: str, lora: bool = False, model_type:
     rollout.rewards = REWARDS.to(device)
     rollout.advantages = group_advantages(rollout.rewards)
     run = SimpleNamespace(config=config, master=model, policy=policy, reference=None)
-    metrics = grpo_backward(run, rollout, torch.arange(len(PROMPTS)), 0, world)
+    metrics = backward(run, rollout, torch.arange(len(PROMPTS)), 0, world)
     gradient = torch.cat([w.grad.flatten().cpu() for w in trainable_parameters(model)])
     return rollout, metrics["logp_diff_max"], gradient
 

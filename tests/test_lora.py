@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_pretrained, same_weights, small_model
+from conftest import backward, make_pretrained, same_weights, small_model
 from transformers import AutoModelForCausalLM
 
 import train_grpo
@@ -243,7 +243,7 @@ def test_sampler_and_trainer_agree_through_adapters_and_the_base_is_the_referenc
         rollout.rewards = torch.tensor([[0.0, 1.0, 0.0, 1.0]] * 2)
         rollout.advantages = train_grpo.group_advantages(rollout.rewards)
         run = SimpleNamespace(config=config, master=policy, policy=policy, reference=base)
-        metrics = train_grpo.grpo_backward(run, rollout, torch.arange(len(rollout.prompts)), 0, ONE)
+        metrics = backward(run, rollout, torch.arange(len(rollout.prompts)), 0, ONE)
         assert metrics["logp_diff_max"] < 1e-4
         assert all(w.grad is not None for w in trainable_parameters(policy))
         assert base.lm_head.weight.grad is None

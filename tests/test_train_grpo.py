@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import score_groups, small_model
+from conftest import backward, score_groups, small_model
 
 import train_grpo
 from data.finite_field import Problem, Task
@@ -24,7 +24,6 @@ from train_grpo import (
     draw_problems,
     fill_defaults,
     group_advantages,
-    grpo_backward,
     grpo_loss,
 )
 
@@ -76,7 +75,7 @@ class Batch:
         run = SimpleNamespace(
             config=config, master=self.model, policy=self.model, reference=self.reference
         )
-        self.metrics = grpo_backward(run, rollout, torch.arange(len(order)), 0, world)
+        self.metrics = backward(run, rollout, torch.arange(len(order)), 0, world)
         world.all_reduce_gradients(self.model)
         return gradient(self.model)
 
@@ -174,7 +173,7 @@ def test_what_was_not_measured_is_not_logged_as_zero(batch):
     )
     models = dict.fromkeys(("master", "policy", "reference"), batch.model)
     run = SimpleNamespace(config=CONFIG, **models)
-    metrics = grpo_backward(run, rollout, torch.arange(6), 0, ONE)
+    metrics = backward(run, rollout, torch.arange(6), 0, ONE)
     assert metrics["frac_reward_zero_std"] == 1 and metrics["trained_tokens"] == 0
     assert all(metrics[name] is None for name in ("entropy", "ratio", "clip_ratio", "kl"))
 
