@@ -318,7 +318,7 @@ def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict
 
 def curve_figure(rows: list[dict], panels: dict[str, list[Series]]):
     """Draw metrics of the logs, panels by title: a curve for each seed, in one colour."""
-    figure, axes = new_figure(4.5 * len(panels), 4, 1, len(panels))
+    figure, axes = new_figure(max(7, 4.5 * len(panels)), 4, 1, len(panels))
     for axis, (title, curves) in zip(axes, panels.items()):
         for color, (name, metric, labels) in enumerate(curves):
             for i, log in enumerate(values(rows, "log", **labels)):
