@@ -1,4 +1,7 @@
-"""What the two training scripts share: loading a run, gradients, the optimizer step, saving."""
+"""What the two training scripts share: loading a run, gradients, the optimizer step, saving.
+
+And, at the end, what GRPO's log holds.
+"""
 
 import math
 import os
