@@ -261,7 +261,8 @@ class Task:
             for _ in range(rng.randint(*self.parts)):
                 kind = EVALUATION if rng.random() < self.evaluation_share else INVERSION
                 known = parts[-1].asked if parts else rng.randrange(self.p)
-                parts.append(_make_part(field, rng, kind, rng.randint(*self.steps), known))
+                steps = draw_steps(field, rng, rng.randint(*self.steps))
+                parts.append(make_part(field, kind, steps, known))
             labels = sum(len(part.steps) for part in parts)
             first_label = rng.randint(1, MAX_LABEL - labels + 1)
             problem = Problem(field, tuple(parts), first_label, self.relabel == "shown")
@@ -286,20 +287,23 @@ class Task:
         return problem.solution(ways)
 
 
-def _make_part(field: Field, rng: random.Random, kind: str, n: int, known: int) -> Part:
-    """Draw a part of n steps whose given side is `known`.
+def make_part(field: Field, kind: str, steps: list[tuple[str, int]], known: int) -> Part:
+    """Return a part with these steps whose given side is `known`."""
+    value = known
+    undone = [(INVERSE[op], b) for op, b in reversed(steps)]
+    for op, b in steps if kind == EVALUATION else undone:
+        value = field.apply(op, value, b)
+    start, end = (known, value) if kind == EVALUATION else (value, known)
+    return Part(kind, start, tuple(steps), end)
 
-    Factors are never zero, so every step can be undone.
-    """
+
+def draw_steps(field: Field, rng: random.Random, n: int) -> list[tuple[str, int]]:
+    """Draw n steps. Factors are never zero, so every step can be undone."""
     steps = []
     for _ in range(n):
         op = rng.choice("+*")
         steps.append((op, rng.randrange(field.p) if op == "+" else rng.randrange(1, field.p)))
-    value = known
-    for op, b in steps if kind == EVALUATION else [(INVERSE[op], b) for op, b in reversed(steps)]:
-        value = field.apply(op, value, b)
-    start, end = (known, value) if kind == EVALUATION else (value, known)
-    return Part(kind, start, tuple(steps), end)
+    return steps
 
 
 def is_validation(problem: Problem) -> bool:

@@ -10,12 +10,11 @@ from data.finite_field import (
     BACKWARD,
     EVALUATION,
     FORWARD,
-    INVERSE,
     INVERSION,
     Field,
-    Part,
     Problem,
     make_field,
+    make_part,
 )
 
 LINE = re.compile(  # of whole words
@@ -103,12 +102,8 @@ def parse_prompt(text: str, p: int = 11) -> Problem:
         operations = [(op, field.value(name)) for op, name in zip(words[1::3], words[2::3])]
         if known is None or any(b is None or (op, b) == ("*", 0) for op, b in operations):
             raise ValueError(f"the problem is none of GF({field.p})")
-        first_label, value = first_label or int(words[0][:-1]), known
-        undone = [(INVERSE[op], b) for op, b in reversed(operations)]
-        for op, b in operations if kind == EVALUATION else undone:
-            value = field.apply(op, value, b)
-        ends = (known, value) if kind == EVALUATION else (value, known)
-        parts.append(Part(kind, ends[0], tuple(operations), ends[1]))
+        first_label = first_label or int(words[0][:-1])
+        parts.append(make_part(field, kind, operations, known))
         carried = parts[-1].asked
     problem = Problem(field, tuple(parts), first_label, shown=bool(names))
     if " ".join(problem.prompt().split()) != found[-1][0]:

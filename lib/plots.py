@@ -92,9 +92,8 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
     kinds = next(iter(summaries.values()))["by_type"]
     columns = [(kind, name) for kind in kinds for name in summaries]
     metrics = [summaries[name]["by_type"][kind] for kind, name in columns]
-    shares, base = {}, np.zeros(len(columns))  # keys, in order
-    for of_column in metrics:
-        shares |= {key: None for key in of_column if key.endswith("_share")}
+    keys, base = [key for of_column in metrics for key in of_column], np.zeros(len(columns))
+    shares = dict.fromkeys(key for key in keys if key.endswith("_share"))  # in order
     for key, colour in zip(shares, cycle(STRATEGY_COLOURS)):
         share = np.array([of_column.get(key, 0.0) for of_column in metrics])
         if share.any():

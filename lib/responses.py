@@ -72,17 +72,14 @@ class ShowConfig:
 def select(rows: list[dict], config: ShowConfig) -> list[dict]:
     """Return the rows that the flags ask for."""
     require_min(config, n=0)
-    update = config.update
-    if update is None and config.problem is None and rows:
+    update, problem = config.update, config.problem
+    if update is None and problem is None and rows:
         update = rows[-1].get("update")
-    wanted = {} if update is None else {"update": update}
-    if config.problem is not None:
-        wanted |= {"split": "validation", "problem": config.problem}
-    if config.strategy:
-        wanted["strategy"] = config.strategy
-    if config.wrong:
-        wanted["correct"] = False
-    return [row for row in rows if wanted.items() <= row.items()]
+    wanted = {"update": update, "problem": problem, "strategy": config.strategy or None}
+    wanted["split"] = None if problem is None else "validation"
+    wanted["correct"] = False if config.wrong else None
+    given = {key: x for key, x in wanted.items() if x is not None}
+    return [row for row in rows if given.items() <= row.items()]
 
 
 def show(rows: list[dict], lines_of, n: int = 0) -> Iterator[str]:

@@ -31,10 +31,9 @@ def format_table(rows: list[list[str]]) -> str:
 
 
 def strategy_columns(summary: dict) -> dict[str, str]:
-    """Return headings and keys of what strategies say: the paper's two, or the commonest labels."""
+    """Return headings and keys of what strategies say: of matching, or of the commonest labels."""
     if summary["overall"]["match_rate"] is not None:
-        columns = {"forward": "forward_share", "backward": "backward_share"}
-        return columns | {"matching": "match_rate", "right if matching": "accuracy_given_match"}
+        return {"matching": "match_rate", "right if matching": "accuracy_given_match"}
     taken = sorted(summary["by_strategy"].items(), key=lambda item: -item[1]["responses"])
     return {strategy: f"{strategy}_share" for strategy, _ in taken[:4]}
 
@@ -42,6 +41,8 @@ def strategy_columns(summary: dict) -> dict[str, str]:
 def table(summary: dict) -> str:
     """Format the metrics of one checkpoint."""
     columns = {key: key for key in ("pass@1", largest_pass_rate(summary["overall"]))}
+    if summary["overall"]["match_rate"] is not None:
+        columns |= {"forward": "forward_share", "backward": "backward_share"}
     columns |= strategy_columns(summary)
     rows = [["", *columns, "95% interval", "problems"]]
     for name, metrics in rows_of(summary).items():
@@ -57,10 +58,7 @@ def comparison_table(before: dict, after: dict, difference: dict, reasons: dict,
     def change_of(a: dict, b: dict, key: str) -> str:
         return f"{percent(a.get(key, 0.0))} -> {percent(b.get(key, 0.0))}"
 
-    columns = strategy_columns(before) | strategy_columns(after)
-    for shown_otherwise in ("forward", "backward") * ("matching" in columns):
-        del columns[shown_otherwise]
-    columns = {"pass@1": "pass@1", **columns}
+    columns = {"pass@1": "pass@1"} | strategy_columns(before) | strategy_columns(after)
     rows = [["", *columns, "change", "= selection", "+ improvement"]]
     tables = [rows_of(x) for x in (before, after, difference, reasons)]
     for name, a, b, change, why in zip(tables[0], *(table.values() for table in tables)):
