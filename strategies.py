@@ -252,8 +252,7 @@ def main(config: ShowConfig) -> None:
         file = path / RESPONSES if path.is_dir() else path
         rows = select(tagged_rows(file, config.field), config)
     require(bool(rows), f"{path} holds no such response")
-    for line in map(json.dumps, rows) if config.json else show(rows, lines_of, config.n):
-        print(line)
+    print(*map(json.dumps, rows) if config.json else show(rows, lines_of, config.n), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Write problems of the package reasoning-gym: name a task, and its settings.
+"""Write problems of reasoning-gym (pip install reasoning-gym==0.1.25): a task, and its settings.
 
-pip install reasoning-gym==0.1.25
 python -m data.reasoning_gym chain_sum max_terms=2 max_digits=2 --n 2000 > sums.jsonl
 """
 
