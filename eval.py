@@ -23,7 +23,15 @@ import numpy as np
 from data import load_problems
 from lib.checkpoint import choose_dtype, load_meta, load_model, read_config
 from lib.distributed import World, distributed
-from lib.flags import parse_flags, require, require_min, require_writable, user_errors, write_json
+from lib.flags import (
+    parse_flags,
+    require,
+    require_min,
+    require_writable,
+    user_errors,
+    warn,
+    write_json,
+)
 from lib.policy import DTYPES
 from lib.responses import NONE, Response, response_rows, show
 from lib.run_dir import choose_checkpoints
@@ -290,8 +298,13 @@ def main(config: EvalConfig, world: World) -> None:
     message = "the two checkpoints were trained on different fields or namings"
     newest, wanted = metas[-1] if metas else {}, config.max_new_tokens
     template = not (config.no_chat_template or newest.get("no_chat_template"))
-    config.data = config.data or newest.get("data", "")
+    trained_on = newest.get("data", "")
+    if not config.data and trained_on:
+        require(Path(trained_on).exists(), f"{trained_on}, its problems, is gone: say --data")
+    config.data = config.data or trained_on
     if config.data:
+        if newest.get("tagger") and not config.tagger:
+            warn(f"trained with --tagger {newest['tagger']}: without it all responses are alike")
         config.answer_pattern = config.answer_pattern or newest.get("answer_pattern", "")
         wanted = wanted or newest.get("max_new_tokens") or 0
     require(bool(config.data) or fields[0] == fields[-1], message)

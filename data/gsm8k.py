@@ -1,9 +1,9 @@
-"""Turn GSM8K's lines, or a file like it, into problems of ours, with worked solutions for SFT.
+r"""Turn GSM8K's lines, or a file like it, into problems of ours, with worked solutions for SFT.
 
     python -m data.gsm8k train.jsonl > gsm8k.jsonl
-    python train_grpo.py --init MODEL --data gsm8k.jsonl --answer-pattern '#### (\\S+)'
+    python train_grpo.py --init MODEL --data gsm8k.jsonl --answer-pattern '#### (\S+)'
 
-A line is {"question": ..., "answer": "reasoning\\n#### 42"} (arXiv 2110.14168).
+A line is {"question": ..., "answer": "reasoning\n#### 42"} (arXiv 2110.14168).
 """
 
 import json

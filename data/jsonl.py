@@ -12,6 +12,7 @@ first group if it has one; without the flag the whole response is the answer.
 """
 
 import functools
+import math
 import re
 import sys
 import zlib
@@ -24,6 +25,7 @@ import sympy
 
 from data.finite_field import VALIDATION_SHARE
 from lib.flags import fail, parse_json_lines, require
+from lib.responses import printable
 
 INTEGER = r"(?:\d{1,3}(?:,\d{3}){1,99}|\d{1,300})"
 NUMBER = re.compile(
@@ -70,7 +72,7 @@ def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
     """Return the answer in a text: the last match, or its first group; None where it has none."""
     if pattern is None:
         return text.strip()
-    matches = [*pattern.finditer(text)]
+    matches = [match for match in pattern.finditer(text) if match[0]]
     return (matches[-1][min(1, pattern.groups)] or "").strip() if matches else None
 
 
@@ -131,19 +133,23 @@ class Problem:
         value = correct = self.is_correct(response, stopped)
         if self.task.reward:
             value = self.call("reward", response, correct)
-        sound = isinstance(value, int | float) and abs(value) < 1e30
+        try:
+            earned = float(value)
+        except (TypeError, ValueError, OverflowError):
+            earned = math.nan
+        sound = abs(earned) < 1e30 and not isinstance(value, str)
         require(sound, f"{self.where}: --reward returned {value!r:.99}, not a number of use")
-        return float(value)
+        return earned
 
     def label(self, response: str) -> str:
         """Return what --tagger says."""
-        label = str(self.call("tagger", response)) if self.task.tagger else ""
+        label = printable(str(self.call("tagger", response))) if self.task.tagger else ""
         require(label not in TAKEN, f"{self.where}: --tagger says {label!r}, a name of the log's")
         return label
 
     def call(self, name: str, *arguments):
         try:
-            return getattr(self.task, name)(self.row, *arguments)
+            return getattr(self.task, name)(dict(self.row), *arguments)
         except Exception as error:  # it is a program
             fail(f"{self.where}: --{name} failed: {type(error).__name__}: {error}")
 
@@ -204,7 +210,8 @@ class Task:
         if value is None and LATEX.search(answer) and not find_spec("math_verify"):
             raise ValueError(f"{where}: to compare LaTeX, pip install math-verify")
         if value is not None:
-            forms += [f"{value}", f"{value}.0", f"{int(value):,}", f"{value.evalf(15)}".rstrip("0")]
+            forms += [f"{value}", f"{value.evalf(15)}".rstrip("0")]
+            forms += [f"{value}.0", f"{int(value):,}"] * value.is_integer
         form = None if LATEX.search(answer) else answer_form(self.pattern)
         if form and not any(map(form.fullmatch, forms)):
             raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")
@@ -215,7 +222,8 @@ class Task:
     @property
     def words(self) -> list[str]:
         rows = [problem.row for problem in self.train + self.held_out]
-        texts = [row["prompt"] + " " + row.get("response", row["answer"]) for row in rows]
+        texts = [row.get(name, "") for row in rows for name in ("system", "prompt", "response")]
+        texts += [row["answer"] for row in rows]
         return sorted({word for text in texts for word in text.split()})
 
     def sample(self, rng, split: str, index: int | None = None) -> Problem:

@@ -44,6 +44,8 @@ def plain(text: str) -> str:
 
 
 def legend_below(axis) -> None:
+    if not axis.get_legend_handles_labels()[0]:
+        return
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8, ncols=2, frameon=False)
 
 

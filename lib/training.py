@@ -119,6 +119,8 @@ def load_run(
         print(f"Starting from {init}.\n" * bool(init) + describe(policy))
         log = run_dir.Log(folder, first_update)
         if stage == "grpo":
+            if first_update and not (folder / RESPONSES).exists():
+                warn(f"{folder / RESPONSES} is gone: it begins anew")
             responses = run_dir.JsonLines(folder / RESPONSES)
             responses.rewind(first_update)
     where = (config, folder, updates, first_update, init, meta, tokenizer)
