@@ -79,9 +79,7 @@ class GrpoConfig:
     advantage: Literal["z-score", "mean", "leave-one-out"] = "z-score"  # how rewards are compared
     normalise: Literal["tokens", "responses", "constant"] = "tokens"  # what the loss is a mean of
     ratio_of: Literal["token", "sequence"] = "token"  # whose ratio to the sampler counts
-    clip: Literal["ratio", "weight"] = (
-        "ratio"  # clip the ratio, or use it as a weight, capped above
-    )
+    clip: Literal["ratio", "weight"] = "ratio"  # clip the ratio, or take it as a clipped weight
     mask_truncated: bool = False  # responses that the token limit cut off teach nothing
     minibatches: int = 1  # steps per rollout, each on a share of its groups
     beta: float | None = None  # weight of the KL from the start [tiny 0, pretrained 0.05]

@@ -54,7 +54,7 @@ def take_step(master, rollout: Rollout, world: World, lr: float, temperature: fl
     run = SimpleNamespace(config=config, master=model, policy=model, optimizer=optimizer)
     run.reference, run.nonfinite, run.folder = None, 0, ""
     metrics = grpo_backward(run, rollout, ONLY, 0, world)
-    return model, training.optimizer_step(run, metrics, lr, world)["grad_norm"]
+    return model, training.optimizer_step(run, metrics["loss"], lr, world)["grad_norm"]
 
 
 def loss_terms(model, rollout: Rollout, tokenizer, row: int) -> str:
