@@ -166,6 +166,7 @@ class Task:
             self.pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
         except re.error as error:
             raise ValueError(f"--answer-pattern {config.answer_pattern!r}: {error}") from None
+        self.form = answer_form(self.pattern)
         seen, splits = {}, {"train": [], "validation": []}
         for n, row in parse_json_lines(path, path.read_bytes()):
             problem = self.read(row, f"{path}, line {n}", path.stem)
@@ -212,7 +213,7 @@ class Task:
         if value is not None:
             forms += [f"{value}", f"{value.evalf(15)}".rstrip("0")]
             forms += [f"{value}.0", f"{int(value):,}"] * value.is_integer
-        form = None if LATEX.search(answer) else answer_form(self.pattern)
+        form = None if LATEX.search(answer) else self.form
         if form and not any(map(form.fullmatch, forms)):
             raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")
         found = answer if response is None else find_answer(response, self.pattern)
