@@ -599,3 +599,16 @@ def test_a_changed_pattern_or_file_name_is_refused_on_resume(place, tmp_path, ca
         config = train_grpo.GrpoConfig(**(place.flags | flags | {"resume": True}))
         line = refusal(lambda config=config: train_grpo.main(config, ONE), capsys)
         assert f"was started with {says}" in line
+
+
+def test_any_number_is_a_reward_and_no_label_moves_the_cursor(tmp_path):
+    function = tmp_path / "f.py"
+    function.write_text(
+        "import numpy\n"
+        "def r(row, response, correct):\n    return numpy.float32(0.5)\n"
+        "def t(row, response):\n    return 'a\\x1b[2J'\n"
+    )
+    functions = {"reward": f"{function}:r", "tagger": f"{function}:t"}
+    task = read(tmp_path / "sums.jsonl", GOOD, PATTERN, **functions)
+    scored = score_response(task.held_out[0], "2")
+    assert scored.reward == 0.5 and scored.strategy == "a\N{REPLACEMENT CHARACTER}[2J"

@@ -581,3 +581,11 @@ def test_all_rows_have_the_same_keys(run):
     fields = {*asdict(Response("", "", "", True, True))} - {"text"}
     where = {"update", "split", "problem", "prompt", "answer", "response", "advantage"}
     assert {*keys} == fields | where
+
+
+def test_a_response_that_an_engine_cut_off_is_not_right(tmp_path, capsys):
+    problem = example()
+    row = {"prompt": problem.prompt(), "response": problem.solution(FORWARD)}
+    for reason, says in (("length", "cut off"), ("stop", "right")):
+        file = write_rows(tmp_path / f"{reason}.jsonl", row | {"finish_reason": reason})
+        assert says in show(capsys, file)
