@@ -1,0 +1,197 @@
+"""Run test_pretended_gpu.py's updates or faults; print a line of JSON for each: name, complaint."""
+
+from paper import pretend  # isort: skip (before torch)
+
+import collections
+import copy
+import json
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from conftest import small_model, with_large_biases
+from test_pretended_gpu import CASES, FAULTS, ROOT, SHORT
+
+import lib.attention
+from lib.distributed import World
+from lib.lora import add_lora, without_adapters
+from lib.policy import DTYPES, cast_matmuls, make_policy, trainable_parameters
+from lib.training import optimizer_step
+from rollout import Rollout, Sampler
+from train_grpo import GrpoConfig, group_advantages, grpo_backward
+
+CPU = torch.device("cpu")
+PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13], [14, 15, 16, 17]]
+KEYS = [(i,) for i in range(len(PROMPTS))]
+STOPS = [1, 4, 9]  # of 45 tokens: groups end at different steps
+G = 2
+
+
+def use_flash(on: bool) -> None:
+    """Have flash-attn or not, as where it is installed or not."""
+    for name in ("flash_attn_varlen_func", "flash_attn_with_kvcache"):
+        setattr(lib.attention, name, getattr(pretend, name) if on else None)
+
+
+def make_run(case: str, device: torch.device) -> SimpleNamespace:
+    """Return what an update needs, as lib.training.load_run does."""
+    _, precision, trained, family, *short = case.split()
+    config = GrpoConfig(temperature=1.0, beta=0.05, lora=4 * (trained != "whole"))
+    config.lora_dropout = 0.1 * (trained == "dropout")
+    config.micro_batch_tokens = 100 * bool(config.lora)  # several micro-batches, or the default
+    shape = {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 16} if short else {}
+    master = small_model(hidden_size=64, model_type=family, **shape)
+    if family == "qwen2":
+        master = with_large_biases(master, 30.0 if precision == "bf16" else 10.0)
+    master = master.to(device)
+    if config.lora:
+        master = cast_matmuls(master, DTYPES[precision])
+        generator = torch.Generator().manual_seed(0)
+        master = add_lora(master, config.lora, 8, config.lora_dropout, generator)
+    policy = make_policy(master, precision)
+    run = SimpleNamespace(config=config, master=master, policy=policy, nonfinite=0, folder="")
+    run.reference = without_adapters(master) if config.lora else copy.deepcopy(policy)
+    weights = trainable_parameters(master)
+    run.optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return run
+
+
+def two_updates(case: str, device: torch.device, rollouts: list[dict] = ()) -> dict:
+    """Take two updates, on these rollouts or on its own; return what they gave, on the CPU."""
+    run, world, *short = make_run(case, device), World(0, 1, device), *case.split()[4:5]
+    sampler = Sampler(run.policy, STOPS, G, int(short[0]) if short else 24)
+    weights, out = trainable_parameters(run.master), collections.defaultdict(list)
+    for step in range(2):
+        if rollouts:
+            rollout = Rollout(**rollouts[step])
+        else:
+            prompts = [row + [20] * (step * i % 3) for i, row in enumerate(PROMPTS)]
+            rollout = sampler.sample(prompts, [(step, *key) for key in KEYS])
+            rows = torch.arange(len(rollout.tokens), device=device)
+            rollout.rewards = ((rows * 7 + rollout.lengths) % 3 == 0).float().view(-1, G)
+            rollout.advantages = group_advantages(rollout.rewards)
+        metrics = grpo_backward(run, rollout, torch.arange(len(PROMPTS)), step, world)
+        out["gradients"].append(torch.cat([w.grad.flatten() for w in weights]).cpu())
+        out["logp_diffs"].append(max(batch["logp_diff_max"] for batch in metrics["batches"]))
+        optimizer_step(run, metrics["loss"], 1e-2, world)
+        for ours, weight in zip(trainable_parameters(run.policy), weights):
+            assert torch.equal(ours, weight.to(ours.dtype)), "the policy is not the master's copy"
+        fields = vars(rollout).items()
+        out["rollouts"].append({k: x.cpu() if hasattr(x, "cpu") else x for k, x in fields})
+    other = Sampler(run.policy, STOPS, 3, sampler.max_new_tokens)
+    out["rollouts"].append({"tokens": other.sample(PROMPTS[:2], KEYS[:2]).tokens.cpu()})
+    if sampler.use_graphs and not short:
+        assert any(graph is not None for graph in sampler.batch.graphs.values()), "no graph"
+    return dict(out)
+
+
+def on_the_gpu(case: str) -> dict:
+    use_flash(case.startswith("flash"))
+    with pretend.gpu:
+        return two_updates(case, pretend.GPU)
+
+
+def complaints(case: str, ours: dict, theirs: dict, same_tokens: bool) -> str:
+    """Say what is wrong with an update; "" if nothing is."""
+    bf16, dropout = "bf16" in case, "dropout" in case
+    # As tests/test_gpu.py. Dropout, in training alone, does nothing before the first step.
+    bound = (0.2 if "qwen2" in case else 0.1) if bf16 else 1e-4
+    wrong = []
+    for step, (a, b) in enumerate(zip(ours["gradients"], theirs["gradients"])):
+        difference = float((a - b).norm() / b.norm())
+        if not difference < (1e-4 if same_tokens else 0.05 + step):
+            wrong.append(f"gradient {step} differs by {difference:.1e}")
+        most = 0.5 if dropout and step else bound
+        if not ours["logp_diffs"][step] < most:
+            wrong.append(f"sampler and trainer differ by {ours['logp_diffs'][step]:.1e}")
+    for i, (a, b) in enumerate(zip(ours["rollouts"], theirs["rollouts"])):
+        if same_tokens and not torch.equal(a["tokens"], b["tokens"]):
+            wrong.append(f"tokens {i} differ")
+    return "; ".join(wrong)
+
+
+def compare(case: str) -> str:
+    """Compare the pretended GPU with the CPU."""
+    ours = on_the_gpu(case)
+    use_flash(False)
+    same_tokens = "fp32" in case
+    theirs = two_updates(case, CPU, () if same_tokens else ours["rollouts"])
+    return complaints(case, ours, theirs, same_tokens)
+
+
+def waits(T: int) -> int:
+    """Count what waits for the device while responses of T tokens are sampled from graphs."""
+    use_flash(False)
+    with pretend.gpu:
+        sampler = Sampler(make_run(CASES[0], pretend.GPU).policy, [], G, T)
+        for _ in range(2):
+            pretend.gpu.syncs.clear()
+            sampler.sample(PROMPTS, KEYS)
+    return pretend.gpu.syncs.total()
+
+
+def tell(name: str, function, *args) -> None:
+    """Print what the function complains of, or the error it raises."""
+    try:
+        complaint = function(*args)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in frames if "/torch/" not in f.filename and f.filename != pretend.__file__]
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+        complaint = f"{where}: {type(error).__name__}: {error}"
+    print(json.dumps([name, complaint]), flush=True)
+
+
+def run_updates() -> None:
+    for case in (*CASES, *SHORT):
+        tell(case, compare, case)
+    tell("16 steps more", lambda: f"{waits(33) - waits(17)} waits more")
+
+
+def run_copy(code: Path, case: str, expected: Path) -> str:
+    """Run a case with a copy of the code; compare it with what the first such run gave."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(str(ROOT)) and not name.startswith(("paper", "__main__")):
+            del sys.modules[name]
+    sys.path.insert(0, str(code))
+    import pretended_gpu
+
+    assert pretended_gpu.lib.attention.__file__.startswith(str(code))
+    ours = pretended_gpu.on_the_gpu(case)
+    if not expected.exists():
+        torch.save(ours, expected)
+    return complaints(case, ours, torch.load(expected), True)
+
+
+def run_faults() -> None:
+    """Run each fault in a fork of this process, which has imported all that they need."""
+    import torch._dynamo  # here, or each fork would
+    import torch.nn.attention.varlen  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {case: (case, "rollout.py", "", "", "") for case, *_ in FAULTS.values()}
+        for i, (name, (case, file, old, new, _)) in enumerate((cases | FAULTS).items()):
+            code = Path(folder) / str(i)
+            code.mkdir()
+            shutil.copytree(ROOT / "lib", code / "lib")
+            for script in ROOT.glob("*.py"):
+                shutil.copy2(script, code)
+            text = (code / file).read_text()
+            (code / file).write_text(text.replace(old, new))
+            if (child := os.fork()) == 0:
+                tell(name, run_copy, code, case, Path(folder) / f"{case}.pt")
+                os._exit(0)
+            os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False  # it compiles each shape of a product in 16 bits
+    pretend.start()
+    run_updates() if sys.argv[1] == "updates" else run_faults()
