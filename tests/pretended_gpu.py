@@ -1,4 +1,4 @@
-"""Run test_pretended_gpu.py's updates or faults; print a line of JSON for each: name, complaint."""
+"""Run test_pretended_gpu.py's faults and cases; print a name and a complaint for each, as JSON."""
 
 from paper import pretend  # isort: skip (before torch)
 
@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import torch
 from conftest import small_model, with_large_biases
-from test_pretended_gpu import CASES, FAULTS, ROOT, SHORT
+from test_pretended_gpu import CASES, FAULTS, NO_FAULTS, ROOT, SHORT
 
 import lib.attention
+import rollout
 from lib.distributed import World
 from lib.lora import add_lora, without_adapters
 from lib.policy import DTYPES, cast_matmuls, make_policy, trainable_parameters
@@ -28,6 +29,7 @@ from train_grpo import GrpoConfig, group_advantages, grpo_backward
 CPU = torch.device("cpu")
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13], [14, 15, 16, 17]]
 KEYS = [(i,) for i in range(len(PROMPTS))]
+rollout.BLOCK = 16  # tokens are sampled as from a large vocabulary
 STOPS = [1, 4, 9]  # of 45 tokens: groups end at different steps
 G = 2
 
@@ -64,24 +66,24 @@ def make_run(case: str, device: torch.device) -> SimpleNamespace:
 def two_updates(case: str, device: torch.device, rollouts: list[dict] = ()) -> dict:
     """Take two updates, on these rollouts or on its own; return what they gave, on the CPU."""
     run, world, *short = make_run(case, device), World(0, 1, device), *case.split()[4:5]
-    sampler = Sampler(run.policy, STOPS, G, int(short[0]) if short else 24)
+    sampler = Sampler(run.policy, STOPS, G, int(short[0]) if short else 20)
     weights, out = trainable_parameters(run.master), collections.defaultdict(list)
     for step in range(2):
         if rollouts:
-            rollout = Rollout(**rollouts[step])
+            sampled = Rollout(**rollouts[step])
         else:
             prompts = [row + [20] * (step * i % 3) for i, row in enumerate(PROMPTS)]
-            rollout = sampler.sample(prompts, [(step, *key) for key in KEYS])
-            rows = torch.arange(len(rollout.tokens), device=device)
-            rollout.rewards = ((rows * 7 + rollout.lengths) % 3 == 0).float().view(-1, G)
-            rollout.advantages = group_advantages(rollout.rewards)
-        metrics = grpo_backward(run, rollout, torch.arange(len(PROMPTS)), step, world)
+            sampled = sampler.sample(prompts, [(step, *key) for key in KEYS])
+            rows = torch.arange(len(sampled.tokens), device=device)
+            sampled.rewards = ((rows * 7 + sampled.lengths) % 3 == 0).float().view(-1, G)
+            sampled.advantages = group_advantages(sampled.rewards)
+        metrics = grpo_backward(run, sampled, torch.arange(len(PROMPTS)), step, world)
         out["gradients"].append(torch.cat([w.grad.flatten() for w in weights]).cpu())
         out["logp_diffs"].append(max(batch["logp_diff_max"] for batch in metrics["batches"]))
         optimizer_step(run, metrics["loss"], 1e-2, world)
         for ours, weight in zip(trainable_parameters(run.policy), weights):
             assert torch.equal(ours, weight.to(ours.dtype)), "the policy is not the master's copy"
-        fields = vars(rollout).items()
+        fields = vars(sampled).items()
         out["rollouts"].append({k: x.cpu() if hasattr(x, "cpu") else x for k, x in fields})
     other = Sampler(run.policy, STOPS, 3, sampler.max_new_tokens)
     out["rollouts"].append({"tokens": other.sample(PROMPTS[:2], KEYS[:2]).tokens.cpu()})
@@ -97,20 +99,21 @@ def on_the_gpu(case: str) -> dict:
 
 
 def complaints(case: str, ours: dict, theirs: dict, same_tokens: bool) -> str:
-    """Say what is wrong with an update; "" if nothing is."""
-    bf16, dropout = "bf16" in case, "dropout" in case
-    # As tests/test_gpu.py. Dropout, in training alone, does nothing before the first step.
-    bound = (0.2 if "qwen2" in case else 0.1) if bf16 else 1e-4
+    """Say what is wrong with two updates; "" if nothing is.
+
+    The second gradient follows a step of Adam, which magnifies what is near zero.
+    """
+    bound = 1e-4 if "fp32" in case else 0.2 if "qwen2" in case else 0.1  # as in test_gpu.py
+    diff_bounds = bound, 0.5 if "dropout" in case else bound  # which the sampler does not have
+    gradient_bounds = (1e-4, 1e-3) if same_tokens else (0.05,)
     wrong = []
-    for step, (a, b) in enumerate(zip(ours["gradients"], theirs["gradients"])):
-        difference = float((a - b).norm() / b.norm())
-        if not difference < (1e-4 if same_tokens else 0.05 + step):
-            wrong.append(f"gradient {step} differs by {difference:.1e}")
-        most = 0.5 if dropout and step else bound
-        if not ours["logp_diffs"][step] < most:
-            wrong.append(f"sampler and trainer differ by {ours['logp_diffs'][step]:.1e}")
-    for i, (a, b) in enumerate(zip(ours["rollouts"], theirs["rollouts"])):
-        if same_tokens and not torch.equal(a["tokens"], b["tokens"]):
+    for x, y, most in zip(ours["gradients"], theirs["gradients"], gradient_bounds):
+        difference = float((x - y).norm() / y.norm())
+        wrong += [f"gradients differ by {difference:.1e}"] * (not difference < most)
+    for difference, most in zip(ours["logp_diffs"], diff_bounds):
+        wrong += [f"sampler and trainer differ by {difference:.1e}"] * (not difference < most)
+    for i, (x, y) in enumerate(zip(ours["rollouts"], theirs["rollouts"])):
+        if same_tokens and not torch.equal(x["tokens"], y["tokens"]):
             wrong.append(f"tokens {i} differ")
     return "; ".join(wrong)
 
@@ -147,12 +150,6 @@ def tell(name: str, function, *args) -> None:
     print(json.dumps([name, complaint]), flush=True)
 
 
-def run_updates() -> None:
-    for case in (*CASES, *SHORT):
-        tell(case, compare, case)
-    tell("16 steps more", lambda: f"{waits(33) - waits(17)} waits more")
-
-
 def run_copy(code: Path, case: str, expected: Path) -> str:
     """Run a case with a copy of the code; compare it with what the first such run gave."""
     for name, module in list(sys.modules.items()):
@@ -175,8 +172,7 @@ def run_faults() -> None:
     import torch.nn.attention.varlen  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
-        cases = {case: (case, "rollout.py", "", "", "") for case, *_ in FAULTS.values()}
-        for i, (name, (case, file, old, new, _)) in enumerate((cases | FAULTS).items()):
+        for i, (name, (case, file, old, new, _)) in enumerate((NO_FAULTS | FAULTS).items()):
             code = Path(folder) / str(i)
             code.mkdir()
             shutil.copytree(ROOT / "lib", code / "lib")
@@ -194,4 +190,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False  # it compiles each shape of a product in 16 bits
     pretend.start()
-    run_updates() if sys.argv[1] == "updates" else run_faults()
+    run_faults()  # first: a process whose autograd has run cannot be forked
+    for case in (*CASES, *SHORT):
+        tell(case, compare, case)
+    tell("16 steps more", lambda: f"{waits(33) - waits(17)} waits more")
