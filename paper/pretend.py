@@ -86,13 +86,15 @@ class PretendedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if kwargs.get("pin_memory"):
+            kwargs = kwargs | {"pin_memory": False}
         tensors = tensors_in((*args, *kwargs.values()))
         here = any(isinstance(x, GPUTensor) for x in tensors)
         target = torch.device(kwargs.get("device") or (GPU if here else "cpu"))
         if generator := kwargs.get("generator"):
             same = (generator._cdata in FOR_GPU) == (target.type == "cuda")
             check(same, f"{func}: a generator of another device")
-        if not here and target.type == "cpu":
+        if not here and target.type != "cuda":
             return func(*args, **kwargs)
 
         if here:
@@ -100,13 +102,14 @@ class PretendedGPU(TorchDispatchMode):
         if why := waits(func, args, kwargs, tensors, target):
             self.syncs[why] += 1
             check(self.graph is None, f"{why} waits for the device while a graph is captured")
-        call = func, *on_cpu((args, kwargs | {"device": "cpu"} if "device" in kwargs else kwargs))
+        moved = {"device": "cpu"} if kwargs.get("device") and target.type == "cuda" else {}
+        call = func, *on_cpu((args, kwargs | moved))
         if self.graph is not None:
             self.graph.keep_what_changes(*call)
         out = run(*call)
         if self.graph is not None:
             self.graph.calls.append((*call, out))
-        if target.type == "cpu":
+        if target.type != "cuda":
             return out
         wrapped = map_tensors(GPUTensor, out)
         aliases = here and any(x.alias_info for x in func._schema.returns)
