@@ -23,12 +23,14 @@ from torch import Tensor
 
 from lib.attention import KVCache, packed_attention
 from lib.distributed import in_threads, n_threads, processes_here
+from lib.fused import block_logits
 from lib.limits import PROCESS_BYTES, memory_limit
 from lib.packing import Packed, log_softmax, pack, pack_prompts, pad
 from lib.rng import torch_rng
 from lib.transformer import Transformer
 
 CHECK_FINISHED_EVERY = 4  # steps
+BLOCK = 512  # tokens of a large vocabulary that are chosen among at once
 OF_RESPONSES = ("tokens", "lengths", "logps", "stopped")  # a Rollout's tensors with B rows
 
 
@@ -183,15 +185,37 @@ def rows_of(groups: Tensor, G: int) -> Tensor:
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sample tokens from logits (B, V) by inverse CDF at uniforms (B,); return log-probs, too."""
-    log_p = log_softmax(logits, temperature or 1.0)
     if temperature == 0:
+        log_p = log_softmax(logits, 1.0)
         tokens = log_p.argmax(-1)
-    else:
-        cdf = log_p.exp().cumsum(-1)
-        # right=True, so a zero-probability token is never chosen.
-        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN logits: their log-probs are NaN too
-    return tokens, log_p.gather(1, tokens[:, None])[:, 0]
+        return tokens, log_p.gather(1, tokens[:, None])[:, 0]
+    if logits.shape[1] <= BLOCK:
+        return invert_cdf(logits, uniforms, temperature)[:2]
+    # First one of some hundred blocks of tokens, then one of its tokens: that takes one pass over
+    # the logits, where a CDF over the whole vocabulary takes half a dozen.
+    blocks, block_logps, rest = invert_cdf(block_logits(logits, temperature, BLOCK), uniforms, 1.0)
+    index = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)  # (B, BLOCK)
+    inside = logits.gather(1, index.clamp(max=logits.shape[1] - 1))
+    inside = inside.masked_fill(index >= logits.shape[1], -torch.inf)
+    tokens, logps, _ = invert_cdf(inside, rest, temperature)
+    return blocks * BLOCK + tokens, block_logps + logps
+
+
+def invert_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """Return where the CDF of logits (B, n) exceeds uniforms (B,), the log-probs there, and rests.
+
+    A rest is how far, from 0 to 1, a uniform lies into what it has met: uniform there.
+    """
+    log_p = log_softmax(logits, temperature)
+    cdf = log_p.exp().cumsum(-1)
+    target = uniforms[:, None] * cdf[:, -1:]
+    # right=True, so what has probability zero is never chosen.
+    index = torch.searchsorted(cdf, target, right=True)  # (B, 1)
+    index = index.clamp(max=logits.shape[1] - 1)  # NaN logits: their log-probs are NaN too
+    logps = log_p.gather(1, index)
+    p = logps.exp()
+    rests = ((target - cdf.gather(1, index) + p) / p).clamp(0, 1 - 2**-24)
+    return index[:, 0], logps[:, 0], rests[:, 0]
 
 
 class DecodeBatch:
@@ -244,8 +268,7 @@ class DecodeBatch:
 
     def decode_step(self, t: int) -> None:
         """Read response token `t` of each row and sample the next, on a GPU from a graph."""
-        quarter = max(16, math.ceil(self.T / 4))
-        window = min(self.T, (t // quarter + 1) * quarter)  # cached tokens that the step looks at
+        window = self.cache.window_at(t)
         if not self.use_graphs:
             return self.forward_one_token(t, window)
         key = self.P, window

@@ -156,9 +156,11 @@ def response_logps(
     """
     attend = packed_attention(batch, model)
     hidden = model(batch.tokens, batch.positions, attend, dropout_key)  # (N, D)
+    weight = model.head_weight()
+    gradient_of = weight.float() if weight.is_cuda and weight.requires_grad else None
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = log_softmax(model.logits(hidden), temperature)
+        log_p = log_softmax(model.logits(hidden, gradient_of), temperature)
         logps = log_p.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():  # last: the backward pass recomputes only what comes before
             return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps[:0]
