@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,
     _pop_mode_temporarily,
 )
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lib import attention, packing
+from lib import attention, fused, packing
 from lib.flags import require
 from lib.lora import add_lora
 from lib.packing import Packed, pack, response_logps
@@ -42,18 +42,14 @@ from rollout import DecodeBatch, Sampler
 
 BANDWIDTH, FLOPS, SMALLEST = 3.0e12, 650e12, 2.5e-6  # an H100: bytes/s, FLOP/s, s of a tiny kernel
 GPU, RANK, DROPOUT, TEMPERATURE = torch.device("cuda:0"), 64, 0.05, 0.7
-BUDGET = 16384  # tokens of a micro-batch on a GPU
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim"}
+BUDGET = 16384  # tokens of a micro-batch on a GPU: --micro-batch-tokens
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "repeat_interleave"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-ROWS_OF = {
-    "embedding",
-    "gather",
-    "index",
-    "index_select",
-    "searchsorted",
-}  # read a part of a tensor
-ROWS_INTO = {"index_add_", "index_copy_", "index_put_", "scatter_add_"}  # write a part of a tensor
-mode = FakeTensorMode()
+ROWS_OF = {"embedding", "gather", "index", "index_select", "searchsorted"}  # read rows of a tensor
+ROWS_INTO = {"index_add_", "index_copy_", "index_put_", "scatter_add_"}  # write rows
+SWITCH = (("no", False), ("yes", True))
+Models = tuple[Transformer, Transformer]  # master and policy
+fake_mode, generator = FakeTensorMode(), torch.Generator()
 
 
 class Kernel(NamedTuple):
@@ -73,9 +69,9 @@ class Trace(TorchDispatchMode):
     not follow from shapes.
     """
 
-    def __init__(self, capture: bool = False, flops: dict[str, float] | None = None):
+    def __init__(self, flops: dict[str, float] | None = None, capture: bool = False):
         super().__init__()
-        self.capture, self.flops, self.kernels = capture, flops or {}, []
+        self.flops, self.capture, self.kernels = flops or {}, capture, []
         self.live = self.peak = 0  # bytes
         self.known: set[int] = set()
 
@@ -87,11 +83,9 @@ class Trace(TorchDispatchMode):
         if self.capture:
             refuse_in_graph(name, given, kwargs)
         out = func(*args, **kwargs)
-        # Neither allocations nor views are kernels.
         new = self.add_memory(given, out, func._schema.is_mutable)
-        if new and "empty" not in name:
-            n_bytes = moved(name, given, new, func._schema.is_mutable)
-            self.kernels.append(Kernel(name, n_bytes, self.flops_of(name, given)))
+        if new and "empty" not in name:  # neither views nor allocations are kernels
+            self.kernels.append(Kernel(name, moved(name, given, new), self.flops_of(name, given)))
         return out
 
     def add_memory(self, given: list[Tensor], out, in_place: bool = False) -> list[Tensor]:
@@ -99,15 +93,14 @@ class Trace(TorchDispatchMode):
         for x in given:
             self.follow(x, 0)  # what was there before does not count
         read = {storage_key(x) for x in given}
-        new = [x for x in tensors(out) if in_place or storage_key(x) not in read]
-        new = [x for x in new if x.device == GPU]
+        new = [x for x in tensors(out) if x.is_cuda and (in_place or storage_key(x) not in read)]
         for x in new:
             self.follow(x, x.untyped_storage().nbytes())
         return new
 
     def follow(self, x: Tensor, n_bytes: int) -> None:
         key = storage_key(x)
-        if x.device == GPU and key not in self.known:
+        if x.is_cuda and key not in self.known:
             self.known.add(key)
             self.live += n_bytes
             self.peak = max(self.peak, self.live)
@@ -118,7 +111,7 @@ class Trace(TorchDispatchMode):
         self.live -= n_bytes
 
     def flops_of(self, name: str, given: list[Tensor]) -> float:
-        if name in PRODUCTS:
+        if name.rstrip("_") in PRODUCTS:
             a, b = given[-2:]
             return 2 * a.numel() * b.shape[-1]
         return self.flops.get(name, 0)
@@ -145,14 +138,15 @@ def size(x: Tensor) -> int:
     return x.element_size() * math.prod(n if step else 1 for n, step in zip(x.shape, x.stride()))
 
 
-def moved(name: str, given: list[Tensor], new: list[Tensor], in_place: bool) -> int:
+def moved(name: str, given: list[Tensor], new: list[Tensor]) -> int:
     """Return the bytes that a kernel reads and writes, each input and output once."""
     if name in ROWS_OF:  # the rows that it takes, twice, and their indices
         return sum(map(size, given[1:])) + 2 * sum(map(size, new))
     if name in ROWS_INTO:
         return sum(map(size, given[1:])) + size(given[-1])
-    overwrites = name in ("copy_", "fill_", "zero_")
-    return sum(map(size, given[overwrites:])) + sum(map(size, new))
+    like = name.startswith("new_") or name.endswith("_like")  # read the shape alone
+    unread = like or name in ("copy_", "fill_", "zero_")
+    return sum(map(size, given[unread:])) + sum(map(size, new))
 
 
 def refuse_in_graph(name: str, given: list[Tensor], kwargs: dict) -> None:
@@ -160,8 +154,9 @@ def refuse_in_graph(name: str, given: list[Tensor], kwargs: dict) -> None:
     masked = name.startswith("index") and any(x.dtype == torch.bool for x in given[1:2])
     if name in WAITS or masked:
         raise RuntimeError(f"{name} waits for the device: a CUDA graph cannot hold it")
-    devices = {x.device for x in given if x.ndim} | {torch.device(kwargs.get("device") or GPU)}
-    if devices - {GPU, torch.device("cuda")}:
+    # A scalar of the host is an argument of a kernel, unless it is copied.
+    devices = [x.device for x in given if x.ndim or "copy" in name]
+    if any(torch.device(x).type == "cpu" for x in (*devices, kwargs.get("device") or GPU)):
         raise RuntimeError(f"{name} uses the host's memory: a CUDA graph cannot hold it")
 
 
@@ -238,9 +233,9 @@ def flash_attn_with_kvcache(n, q, k_cache, v_cache, k=None, v=None, *, cache_seq
 def pretend(flash_reads: int = 0) -> None:
     """Let PyTorch's CPU build pass for one with a GPU and, if it reads tokens, for flash-attn."""
     torch.cuda._lazy_init = lambda: None
-    torch.Generator = lambda device: GENERATOR  # FakeTensors draw nothing
-    nn.functional.rms_norm = RMS_NORM  # one kernel on a GPU; the CPU build takes it to pieces
-    nn.functional.silu = SILU
+    torch.Generator = lambda device: generator  # FakeTensors draw nothing
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) shows as a copy
+    fused.has_triton, fused.compiled = lambda: True, compiled
     attention.flash_attn_varlen_func = attention.flash_attn_with_kvcache = None
     if flash_reads:
         attention.flash_attn_varlen_func = attention.torch_varlen()[0]  # not called
@@ -248,37 +243,34 @@ def pretend(flash_reads: int = 0) -> None:
         attention.flash_attn_with_kvcache = kernel
 
 
-GENERATOR, RMS_NORM = torch.Generator(), compiled(nn.functional.rms_norm)
-SILU = compiled(nn.functional.silu)
-
-
 def fake(x: Tensor) -> Tensor:
-    return FakeTensor(mode, x.detach().to("meta"), GPU)
+    return FakeTensor(fake_mode, x.detach().to("meta"), GPU)
 
 
-def build(shape: ModelConfig, lora: bool) -> tuple[Transformer, Transformer]:
+def build(shape: ModelConfig, lora: bool) -> Models:
     """Return master and policy on cuda:0, as a run builds them."""
     with torch.device("meta"):
         master = Transformer(shape)
         if lora:
             master = add_lora(cast_matmuls(master, torch.bfloat16), RANK, 2 * RANK, DROPOUT, None)
         policy = make_policy(master, "bf16")
-    moved = {}  # weights are shared
-    for module in [*master.modules(), *policy.modules()]:
+    on_gpu = {}  # what is shared stays shared
+    for module in (*master.modules(), *policy.modules()):
         for name, weight in module.named_parameters(recurse=False):
-            if weight not in moved:
-                moved[weight] = nn.Parameter(fake(weight), weight.requires_grad)
-            setattr(module, name, moved[weight])
+            if weight not in on_gpu:
+                on_gpu[weight] = nn.Parameter(fake(weight), weight.requires_grad)
+            setattr(module, name, on_gpu[weight])
     return master, policy
 
 
+@functools.cache
 def decoding_step(work: Work, policy: Transformer, flash: bool) -> tuple[Trace, int]:
-    """Trace one token of each row, past the middle of its response; also count a layer's kernels."""
+    """Trace one token of each row, past its response's middle; also return a layer's kernels."""
     T, P, t, before = work.new_tokens, work.prompts, work.new_tokens * 5 // 8, []
     pretend(flash_reads=(t + 1) * flash)
-    with mode, torch.no_grad():
+    with fake_mode, torch.no_grad():
         sampler = Sampler(policy, [0, 1], work.group, T, TEMPERATURE)
-        sampler.use_graphs = False  # nothing to capture
+        sampler.use_graphs = False  # there is nothing to capture
         batch = DecodeBatch(sampler, P, work.prompt_len)
         batch.P = P
         batch.cache.start(torch.full((P,), work.prompt_len, device=GPU))
@@ -290,149 +282,136 @@ def decoding_step(work: Work, policy: Transformer, flash: bool) -> tuple[Trace, 
     return trace, before[1] - before[0]
 
 
+@functools.cache
 def micro_batch(work: Work, policy: Transformer, checkpointing: bool) -> tuple[Trace, int, int]:
-    """Trace forward and backward pass of these groups; also return tokens and bytes kept."""
+    """Trace forward and backward pass of the first micro-batch; also return tokens, bytes kept."""
     pretend()
-    (P, B), Tp, T = (work.prompts, work.prompts * work.group), work.prompt_len, work.new_tokens
-    prompts, responses = (torch.zeros(n, dtype=torch.long) for n in ((P, Tp), (B, T)))
-    lengths, index = (torch.full((P,), Tp), torch.full((B,), T)), torch.arange(B) // work.group
-    batch = pack(prompts, lengths[0], responses, lengths[1], index)
-    attend = attention.varlen_attention(batch, work.shape)  # its indices need data
+    Tp, T, G = work.prompt_len, work.new_tokens, work.group
+    P = max(1, min(work.prompts, BUDGET // (Tp + G * T)))
+    prompts, responses = (torch.zeros(n, dtype=torch.long) for n in ((P, Tp), (P * G, T)))
+    lengths, index = torch.full((P * G,), T), torch.arange(P * G) // G
+    batch = pack(prompts, torch.full((P,), Tp), responses, lengths, index)
+    attend = attention.varlen_attention(batch, work.shape)  # the indices that it makes need data
     for cell in attend.__closure__:
-        cell.cell_contents = tree_map(
-            lambda x: fake(x) if isinstance(x, Tensor) else x, cell.cell_contents
-        )
+        if isinstance(cell.cell_contents, Tensor):
+            cell.cell_contents = fake(cell.cell_contents)
     packing.packed_attention = lambda *_: attend
-    batch, n_tokens = Packed(*map(fake, vars(batch).values())), len(batch.tokens)
+    batch = Packed(*map(fake, vars(batch).values()))
     policy.gradient_checkpointing = checkpointing
-    queries = T - 1
-    pairs = P * Tp * (Tp + 1) / 2 + B * (queries * Tp + queries * (queries + 1) / 2)
-    flops = 4 * work.shape.num_attention_heads * work.shape.head_dim * pairs
-    flops = {"_varlen_attn": flops, "_varlen_attn_backward": 2.5 * flops}
-    with mode, Trace(flops=flops) as trace:
-        logps, _ = response_logps(policy, batch, TEMPERATURE, True, 0)
+
+    pairs = Tp * (Tp + 1) / 2 + G * ((T - 1) * Tp + T * (T - 1) / 2)  # of query and key, in a group
+    flops = 4 * work.shape.num_attention_heads * work.shape.head_dim * P * pairs
+    with fake_mode, Trace({"_varlen_attn": flops, "_varlen_attn_backward": 2.5 * flops}) as trace:
+        logps, _ = response_logps(policy, batch, TEMPERATURE, True, dropout_key=0)
         kept = trace.live
         torch.autograd.grad(logps.sum(), trainable_parameters(policy))
-    return trace, n_tokens, kept
+    return trace, len(batch.tokens), kept
+
+
+def memory_of(work: Work, models: Models, gpus: int, fsdp: bool, checkpointing: bool) -> dict:
+    """Return the parts of a process's memory in bytes, and their sum."""
+    (master, policy), shape = models, work.shape
+    trained, shards = trainable_parameters(master), gpus if fsdp else 1
+    lora, n = len(trained) < len(list(master.parameters())), sum(w.numel() for w in trained)
+    adapters = {*trained, *trainable_parameters(policy), *policy.buffers()} if lora else set()
+    base = total(set(policy.parameters()) - adapters)
+    cached = work.prompts * (work.prompt_len + work.group * work.new_tokens)
+    parts = {"master": 0 if lora else total(trained) / shards, "policy": base}
+    parts |= {"reference": 0 if lora else base, "adapters": total(adapters)}
+    parts |= {"gradients": 4 * n / shards, "optimizer": 8 * n / shards}
+    parts |= {"KV cache": cached * 4 * shape.num_hidden_layers * shape.kv_size}
+    parts |= {"graphs": decoding_step(work, policy, False)[0].peak}
+
+    trace, _, kept = micro_batch(work, policy, checkpointing)
+    blocks = (w for block in policy.model.layers[:2] for w in block.parameters())
+    gathered = sum(w.numel() for w in (*blocks, policy.lm_head.weight))
+    exchange = 6 * gathered if fsdp else 4 * n * (gpus > 1)
+    at_once = trace.peak + exchange if fsdp else max(trace.peak, exchange)
+    everything = sum(parts.values()) + at_once
+    parts |= {"activations": kept, "backward": trace.peak - kept, "exchange": exchange}
+    return parts | {"all": everything}
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    return sum(map(size, tensors))
 
 
 # ------------------------------------------------------------------------------------------------
 # Tables
 
-DECODING = f"""A decoding step of {{work}} at response token {{t}}, at temperature {TEMPERATURE}.
-The time in ms sums over kernels the longest of {1e6 * SMALLEST} us, bytes over {BANDWIDTH / 1e12}
-TB/s and FLOPs over {FLOPS / 1e12:.0f} TFLOP/s: an H100's rates, assumed and not measured. A kernel
-reads its inputs and writes its outputs once. A compiled region of lib/fused.py is one kernel; views
-and allocations are none. LoRA has rank {RANK}. flash is flash-attn, matmul what replaces it.
+DECODING = f"""A decoding step: prompts of {{0.prompt_len}} tokens, responses of {{0.new_tokens}},
+temperature {TEMPERATURE}. ms: the sum over kernels of the longest of {1e6 * SMALLEST} us, bytes over
+{BANDWIDTH / 1e12} TB/s and FLOPs over {FLOPS / 1e12:.0f} TFLOP/s, an H100's rates, assumed and not
+measured. A kernel reads its inputs and writes its outputs once. A compiled region of lib/fused.py
+is one kernel; views and allocations are none. LoRA has rank {RANK}. flash is with flash-attn.
 """
 TRAINING = f"""
-A micro-batch: log-probs with entropies and their gradient, at the same rates. A compiled region keeps
-its inputs alone, and its backward pass is one kernel, too. KB kept are what the backward pass needs
-of each token. The peak does not include what was there before, such as weights. LoRA's dropout is
-{DROPOUT}. Loss, reference and optimizer are not traced.
+A micro-batch, log-probs with entropies and their gradient, at the same rates. A compiled region
+keeps its inputs alone; its backward pass is one kernel, too. KB kept are what the backward pass
+needs of a token. The peak does not include what was there before, such as weights. LoRA's dropout
+is {DROPOUT}. Not traced: the loss, the reference, the optimizer's step.
 """
 MEMORY = """
-Memory of a process in GB (1e9 bytes), in bf16 with --beta above 0. master: weights in fp32. Under
+Memory of a process in GB (1e9 bytes), in bf16, with --beta above 0. master: weights in fp32. Under
 LoRA the reference is the policy's frozen base. adapters: those of master and policy. graphs: the
-temporaries of a decoding step, which CUDA graphs hold on to. activations: those kept. backward: what
-the peak of a micro-batch adds to them, which is logits and gradients in bf16. exchange: a flat copy
-of the gradients for NCCL, when activations are gone; with --fsdp the embedding and two blocks,
-gathered, and their gradients in fp32. Not counted: rollout and batch, fragmentation of the allocator,
-CUDA's context and NCCL's buffers, a few GB in all.
+temporaries of a decoding step, which CUDA graphs hold on to. activations: those kept. backward:
+what the peak of a micro-batch adds, logits and gradients in bf16. exchange: a flat copy of the
+gradients for NCCL, after the micro-batches; with --fsdp the embedding and two blocks gathered, and
+their gradients in fp32. Not counted: rollout and batch, what the allocator cannot use, the CUDA
+context and NCCL's buffers; a few GB in all.
 """
 
 
-def print_table(names: str, rows: Iterable[list]) -> None:
-    """Print a table in Markdown; floats get two decimals."""
-    columns = names.split(", ")
+def print_table(columns: list[str], rows: Iterable[list]) -> None:
+    """Print a table in Markdown, each row as soon as it is known; numbers get two decimals."""
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     for row in rows:
         cells = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def decoding_row(trace: Trace, of_layer: int) -> list:
-    moved = [trace.n_bytes / 1e9, trace.peak / 1e9, 1e3 * trace.seconds]
-    return [len(trace.kernels), of_layer, *moved]
+def decoding_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterator[list]:
+    settings = product(models.items(), ("matmul", "flash"), shares.values())
+    for (trained, (_, policy)), backend, work in settings:
+        trace, of_layer = decoding_step(work, policy, backend == "flash")
+        numbers = [len(trace.kernels), of_layer, trace.n_bytes / 1e9, trace.peak / 1e9]
+        rows = f"{work.prompts} x {work.group}"
+        yield [trained, backend, rows, *numbers, 1e3 * trace.seconds]
 
 
-def training_row(trace: Trace, n_tokens: int, kept: int) -> list:
-    flops = sum(kernel.flops for kernel in trace.kernels)
-    moved = [trace.n_bytes / 1e9, flops / 1e12, trace.seconds]
-    return [n_tokens, len(trace.kernels), *moved, round(kept / n_tokens / 1e3), trace.peak / 1e9]
+def training_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterator[list]:
+    for (trained, (_, policy)), (yes, on), work in product(models.items(), SWITCH, shares.values()):
+        trace, n_tokens, kept = micro_batch(work, policy, on)
+        flops = sum(kernel.flops for kernel in trace.kernels)
+        numbers = [trace.n_bytes / 1e9, flops / 1e12, trace.seconds, kept / n_tokens / 1e3]
+        yield [trained, yes, n_tokens, len(trace.kernels), *numbers, trace.peak / 1e9]
 
 
-def total(weights: Iterable[Tensor]) -> int:
-    return sum({id(w): size(w) for w in weights}.values())
-
-
-def memory_of(work: Work, models, gpus: int, fsdp: bool, graphs: int, micro_batch: tuple) -> dict:
-    """Return the parts of a process's memory in bytes, and their sum."""
-    (master, policy), (trace, _, kept), shape = models, micro_batch, work.shape
-    trained, shards = trainable_parameters(master), gpus if fsdp else 1
-    lora = len(trained) < len(list(master.parameters()))
-    adapters = [*trained, *trainable_parameters(policy), *policy.buffers()] if lora else []
-    base = total(set(policy.parameters()) - set(adapters))
-    n, per_token = sum(w.numel() for w in trained), 4 * shape.num_hidden_layers * shape.kv_size
-    parts = {"master": 0 if lora else total(trained) / shards, "policy": base}
-    parts |= {"reference": 0 if lora else base, "adapters": total(adapters)}
-    parts |= {"gradients": 4 * n / shards, "optimizer": 8 * n / shards}
-    cached = work.prompts * (work.prompt_len + work.group * work.new_tokens)
-    parts |= {"KV cache": cached * per_token, "graphs": graphs}
-    parts |= {"activations": kept, "backward": trace.peak - kept}
-    of_blocks = (w for block in policy.model.layers[:2] for w in block.parameters())
-    gathered = sum(w.numel() for w in (*of_blocks, policy.lm_head.weight))
-    exchange = 6 * gathered if fsdp else 4 * n * (gpus > 1)
-    at_once = trace.peak + exchange if fsdp else max(trace.peak, exchange)
-    everything = sum(parts.values()) - trace.peak + at_once
-    return parts | {"exchange": exchange, "all": everything}
+def memory_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterator[list]:
+    setups = [*product(models, shares, [False]), ("all weights", max(shares), True)]
+    for (trained, gpus, fsdp), (yes, on) in product(setups, SWITCH):
+        parts = memory_of(shares[gpus], models[trained], gpus, fsdp, on)
+        cells = [n / 1e9 for n in parts.values()]
+        fits = "yes" if parts["all"] < 80e9 else "no"
+        yield ["--fsdp" if fsdp else trained, gpus, yes, *cells, fits]
 
 
 def main(work: Work) -> None:
     require(not no_cuda.why_not(), f"a trace {no_cuda.why_not()}")
     start = time.perf_counter()
     models = {"all weights": build(work.shape, False), "LoRA": build(work.shape, True)}
-    work_of = {n: replace(work, prompts=math.ceil(work.prompts / n)) for n in (8, 1)}  # by GPUs
-
-    print(DECODING.format(work=work, t=work.new_tokens * 5 // 8))
-    graphs, rows = {}, []
-    for (what, (_, policy)), flash, gpus in product(models.items(), (False, True), work_of):
-        trace, of_layer = decoding_step(work_of[gpus], policy, flash)
-        graphs.setdefault((what, gpus), trace.peak)
-        rows.append(
-            [what, "flash" if flash else "matmul", f"{work_of[gpus].prompts} x {work.group}"]
-        )
-        rows[-1] += decoding_row(trace, of_layer)
-    print_table("trained, attention, rows, kernels, of a layer, GB, temporary GB, ms", rows)
-
+    shares = {n: replace(work, prompts=math.ceil(work.prompts / n)) for n in (1, 8)}  # by GPUs
+    print(DECODING.format(work))
+    columns = ["trained", "attention", "rows", "kernels", "of a layer", "GB moved", "temporary GB"]
+    print_table([*columns, "ms"], decoding_rows(models, shares))
     print(TRAINING)
-    traced, rows = {}, []
-    per_group = work.prompt_len + work.group * work.new_tokens
-    for (what, (_, policy)), checkpointing, gpus in product(models.items(), (False, True), work_of):
-        groups = max(1, min(work_of[gpus].prompts, BUDGET // per_group))
-        micro = micro_batch(replace(work, prompts=groups), policy, checkpointing)
-        traced[what, checkpointing, gpus] = micro
-        rows.append([what, yes(checkpointing), *training_row(*micro)])
-    print_table("trained, checkpointing, tokens, kernels, GB, TFLOP, s, KB kept, peak GB", rows)
-
+    columns = ["trained", "checkpointing", "tokens", "kernels", "GB moved", "TFLOP", "s", "KB kept"]
+    print_table([*columns, "peak GB"], training_rows(models, shares))
     print(MEMORY)
-    rows = []
-    setups = product(models, (1, 8), (False, True))
-    setups = [(*setup, False) for setup in setups] + [
-        ("all weights", 8, x, True) for x in (False, True)
-    ]
-    for what, gpus, checkpointing, fsdp in setups:
-        micro = traced[what, checkpointing, gpus]
-        parts = memory_of(work_of[gpus], models[what], gpus, fsdp, graphs[what, gpus], micro)
-        name = "--fsdp" if fsdp else what
-        cells = [n / 1e9 for n in parts.values()]
-        rows.append([name, gpus, yes(checkpointing), *cells, yes(parts["all"] < 80e9)])
-    print_table(f"trained, GPUs, checkpointing, {', '.join(parts)}, fits 80", rows)
+    parts = memory_of(work, models["LoRA"], 1, False, False)
+    columns = ["trained", "GPUs", "checkpointing", *parts, "fits 80 GB"]
+    print_table(columns, memory_rows(models, shares))
     print(f"\nTraced in {time.perf_counter() - start:.0f} s.")
-
-
-def yes(x: bool) -> str:
-    return "yes" if x else "no"
 
 
 if __name__ == "__main__":
