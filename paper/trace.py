@@ -32,10 +32,12 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lib import attention, fused, packing
+from lib.distributed import World
 from lib.flags import require
 from lib.lora import add_lora
 from lib.packing import Packed, pack, response_logps
 from lib.policy import cast_matmuls, make_policy, trainable_parameters
+from lib.training import accumulate_gradients
 from lib.transformer import ModelConfig, Transformer
 from paper.bench import QWEN, SMALL, Work
 from rollout import DecodeBatch, Sampler
@@ -83,7 +85,7 @@ class Trace(TorchDispatchMode):
         if self.capture:
             refuse_in_graph(name, given, kwargs)
         out = func(*args, **kwargs)
-        new = self.add_memory(given, out, func._schema.is_mutable)
+        new = self.add_memory(given, args[0] if out is None else out, func._schema.is_mutable)
         if new and "empty" not in name:  # neither views nor allocations are kernels
             self.kernels.append(Kernel(name, moved(name, given, new), self.flops_of(name, given)))
         return out
@@ -282,29 +284,48 @@ def decoding_step(work: Work, policy: Transformer, flash: bool) -> tuple[Trace, 
     return trace, before[1] - before[0]
 
 
-@functools.cache
-def micro_batch(work: Work, policy: Transformer, checkpointing: bool) -> tuple[Trace, int, int]:
-    """Trace forward and backward pass of the first micro-batch; also return tokens, bytes kept."""
-    pretend()
+def first_micro_batch(work: Work) -> tuple[Packed, int]:
+    """Return the groups that are trained on first, and their number of pairs of query and key."""
     Tp, T, G = work.prompt_len, work.new_tokens, work.group
     P = max(1, min(work.prompts, BUDGET // (Tp + G * T)))
     prompts, responses = (torch.zeros(n, dtype=torch.long) for n in ((P, Tp), (P * G, T)))
     lengths, index = torch.full((P * G,), T), torch.arange(P * G) // G
     batch = pack(prompts, torch.full((P,), Tp), responses, lengths, index)
-    attend = attention.varlen_attention(batch, work.shape)  # the indices that it makes need data
+    return batch, P * (Tp * (Tp + 1) // 2 + G * ((T - 1) * Tp + T * (T - 1) // 2))
+
+
+@functools.cache
+def micro_batch(work: Work, models: Models, checkpointing: bool) -> tuple[Trace, int, int]:
+    """Trace forward and backward pass; also return the tokens, and the bytes kept between them.
+
+    It is an update's second micro-batch, so there is a gradient already, which is not in the peak.
+    """
+    pretend()
+    (master, policy), (batch, pairs), shape = models, first_micro_batch(work), work.shape
+    attend = attention.varlen_attention(batch, shape)  # the indices that it makes need data
     for cell in attend.__closure__:
         if isinstance(cell.cell_contents, Tensor):
             cell.cell_contents = fake(cell.cell_contents)
     packing.packed_attention = lambda *_: attend
-    batch = Packed(*map(fake, vars(batch).values()))
     policy.gradient_checkpointing = checkpointing
+    flops = 4 * shape.num_attention_heads * shape.head_dim * pairs
+    trace, kept = Trace({"_varlen_attn": flops, "_varlen_attn_backward": 2.5 * flops}), 0
 
-    pairs = Tp * (Tp + 1) / 2 + G * ((T - 1) * Tp + T * (T - 1) / 2)  # of query and key, in a group
-    flops = 4 * work.shape.num_attention_heads * work.shape.head_dim * P * pairs
-    with fake_mode, Trace({"_varlen_attn": flops, "_varlen_attn_backward": 2.5 * flops}) as trace:
+    def loss_fn(i: int, batch: Packed) -> tuple[Tensor, dict]:
+        nonlocal kept
+        if i == 0:  # stands for the first micro-batch: all weights get a gradient
+            return sum((2 * w).sum() for w in trainable_parameters(policy)), {}
+        before, trace.peak = trace.live, trace.live
+        trace.kernels.clear()
         logps, _ = response_logps(policy, batch, TEMPERATURE, True, dropout_key=0)
-        kept = trace.live
-        torch.autograd.grad(logps.sum(), trainable_parameters(policy))
+        kept = trace.live - before
+        return logps.sum(), {}
+
+    batch = Packed(*map(fake, vars(batch).values()))
+    with fake_mode, trace:
+        accumulate_gradients(master, policy, loss_fn, [batch, batch], World(0, 1, GPU))
+    trace.peak -= sum(w.grad.nbytes for w in trainable_parameters(master))
+    master.zero_grad()
     return trace, len(batch.tokens), kept
 
 
@@ -322,7 +343,7 @@ def memory_of(work: Work, models: Models, gpus: int, fsdp: bool, checkpointing: 
     parts |= {"KV cache": cached * 4 * shape.num_hidden_layers * shape.kv_size}
     parts |= {"graphs": decoding_step(work, policy, False)[0].peak}
 
-    trace, _, kept = micro_batch(work, policy, checkpointing)
+    trace, _, kept = micro_batch(work, models, checkpointing)
     blocks = (w for block in policy.model.layers[:2] for w in block.parameters())
     gathered = sum(w.numel() for w in (*blocks, policy.lm_head.weight))
     exchange = 6 * gathered if fsdp else 4 * n * (gpus > 1)
@@ -340,16 +361,16 @@ def total(tensors: Iterable[Tensor]) -> int:
 # Tables
 
 DECODING = f"""A decoding step: prompts of {{0.prompt_len}} tokens, responses of {{0.new_tokens}},
-temperature {TEMPERATURE}. ms: the sum over kernels of the longest of {1e6 * SMALLEST} us, bytes over
-{BANDWIDTH / 1e12} TB/s and FLOPs over {FLOPS / 1e12:.0f} TFLOP/s, an H100's rates, assumed and not
-measured. A kernel reads its inputs and writes its outputs once. A compiled region of lib/fused.py
-is one kernel; views and allocations are none. LoRA has rank {RANK}. flash is with flash-attn.
+temperature {TEMPERATURE}. ms: the sum over kernels of the longest of {1e6 * SMALLEST} us, bytes at
+{BANDWIDTH / 1e12} TB/s and FLOPs at {FLOPS / 1e12:.0f} TFLOP/s, rates of an H100 that are assumed.
+A kernel reads its inputs and writes its outputs once. A compiled region of lib/fused.py is one
+kernel; views and allocations are none. LoRA has rank {RANK}. flash is with flash-attn.
 """
 TRAINING = f"""
-A micro-batch, log-probs with entropies and their gradient, at the same rates. A compiled region
-keeps its inputs alone; its backward pass is one kernel, too. KB kept are what the backward pass
-needs of a token. The peak does not include what was there before, such as weights. LoRA's dropout
-is {DROPOUT}. Not traced: the loss, the reference, the optimizer's step.
+A micro-batch: log-probs with entropies, their gradient, and adding it to that of the micro-batches
+before, at the same rates. A compiled region keeps its inputs alone; its backward pass is one
+kernel, too. KB kept: what the backward pass needs of a token. The peak is without weights and the
+gradient in fp32. LoRA's dropout is {DROPOUT}. Not traced: loss, reference, the optimizer's step.
 """
 MEMORY = """
 Memory of a process in GB (1e9 bytes), in bf16, with --beta above 0. master: weights in fp32. Under
@@ -380,8 +401,8 @@ def decoding_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterato
 
 
 def training_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterator[list]:
-    for (trained, (_, policy)), (yes, on), work in product(models.items(), SWITCH, shares.values()):
-        trace, n_tokens, kept = micro_batch(work, policy, on)
+    for (trained, pair), (yes, on), work in product(models.items(), SWITCH, shares.values()):
+        trace, n_tokens, kept = micro_batch(work, pair, on)
         flops = sum(kernel.flops for kernel in trace.kernels)
         numbers = [trace.n_bytes / 1e9, flops / 1e12, trace.seconds, kept / n_tokens / 1e3]
         yield [trained, yes, n_tokens, len(trace.kernels), *numbers, trace.peak / 1e9]
