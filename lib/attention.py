@@ -144,6 +144,12 @@ def varlen_attention(batch: "Packed", config: ModelConfig) -> Attend:
     return attend
 
 
+def cache_bytes(model: Transformer, groups: int, G: int, max_prompt_len: int, T: int) -> int:
+    """Return what a KVCache of these sizes holds."""
+    per_token = 2 * model.config.num_hidden_layers * model.config.kv_size * model.dtype.itemsize
+    return groups * (max_prompt_len + G * T) * per_token
+
+
 class KVCache:
     """Keys and values of up to P groups of G responses, for decoding; a prompt's are stored once.
 
@@ -157,6 +163,7 @@ class KVCache:
         K, d, device = self.config.num_key_value_heads, self.config.head_dim, model.device
         if self.backend == "flash":  # its check counts the heads that share a key head as queries
             T = max(T, self.config.num_attention_heads // K)
+        self.n_bytes = cache_bytes(model, groups, G, max_prompt_len, T)
         options, layers = {"dtype": model.dtype, "device": device}, self.config.num_hidden_layers
         # The kernel reads valid entries only; the other back ends also read what they mask.
         new = torch.empty if self.backend == "kernel" else torch.zeros

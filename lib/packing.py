@@ -17,6 +17,7 @@ from lib.attention import packed_attention
 from lib.transformer import Transformer
 
 Rows = list[list[int]]  # token lists
+MAX_LOGITS = 2**27  # that exist at a time
 
 
 def pad(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -147,7 +148,7 @@ def response_logps(
     temperature: float = 1.0,
     entropy: bool = False,
     dropout_key: int | None = None,
-    max_logits: int = 2**27,
+    max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs (M,) of the response tokens, and entropies (M,), or (0,) unless asked for.
 
