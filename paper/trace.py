@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from paper import no_cuda
@@ -31,7 +32,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lib import attention, fused, packing
+from lib import attention, fused, memory, packing
 from lib.distributed import World
 from lib.flags import require
 from lib.lora import add_lora
@@ -41,15 +42,15 @@ from lib.training import accumulate_gradients
 from lib.transformer import ModelConfig, Transformer
 from paper.bench import QWEN, SMALL, Work
 from rollout import DecodeBatch, Sampler
+from train_grpo import GrpoConfig
 
 BANDWIDTH, FLOPS, SMALLEST = 3.0e12, 650e12, 2.5e-6  # an H100: bytes/s, FLOP/s, s of a tiny kernel
 GPU, RANK, DROPOUT, TEMPERATURE = torch.device("cuda:0"), 64, 0.05, 0.7
-BUDGET = 16384  # tokens of a micro-batch on a GPU: --micro-batch-tokens
+MEMORY = 80e9  # bytes of a GPU
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "repeat_interleave"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 ROWS_OF = {"embedding", "gather", "index", "index_select", "searchsorted"}  # read rows of a tensor
 ROWS_INTO = {"index_add_", "index_copy_", "index_put_", "scatter_add_"}  # write rows
-SWITCH = (("no", False), ("yes", True))
 Models = tuple[Transformer, Transformer]  # master and policy
 fake_mode, generator = FakeTensorMode(), torch.Generator()
 
@@ -284,10 +285,52 @@ def decoding_step(work: Work, policy: Transformer, flash: bool) -> tuple[Trace, 
     return trace, before[1] - before[0]
 
 
-def first_micro_batch(work: Work) -> tuple[Packed, int]:
-    """Return the groups that are trained on first, and their number of pairs of query and key."""
-    Tp, T, G = work.prompt_len, work.new_tokens, work.group
-    P = max(1, min(work.prompts, BUDGET // (Tp + G * T)))
+class Setup(NamedTuple):
+    """A way to train: which weights, on how many GPUs, and a process's share of the work."""
+
+    trained: str
+    models: Models
+    work: Work
+    gpus: int
+    fsdp: bool
+    checkpointing: bool
+
+    @property
+    def lora(self) -> bool:
+        return self.trained == "LoRA"
+
+
+def resident_memory(setup: Setup) -> dict[str, float]:
+    """Return the bytes of what is there whenever a micro-batch begins, by part."""
+    (master, policy), work = setup.models, setup.work
+    trained, shards = trainable_parameters(master), setup.gpus if setup.fsdp else 1
+    trained_bytes = 4 * sum(w.numel() for w in trained) / shards  # in fp32
+    adapters = {*trained, *trainable_parameters(policy), *policy.buffers()} if setup.lora else set()
+    base = total(set(policy.parameters()) - adapters)
+    parts = {"master": 0.0 if setup.lora else trained_bytes, "policy": base}
+    parts |= {"reference": 0 if setup.lora else base, "adapters": total(adapters)}
+    cached = (work.prompts, work.group, work.prompt_len, work.new_tokens)
+    parts |= {"optimizer": 2 * trained_bytes, "KV cache": attention.cache_bytes(policy, *cached)}
+    return parts | {"graphs": decoding_step(work, policy, False)[0].peak}
+
+
+def first_micro_batch(setup: Setup) -> Work:
+    """Return the groups that are trained on first: as many as lib/memory.py plans."""
+    (master, policy), work = setup.models, setup.work
+    config = GrpoConfig(lora=RANK * setup.lora, lora_dropout=DROPOUT, beta=0.05)
+    config.gradient_checkpointing = setup.checkpointing
+    run = {"config": config, "master": master, "policy": policy, "reference": policy}
+    memory.is_fsdp = lambda model: setup.fsdp
+    memory.free_bytes = lambda device: MEMORY - sum(resident_memory(setup).values())
+    run = SimpleNamespace(**run, optimizer=SimpleNamespace(state=True))
+    budget = memory.micro_batch_tokens(run, World(0, setup.gpus, GPU))
+    groups = budget // (work.prompt_len + work.group * work.new_tokens)
+    return replace(work, prompts=max(1, min(work.prompts, groups)))
+
+
+def pack_groups(work: Work) -> tuple[Packed, int]:
+    """Pack all groups, with data; also return their number of pairs of a query and a key."""
+    P, Tp, T, G = work.prompts, work.prompt_len, work.new_tokens, work.group
     prompts, responses = (torch.zeros(n, dtype=torch.long) for n in ((P, Tp), (P * G, T)))
     lengths, index = torch.full((P * G,), T), torch.arange(P * G) // G
     batch = pack(prompts, torch.full((P,), Tp), responses, lengths, index)
@@ -301,7 +344,7 @@ def micro_batch(work: Work, models: Models, checkpointing: bool) -> tuple[Trace,
     It is an update's second micro-batch, so there is a gradient already, which is not in the peak.
     """
     pretend()
-    (master, policy), (batch, pairs), shape = models, first_micro_batch(work), work.shape
+    (master, policy), (batch, pairs), shape = models, pack_groups(work), work.shape
     attend = attention.varlen_attention(batch, shape)  # the indices that it makes need data
     for cell in attend.__closure__:
         if isinstance(cell.cell_contents, Tensor):
@@ -329,25 +372,19 @@ def micro_batch(work: Work, models: Models, checkpointing: bool) -> tuple[Trace,
     return trace, len(batch.tokens), kept
 
 
-def memory_of(work: Work, models: Models, gpus: int, fsdp: bool, checkpointing: bool) -> dict:
-    """Return the parts of a process's memory in bytes, and their sum."""
-    (master, policy), shape = models, work.shape
-    trained, shards = trainable_parameters(master), gpus if fsdp else 1
-    lora, n = len(trained) < len(list(master.parameters())), sum(w.numel() for w in trained)
-    adapters = {*trained, *trainable_parameters(policy), *policy.buffers()} if lora else set()
-    base = total(set(policy.parameters()) - adapters)
-    cached = work.prompts * (work.prompt_len + work.group * work.new_tokens)
-    parts = {"master": 0 if lora else total(trained) / shards, "policy": base}
-    parts |= {"reference": 0 if lora else base, "adapters": total(adapters)}
-    parts |= {"gradients": 4 * n / shards, "optimizer": 8 * n / shards}
-    parts |= {"KV cache": cached * 4 * shape.num_hidden_layers * shape.kv_size}
-    parts |= {"graphs": decoding_step(work, policy, False)[0].peak}
-
-    trace, _, kept = micro_batch(work, models, checkpointing)
+def memory_of(setup: Setup) -> dict[str, float]:
+    """Return the bytes of a process's memory by part, and their sum."""
+    master, policy = setup.models
+    n, shards = (
+        sum(w.numel() for w in trainable_parameters(master)),
+        setup.gpus if setup.fsdp else 1,
+    )
+    trace, _, kept = micro_batch(first_micro_batch(setup), setup.models, setup.checkpointing)
     blocks = (w for block in policy.model.layers[:2] for w in block.parameters())
     gathered = sum(w.numel() for w in (*blocks, policy.lm_head.weight))
-    exchange = 6 * gathered if fsdp else 4 * n * (gpus > 1)
-    at_once = trace.peak + exchange if fsdp else max(trace.peak, exchange)
+    exchange = 6 * gathered if setup.fsdp else 4 * n * (setup.gpus > 1)
+    at_once = trace.peak + exchange if setup.fsdp else max(trace.peak, exchange)
+    parts = resident_memory(setup) | {"gradients": 4 * n / shards}
     everything = sum(parts.values()) + at_once
     parts |= {"activations": kept, "backward": trace.peak - kept, "exchange": exchange}
     return parts | {"all": everything}
@@ -367,16 +404,17 @@ A kernel reads its inputs and writes its outputs once. A compiled region of lib/
 kernel; views and allocations are none. LoRA has rank {RANK}. flash is with flash-attn.
 """
 TRAINING = f"""
-A micro-batch: log-probs with entropies, their gradient, and adding it to that of the micro-batches
-before, at the same rates. A compiled region keeps its inputs alone; its backward pass is one
-kernel, too. KB kept: what the backward pass needs of a token. The peak is without weights and the
-gradient in fp32. LoRA's dropout is {DROPOUT}. Not traced: loss, reference, the optimizer's step.
+An update's second micro-batch, of as many tokens as lib/memory.py plans on a GPU of {MEMORY / 1e9:.0f} GB:
+log-probs with entropies, their gradient, and adding it to the first one's, at the same rates. A
+compiled region keeps its inputs alone; its backward pass is one kernel, too. KB kept: what the
+backward pass needs of a token, beside the KB planned. The peak is without weights and the gradient
+in fp32. LoRA's dropout is {DROPOUT}. Not traced: loss, reference, the optimizer's step.
 """
-MEMORY = """
-Memory of a process in GB (1e9 bytes), in bf16, with --beta above 0. master: weights in fp32. Under
-LoRA the reference is the policy's frozen base. adapters: those of master and policy. graphs: the
-temporaries of a decoding step, which CUDA graphs hold on to. activations: those kept. backward:
-what the peak of a micro-batch adds, logits and gradients in bf16. exchange: a flat copy of the
+MEMORY_OF = """
+The memory of a process meanwhile in GB (1e9 bytes), with --beta above 0. master: weights in fp32.
+Under LoRA the reference is the policy's frozen base. adapters: those of master and policy. graphs:
+the temporaries of a decoding step, which CUDA graphs hold on to. activations: those kept. backward:
+what the peak adds, logits and gradients in bf16; with --fsdp less. exchange: a flat copy of the
 gradients for NCCL, after the micro-batches; with --fsdp the embedding and two blocks gathered, and
 their gradients in fp32. Not counted: rollout and batch, what the allocator cannot use, the CUDA
 context and NCCL's buffers; a few GB in all.
@@ -400,21 +438,19 @@ def decoding_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterato
         yield [trained, backend, rows, *numbers, 1e3 * trace.seconds]
 
 
-def training_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterator[list]:
-    for (trained, pair), (yes, on), work in product(models.items(), SWITCH, shares.values()):
-        trace, n_tokens, kept = micro_batch(work, pair, on)
-        flops = sum(kernel.flops for kernel in trace.kernels)
-        numbers = [trace.n_bytes / 1e9, flops / 1e12, trace.seconds, kept / n_tokens / 1e3]
-        yield [trained, yes, n_tokens, len(trace.kernels), *numbers, trace.peak / 1e9]
+def training_row(setup: Setup) -> list:
+    """Return a row for the first micro-batch: beside what is kept, what lib/memory.py plans."""
+    work = first_micro_batch(setup)
+    trace, n_tokens, kept = micro_batch(work, setup.models, setup.checkpointing)
+    flops, lora = sum(kernel.flops for kernel in trace.kernels), setup.lora
+    planned = memory.activation_bytes(work.shape, RANK * lora, lora, setup.checkpointing)
+    numbers = [trace.n_bytes / 1e9, flops / 1e12, trace.seconds, kept / n_tokens / 1e3]
+    return [n_tokens, len(trace.kernels), *numbers, planned / 1e3, trace.peak / 1e9]
 
 
-def memory_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterator[list]:
-    setups = [*product(models, shares, [False]), ("all weights", max(shares), True)]
-    for (trained, gpus, fsdp), (yes, on) in product(setups, SWITCH):
-        parts = memory_of(shares[gpus], models[trained], gpus, fsdp, on)
-        cells = [n / 1e9 for n in parts.values()]
-        fits = "yes" if parts["all"] < 80e9 else "no"
-        yield ["--fsdp" if fsdp else trained, gpus, yes, *cells, fits]
+def memory_row(setup: Setup) -> list:
+    parts = memory_of(setup)
+    return [n / 1e9 for n in parts.values()] + ["yes" if parts["all"] < MEMORY else "no"]
 
 
 def main(work: Work) -> None:
@@ -425,13 +461,28 @@ def main(work: Work) -> None:
     print(DECODING.format(work))
     columns = ["trained", "attention", "rows", "kernels", "of a layer", "GB moved", "temporary GB"]
     print_table([*columns, "ms"], decoding_rows(models, shares))
+
+    kinds = [*product(models, shares, [False]), ("all weights", max(shares), True)]
+    setups = {}
+    for (trained, gpus, fsdp), on in product(kinds, (False, True)):
+        name = "--fsdp" if fsdp else trained, gpus, "yes" if on else "no"
+        setups[name] = Setup(trained, models[trained], shares[gpus], gpus, fsdp, on)
+    columns = ["trained", "GPUs", "checkpointing"]
     print(TRAINING)
-    columns = ["trained", "checkpointing", "tokens", "kernels", "GB moved", "TFLOP", "s", "KB kept"]
-    print_table([*columns, "peak GB"], training_rows(models, shares))
-    print(MEMORY)
-    parts = memory_of(work, models["LoRA"], 1, False, False)
-    columns = ["trained", "GPUs", "checkpointing", *parts, "fits 80 GB"]
-    print_table(columns, memory_rows(models, shares))
+    of_training = [
+        "tokens",
+        "kernels",
+        "GB moved",
+        "TFLOP",
+        "s",
+        "KB kept",
+        "KB planned",
+        "peak GB",
+    ]
+    print_table(columns + of_training, ([*name, *training_row(x)] for name, x in setups.items()))
+    print(MEMORY_OF)
+    of_memory = [*memory_of(next(iter(setups.values()))), "fits"]
+    print_table(columns + of_memory, ([*name, *memory_row(x)] for name, x in setups.items()))
     print(f"\nTraced in {time.perf_counter() - start:.0f} s.")
 
 

@@ -5,12 +5,14 @@ It pretends to have a GPU before torch is imported, so all is measured in a proc
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,14 +79,22 @@ def test_flash_attention_checks_its_arguments(name, measured):
 def test_tables(measured):
     tables = re.findall(r"(?:^\|.*\n)+", measured["printed"], re.MULTILINE)
     decoding, training, memory = ([r.split(" | ") for r in t.splitlines()] for t in tables)
-    assert [len(rows) - 2 for rows in (decoding, training, memory)] == [8, 8, 10]
+    assert [len(rows) - 2 for rows in (decoding, training, memory)] == [8, 10, 10]
     assert all(len(row) == len(t[0]) for t in (decoding, training, memory) for row in t[2:])
     for row in decoding[2:]:  # two layers, and the embedding, the head and sampling
         assert int(row[3]) > 2 * int(row[4]) > 0
-    kernels = {(row[0], row[1], row[2]): int(row[3]) for row in training[2:]}
-    tokens = training[2][2]
-    assert kernels["| LoRA", "no", tokens] > kernels["| all weights", "no", tokens]
-    assert kernels["| LoRA", "yes", tokens] > kernels["| LoRA", "no", tokens]
+    kernels = {(row[0], row[2]): int(row[4]) for row in training[2:] if row[1] == "1"}
+    full, lora = (
+        [kernels[name, on] for on in ("no", "yes")] for name in ("| all weights", "| LoRA")
+    )
+    assert 0 < full[0] < full[1] < lora[1] and full[0] < lora[0] < lora[1]
+
+
+@pytest.mark.parametrize("trained", ["all weights", "LoRA"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_layer_keeps_is_what_is_planned(trained, checkpointing, measured):
+    kept, planned = measured["layer"][f"{trained}, {checkpointing}"]
+    assert kept == pytest.approx(planned, rel=0.02)
 
 
 def test_parts_of_memory(measured):
@@ -230,6 +240,22 @@ def gradient_error(t, torch) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
+def kept_by_a_layer(t) -> dict:
+    """Return the bytes that a layer of Qwen2.5-1.5B keeps of a token, and those planned."""
+    found = {}
+    for lora, checkpointing in itertools.product((False, True), repeat=2):
+        kept, planned = [], []
+        for layers in (1, 2):
+            shape = replace(t.QWEN.shape, num_hidden_layers=layers, vocab_size=100)
+            work = replace(t.QWEN, prompts=2, shape=shape)
+            _, n_tokens, n_bytes = t.micro_batch(work, t.build(shape, lora), checkpointing)
+            kept.append(n_bytes / n_tokens)
+            planned.append(t.memory.activation_bytes(shape, t.RANK * lora, lora, checkpointing))
+        name = f"{'LoRA' if lora else 'all weights'}, {checkpointing}"
+        found[name] = kept[1] - kept[0], planned[1] - planned[0]
+    return found
+
+
 def measure() -> dict:
     sys.argv[1:], printed = ["--small"], io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -239,9 +265,15 @@ def measure() -> dict:
     with t.fake_mode:
         found = count(t, torch) | refuse(t, torch)
     found |= {"gradient_error": gradient_error(t, torch), "printed": printed.getvalue()}
+    found["layer"] = kept_by_a_layer(t)
     whole, lora = (t.build(t.SMALL.shape, lora) for lora in (False, True))
-    settings = (whole, 1, False), (whole, 8, True), (lora, 1, False)
-    found["memory"] = [t.memory_of(t.SMALL, *setting, False) for setting in settings]
+    setups = (
+        ("all weights", whole, 1, False),
+        ("all weights", whole, 8, True),
+        ("LoRA", lora, 1, False),
+    )
+    setups = [t.Setup(*x[:2], t.SMALL, *x[2:], checkpointing=False) for x in setups]
+    found["memory"] = [t.memory_of(setup) for setup in setups]
     return found
 
 
