@@ -286,43 +286,58 @@ def decoding_step(work: Work, policy: Transformer, flash: bool) -> tuple[Trace, 
 
 
 class Setup(NamedTuple):
-    """A way to train: which weights, on how many GPUs, and a process's share of the work."""
+    """A way to train, and the share of the work that a process has."""
 
-    trained: str
+    trained: str  # all weights, LoRA or --fsdp
     models: Models
     work: Work
     gpus: int
-    fsdp: bool
     checkpointing: bool
-
-    @property
-    def lora(self) -> bool:
-        return self.trained == "LoRA"
 
 
 def resident_memory(setup: Setup) -> dict[str, float]:
-    """Return the bytes of what is there whenever a micro-batch begins, by part."""
-    (master, policy), work = setup.models, setup.work
-    trained, shards = trainable_parameters(master), setup.gpus if setup.fsdp else 1
-    trained_bytes = 4 * sum(w.numel() for w in trained) / shards  # in fp32
-    adapters = {*trained, *trainable_parameters(policy), *policy.buffers()} if setup.lora else set()
+    """Return the bytes of what is there whenever training begins, by part."""
+    (master, policy), work, lora = setup.models, setup.work, setup.trained == "LoRA"
+    trained, shards = trainable_parameters(master), setup.gpus if setup.trained == "--fsdp" else 1
+    sharded = 4 * sum(w.numel() for w in trained) / shards  # in fp32
+    adapters = {*trained, *trainable_parameters(policy), *policy.buffers()} if lora else set()
     base = total(set(policy.parameters()) - adapters)
-    parts = {"master": 0.0 if setup.lora else trained_bytes, "policy": base}
-    parts |= {"reference": 0 if setup.lora else base, "adapters": total(adapters)}
-    cached = (work.prompts, work.group, work.prompt_len, work.new_tokens)
-    parts |= {"optimizer": 2 * trained_bytes, "KV cache": attention.cache_bytes(policy, *cached)}
+    parts = {"master": 0.0 if lora else sharded, "policy": base, "reference": 0.0 if lora else base}
+    parts |= {"adapters": total(adapters), "optimizer": 2 * sharded}
+    sizes = work.prompts, work.group, work.prompt_len, work.new_tokens
+    parts |= {"KV cache": attention.cache_bytes(policy, *sizes)}
     return parts | {"graphs": decoding_step(work, policy, False)[0].peak}
+
+
+def memory_of(setup: Setup) -> dict[str, float]:
+    """Return the bytes of a process's memory while it trains, by part, and their sum."""
+    trace, _, kept = micro_batch(first_micro_batch(setup), setup.models, setup.checkpointing)
+    (master, policy), fsdp = setup.models, setup.trained == "--fsdp"
+    blocks = (w for block in policy.model.layers[:2] for w in block.parameters())
+    exchange = 6 * sum(w.numel() for w in (policy.lm_head.weight, *blocks))
+    if not fsdp:
+        exchange = 4 * sum(w.numel() for w in trainable_parameters(master)) * (setup.gpus > 1)
+    parts = resident_memory(setup)
+    parts |= {"gradients": parts["optimizer"] / 2}
+    everything = sum(parts.values())
+    everything += trace.peak + exchange if fsdp else max(trace.peak, exchange)
+    parts |= {"activations": kept, "backward": trace.peak - kept, "exchange": exchange}
+    return parts | {"all": everything}
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    return sum(map(size, tensors))
 
 
 def first_micro_batch(setup: Setup) -> Work:
     """Return the groups that are trained on first: as many as lib/memory.py plans."""
-    (master, policy), work = setup.models, setup.work
-    config = GrpoConfig(lora=RANK * setup.lora, lora_dropout=DROPOUT, beta=0.05)
+    (master, policy), work, lora = setup.models, setup.work, setup.trained == "LoRA"
+    config = GrpoConfig(lora=RANK * lora, lora_dropout=DROPOUT, beta=0.05)
     config.gradient_checkpointing = setup.checkpointing
     run = {"config": config, "master": master, "policy": policy, "reference": policy}
-    memory.is_fsdp = lambda model: setup.fsdp
+    run = SimpleNamespace(**run, optimizer=SimpleNamespace(state=True))  # after the first step
+    memory.is_fsdp = lambda model: setup.trained == "--fsdp"
     memory.free_bytes = lambda device: MEMORY - sum(resident_memory(setup).values())
-    run = SimpleNamespace(**run, optimizer=SimpleNamespace(state=True))
     budget = memory.micro_batch_tokens(run, World(0, setup.gpus, GPU))
     groups = budget // (work.prompt_len + work.group * work.new_tokens)
     return replace(work, prompts=max(1, min(work.prompts, groups)))
@@ -372,28 +387,6 @@ def micro_batch(work: Work, models: Models, checkpointing: bool) -> tuple[Trace,
     return trace, len(batch.tokens), kept
 
 
-def memory_of(setup: Setup) -> dict[str, float]:
-    """Return the bytes of a process's memory by part, and their sum."""
-    master, policy = setup.models
-    n, shards = (
-        sum(w.numel() for w in trainable_parameters(master)),
-        setup.gpus if setup.fsdp else 1,
-    )
-    trace, _, kept = micro_batch(first_micro_batch(setup), setup.models, setup.checkpointing)
-    blocks = (w for block in policy.model.layers[:2] for w in block.parameters())
-    gathered = sum(w.numel() for w in (*blocks, policy.lm_head.weight))
-    exchange = 6 * gathered if setup.fsdp else 4 * n * (setup.gpus > 1)
-    at_once = trace.peak + exchange if setup.fsdp else max(trace.peak, exchange)
-    parts = resident_memory(setup) | {"gradients": 4 * n / shards}
-    everything = sum(parts.values()) + at_once
-    parts |= {"activations": kept, "backward": trace.peak - kept, "exchange": exchange}
-    return parts | {"all": everything}
-
-
-def total(tensors: Iterable[Tensor]) -> int:
-    return sum(map(size, tensors))
-
-
 # ------------------------------------------------------------------------------------------------
 # Tables
 
@@ -404,85 +397,81 @@ A kernel reads its inputs and writes its outputs once. A compiled region of lib/
 kernel; views and allocations are none. LoRA has rank {RANK}. flash is with flash-attn.
 """
 TRAINING = f"""
-An update's second micro-batch, of as many tokens as lib/memory.py plans on a GPU of {MEMORY / 1e9:.0f} GB:
-log-probs with entropies, their gradient, and adding it to the first one's, at the same rates. A
-compiled region keeps its inputs alone; its backward pass is one kernel, too. KB kept: what the
-backward pass needs of a token, beside the KB planned. The peak is without weights and the gradient
-in fp32. LoRA's dropout is {DROPOUT}. Not traced: loss, reference, the optimizer's step.
+An update's second micro-batch: log-probs with entropies, their gradient, and adding it to the
+first one's, at the same rates. It has as many tokens as lib/memory.py plans on {MEMORY:.0e} bytes.
+A compiled region keeps its inputs alone; its backward pass is one kernel, too. KB kept: what the
+backward pass needs of a token, beside what was planned. The peak is without weights and the
+gradient in fp32. LoRA's dropout is {DROPOUT}. Not traced: loss, reference, the optimizer's step.
 """
 MEMORY_OF = """
-The memory of a process meanwhile in GB (1e9 bytes), with --beta above 0. master: weights in fp32.
-Under LoRA the reference is the policy's frozen base. adapters: those of master and policy. graphs:
-the temporaries of a decoding step, which CUDA graphs hold on to. activations: those kept. backward:
-what the peak adds, logits and gradients in bf16; with --fsdp less. exchange: a flat copy of the
-gradients for NCCL, after the micro-batches; with --fsdp the embedding and two blocks gathered, and
-their gradients in fp32. Not counted: rollout and batch, what the allocator cannot use, the CUDA
-context and NCCL's buffers; a few GB in all.
+A process's memory meanwhile, in GB (1e9 bytes), with --beta above 0. master: weights in fp32. Under
+LoRA the reference is the policy's frozen base. adapters: those of master and policy. graphs: the
+temporaries of a decoding step, which CUDA graphs hold on to. activations: those kept. backward:
+what the peak adds, logits, gradients in bf16 (fewer with --fsdp) and one recomputed layer.
+exchange: a flat copy of the gradients for NCCL, after the micro-batches; with --fsdp the embedding
+and two blocks, gathered, and their gradients in fp32. Not counted: rollout and batch, what the
+allocator cannot use, the CUDA context and NCCL's buffers; a few GB in all.
 """
 
 
-def print_table(columns: list[str], rows: Iterable[list]) -> None:
+def print_table(columns: str, rows: Iterable[list]) -> None:
     """Print a table in Markdown, each row as soon as it is known; numbers get two decimals."""
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
+    print(f"| {columns} |\n|{' --- |' * len(columns.split('|'))}", flush=True)
     for row in rows:
         cells = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def decoding_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterator[list]:
-    settings = product(models.items(), ("matmul", "flash"), shares.values())
-    for (trained, (_, policy)), backend, work in settings:
-        trace, of_layer = decoding_step(work, policy, backend == "flash")
+    settings = product(("all weights", "LoRA"), ("matmul", "flash"), shares.values())
+    for trained, backend, work in settings:
+        trace, of_layer = decoding_step(work, models[trained][1], backend == "flash")
         numbers = [len(trace.kernels), of_layer, trace.n_bytes / 1e9, trace.peak / 1e9]
         rows = f"{work.prompts} x {work.group}"
         yield [trained, backend, rows, *numbers, 1e3 * trace.seconds]
 
 
-def training_row(setup: Setup) -> list:
-    """Return a row for the first micro-batch: beside what is kept, what lib/memory.py plans."""
-    work = first_micro_batch(setup)
-    trace, n_tokens, kept = micro_batch(work, setup.models, setup.checkpointing)
-    flops, lora = sum(kernel.flops for kernel in trace.kernels), setup.lora
-    planned = memory.activation_bytes(work.shape, RANK * lora, lora, setup.checkpointing)
-    numbers = [trace.n_bytes / 1e9, flops / 1e12, trace.seconds, kept / n_tokens / 1e3]
-    return [n_tokens, len(trace.kernels), *numbers, planned / 1e3, trace.peak / 1e9]
+def name_of(setup: Setup) -> list:
+    return [setup.trained, setup.gpus, "yes" if setup.checkpointing else "no"]
 
 
-def memory_row(setup: Setup) -> list:
-    parts = memory_of(setup)
-    return [n / 1e9 for n in parts.values()] + ["yes" if parts["all"] < MEMORY else "no"]
+def training_rows(setups: list[Setup]) -> Iterator[list]:
+    for setup in setups:
+        work, lora = first_micro_batch(setup), setup.trained == "LoRA"
+        trace, n_tokens, kept = micro_batch(work, setup.models, setup.checkpointing)
+        planned = memory.activation_bytes(work.shape, RANK * lora, lora, setup.checkpointing)
+        flops = sum(kernel.flops for kernel in trace.kernels)
+        numbers = [trace.n_bytes / 1e9, flops / 1e12, trace.seconds, kept / n_tokens / 1e3]
+        numbers += [planned / 1e3, trace.peak / 1e9]
+        yield [*name_of(setup), n_tokens, len(trace.kernels), *numbers]
+
+
+def memory_rows(setups: list[Setup]) -> Iterator[list]:
+    for setup in setups:
+        parts = memory_of(setup)
+        fits = "yes" if parts["all"] < MEMORY else "no"
+        yield [*name_of(setup), *(n / 1e9 for n in parts.values()), fits]
 
 
 def main(work: Work) -> None:
     require(not no_cuda.why_not(), f"a trace {no_cuda.why_not()}")
     start = time.perf_counter()
     models = {"all weights": build(work.shape, False), "LoRA": build(work.shape, True)}
+    models["--fsdp"] = models["all weights"]
     shares = {n: replace(work, prompts=math.ceil(work.prompts / n)) for n in (1, 8)}  # by GPUs
     print(DECODING.format(work))
-    columns = ["trained", "attention", "rows", "kernels", "of a layer", "GB moved", "temporary GB"]
-    print_table([*columns, "ms"], decoding_rows(models, shares))
+    columns = "trained | attention | rows | kernels | of a layer | GB moved | temporary GB | ms"
+    print_table(columns, decoding_rows(models, shares))
 
-    kinds = [*product(models, shares, [False]), ("all weights", max(shares), True)]
-    setups = {}
-    for (trained, gpus, fsdp), on in product(kinds, (False, True)):
-        name = "--fsdp" if fsdp else trained, gpus, "yes" if on else "no"
-        setups[name] = Setup(trained, models[trained], shares[gpus], gpus, fsdp, on)
-    columns = ["trained", "GPUs", "checkpointing"]
+    ways = [*product(("all weights", "LoRA"), shares), ("--fsdp", 8)]
+    ways = product(ways, (False, True))
+    setups = [Setup(name, models[name], shares[n], n, on) for (name, n), on in ways]
+    columns = "tokens | kernels | GB moved | TFLOP | s | KB kept | KB planned | peak GB"
     print(TRAINING)
-    of_training = [
-        "tokens",
-        "kernels",
-        "GB moved",
-        "TFLOP",
-        "s",
-        "KB kept",
-        "KB planned",
-        "peak GB",
-    ]
-    print_table(columns + of_training, ([*name, *training_row(x)] for name, x in setups.items()))
+    print_table(f"trained | GPUs | checkpointing | {columns}", training_rows(setups))
+    columns = " | ".join(memory_of(setups[0]))
     print(MEMORY_OF)
-    of_memory = [*memory_of(next(iter(setups.values()))), "fits"]
-    print_table(columns + of_memory, ([*name, *memory_row(x)] for name, x in setups.items()))
+    print_table(f"trained | GPUs | checkpointing | {columns} | fits", memory_rows(setups))
     print(f"\nTraced in {time.perf_counter() - start:.0f} s.")
 
 

@@ -267,12 +267,8 @@ def measure() -> dict:
     found |= {"gradient_error": gradient_error(t, torch), "printed": printed.getvalue()}
     found["layer"] = kept_by_a_layer(t)
     whole, lora = (t.build(t.SMALL.shape, lora) for lora in (False, True))
-    setups = (
-        ("all weights", whole, 1, False),
-        ("all weights", whole, 8, True),
-        ("LoRA", lora, 1, False),
-    )
-    setups = [t.Setup(*x[:2], t.SMALL, *x[2:], checkpointing=False) for x in setups]
+    ways = ("all weights", whole, 1), ("--fsdp", whole, 8), ("LoRA", lora, 1)
+    setups = [t.Setup(name, models, t.SMALL, gpus, False) for name, models, gpus in ways]
     found["memory"] = [t.memory_of(setup) for setup in setups]
     return found
 
