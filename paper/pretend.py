@@ -181,12 +181,12 @@ class CUDAGraph:
 
     def keep_what_changes(self, func, args: tuple, kwargs: dict) -> None:
         """Keep what an operation overwrites: a real capture runs nothing."""
-        for argument, value in zip(func._schema.arguments, args):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for x in tensors_in(value):
-                    storage = x.untyped_storage()
-                    if storage._cdata not in self.kept:
-                        self.kept[storage._cdata] = storage, storage.clone()
+        arguments = func._schema.arguments
+        values = dict(zip([x.name for x in arguments], args)) | kwargs
+        written = [values[x.name] for x in arguments if x.alias_info and x.alias_info.is_write]
+        for storage in (x.untyped_storage() for x in tensors_in(written)):
+            if storage._cdata not in self.kept:
+                self.kept[storage._cdata] = storage, storage.clone()
 
     def pool(self) -> tuple[int, int]:
         return 0, 1
