@@ -284,13 +284,13 @@ def check_varlen(q, k, v, cu_q, cu_k, max_q: int, max_k: int) -> None:
     for name, cu, x, longest in (("q", cu_q, q, max_q), ("k", cu_k, k, max_k)):
         check(int(cu[-1]) == len(x), f"cu_seqlens_{name} end at {int(cu[-1])}, not {len(x)}")
         check(int(cu.diff().max()) <= longest, f"a segment is longer than max_seqlen_{name}")
-    if max_q == 1 and q.shape[1] > k.shape[1]:  # q is reshaped to (S, K, H / K, d) first
-        check(len(q) == len(cu_q) - 1, "max_seqlen_q is 1 and a segment is empty")
 
 
 def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q: int, max_k: int, *, causal: bool) -> Tensor:
     """Stand in for flash-attn's; PyTorch's is the same kernel."""
     check(type(max_q) is type(max_k) is int, "max_seqlens must be Python's ints")
+    if max_q == 1 and q.shape[1] > k.shape[1]:  # q is reshaped to (S, K, H / K, d) first
+        check(len(q) == len(cu_q) - 1, "max_seqlen_q is 1 and a segment is empty")
     from torch.nn.attention import varlen  # noqa: F401  (defines the operation)
 
     return torch.ops.torch_attn._varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, causal)[0]

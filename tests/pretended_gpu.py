@@ -66,7 +66,7 @@ def make_run(case: str, device: torch.device) -> SimpleNamespace:
 def two_updates(case: str, device: torch.device, rollouts: list[dict] = ()) -> dict:
     """Take two updates, on these rollouts or on its own; return what they gave, on the CPU."""
     run, world, *short = make_run(case, device), World(0, 1, device), *case.split()[4:5]
-    sampler = Sampler(run.policy, STOPS, G, int(short[0]) if short else 20)
+    sampler = Sampler(run.policy, STOPS, G, int(short[0]) if short else 18)
     weights, out = trainable_parameters(run.master), collections.defaultdict(list)
     for step in range(2):
         if rollouts:
@@ -86,7 +86,10 @@ def two_updates(case: str, device: torch.device, rollouts: list[dict] = ()) -> d
         fields = vars(sampled).items()
         out["rollouts"].append({k: x.cpu() if hasattr(x, "cpu") else x for k, x in fields})
     other = Sampler(run.policy, STOPS, 3, sampler.max_new_tokens)
-    out["rollouts"].append({"tokens": other.sample(PROMPTS[:2], KEYS[:2]).tokens.cpu()})
+    longer = [[3] * 40, *PROMPTS[1:3]]  # needs a new cache, the first a part of the old one
+    for one, prompts in ((sampler, PROMPTS[1:3]), (sampler, longer), (other, PROMPTS)):
+        again = one.sample(prompts, KEYS[: len(prompts)])
+        out["rollouts"].append({"tokens": again.tokens.cpu()})
     if sampler.use_graphs and not short:
         assert any(graph is not None for graph in sampler.batch.graphs.values()), "no graph"
     return dict(out)
