@@ -187,7 +187,7 @@ def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
 
 def holds_adapters_alone(folder: Path) -> bool:
     """Whether a checkpoint holds LoRA adapters without the model that they are merged into."""
-    return (folder / "adapter").is_dir() and not (folder / "model.safetensors").exists()
+    return (folder / "adapter").is_dir() and not any(folder.glob("model.safetensors*"))
 
 
 def find_parts(folder: Path) -> tuple[dict[str, Path], list[tuple[dict[str, Tensor], float]]]:

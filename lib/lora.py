@@ -112,11 +112,11 @@ def save_adapters(weights: dict[str, Tensor], meta: dict, folder: Path) -> None:
 
 
 def adapters_alone(checkpoint: Path, start: str) -> str:
-    """Say what a checkpoint is whose start is gone, and what to do where it is found again."""
+    """Say what a checkpoint is whose start is gone, and what to do."""
     model, folder = "AutoModelForCausalLM.from_pretrained(START, dtype='float32')", checkpoint
     merge = f"PeftModel.from_pretrained({model}, {str(folder / 'adapter')!r}).merge_and_unload()"
     gone = f"{start} is gone or has changed, and {folder} holds adapters alone"
-    return f"{gone}. To merge them into their START by PEFT: {merge}"
+    return f"{gone}. Put that back, or merge them into another copy, START, by PEFT: {merge}"
 
 
 def read_adapters(folder: Path) -> dict[str, Tensor]:

@@ -159,10 +159,8 @@ def test_peft_loads_what_is_saved(family, tmp_path):
 def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
     base, tokenizer = load_model(pretrained)
     policy = adapters_on(base)
-    optimizer, meta = (
-        torch.optim.AdamW(trainable_parameters(policy)),
-        lora_from(pretrained, tmp_path),
-    )
+    optimizer = torch.optim.AdamW(trainable_parameters(policy))
+    meta = lora_from(pretrained, tmp_path)
     folder = save_checkpoint(tmp_path, 1, policy, tokenizer, optimizer, meta).result()
     again = add_lora(base, 3, 6, 0.0, torch.Generator())
     load_adapters(again, folder / "adapter")
