@@ -300,12 +300,16 @@ def choose_dtype(flag: str, config: ModelConfig, checkpoint: Path | None, world:
 def find_start(run: Path, meta: dict) -> Path | None:
     """Return the folder with the weights from which a run started; None if they are gone.
 
-    They are looked for where they were, and beside the run if both were moved together.
+    They are looked for where they were, and beside the run if both were moved together. Adapters
+    alone are gone with their own start.
     """
     if not {"init_sha256", "init_from"} <= meta.keys():
         return None
-    folders = (Path(meta["init_from"]), run / meta.get("init_beside", ""))
-    return next((folder for folder in folders if holds_start(folder, meta)), None)
+    for folder in (Path(meta["init_from"]), run / meta.get("init_beside", "")):
+        if holds_start(folder, meta):
+            whole = not holds_adapters_alone(folder) or find_start(folder.parent, load_meta(folder))
+            return folder if whole else None
+    return None
 
 
 def holds_start(folder: Path, meta: dict) -> bool:
@@ -322,7 +326,7 @@ def weights_sha256(folder: Path) -> str:
     That of adapters alone is made of theirs and their start's.
     """
     if holds_adapters_alone(folder):
-        start = load_meta(folder).get("init_sha256", "")
+        start = str(parse_json(folder / "training.json").get("init_sha256"))
         files = sorted((folder / "adapter").iterdir())
     else:
         start, files = "", sorted(set(find_weights(folder).values()))

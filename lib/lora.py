@@ -115,7 +115,7 @@ def adapters_alone(checkpoint: Path, start: str) -> str:
     """Say what a checkpoint is whose start is gone, and what to do."""
     model, folder = "AutoModelForCausalLM.from_pretrained(START, dtype='float32')", checkpoint
     merge = f"PeftModel.from_pretrained({model}, {str(folder / 'adapter')!r}).merge_and_unload()"
-    gone = f"{start} is gone or has changed, and {folder} holds adapters alone"
+    gone = f"{start} is gone, has changed or lacks its own start; {folder} holds adapters alone"
     return f"{gone}. Put that back, or merge them into another copy, START, by PEFT: {merge}"
 
 

@@ -147,7 +147,7 @@ def hash_inputs(config) -> dict[str, str]:
 def save_checkpoint(
     run: Path, update: int, model, tokenizer, optimizer, meta: dict, is_master: bool = True
 ) -> Future | None:
-    """Let a thread write RUN/step-UPDATE; return what waits for it, raises its errors, gives it.
+    """Let a thread write RUN/step-UPDATE; return its future, whose result is that folder.
 
     What training changes, weights and two moments, is copied to the CPU's memory first. `meta` says
     as JSON what made it. Rank 0 writes; the others help to gather a sharded model.

@@ -306,7 +306,8 @@ def is_saved(run: Run, update: int) -> bool:
 def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     """Save a checkpoint if it is time; exit if any process has caught a signal.
 
-    A thread writes it during the next update, but for the last one. Its errors end the run here.
+    A thread writes it while the next update runs; here the run waits for it if it ends, and ends if
+    the thread has failed.
     """
     (stopping,) = world.all_reduce(signals.caught)
     last, due = update + 1 == run.updates, is_saved(run, update) or stopping

@@ -332,6 +332,19 @@ def test_runs_start_and_resume_from_either_kind(place, tmp_path, monkeypatch):
         )
 
 
+def test_a_last_checkpoint_is_saved_though_the_start_of_its_start_is_gone(
+    place, monkeypatch, capsys
+):
+    reward_length(monkeypatch)
+    shutil.rmtree(place / "rl" / "step-3")
+    after(monkeypatch, 1, lambda _: shutil.rmtree(place / "models"))
+    capsys.readouterr()
+    end = grpo(place / "rl", place / "sft" / "step-2", resume=True, beta=0.05)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "lacks its own" in line]
+    assert f"{end} holds adapters alone" in line
+    assert verify_manifest(end) is None and not (end / "model.safetensors").exists()
+
+
 def change_start(place: Path) -> None:
     file = place / "models" / "small" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -343,13 +356,13 @@ REFUSED = {
     "start gone": (
         lambda place: shutil.rmtree(place / "models"),
         ("sft/step-1", "new"),
-        "models/small is gone or has changed, and",
+        "models/small is gone, has changed or",
     ),
-    "start changed": (change_start, ("sft/step-1", "new"), "is gone or has changed"),
+    "start changed": (change_start, ("sft/step-1", "new"), "models/small is gone, has changed or"),
     "start of the start gone": (
         lambda place: shutil.rmtree(place / "models"),
         ("rl/step-1", "new"),
-        "sft/step-2 holds adapters alone",
+        "sft/step-2 is gone, has changed or lacks its own start; rl/step-1 holds",
     ),
     "folder exists": (lambda place: None, ("sft/step-1", "rl"), "rl exists already"),
     "no folder": (lambda place: None, ("sft/step-1",), "say: python -m lib.checkpoint merge"),
