@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.attention import KVCache, packed_attention
-from lib.distributed import in_threads, n_threads, processes_here
-from lib.limits import PROCESS_BYTES, memory_limit
+from lib.attention import KVCache, cache_bytes, packed_attention
+from lib.distributed import in_threads, n_threads
+from lib.fused import block_logits
+from lib.memory import free_bytes
 from lib.packing import Packed, log_softmax, pack, pack_prompts, pad
 from lib.rng import torch_rng
 from lib.transformer import Transformer
 
 CHECK_FINISHED_EVERY = 4  # steps
+BLOCK = 512  # tokens of a large vocabulary that are chosen among at once
 OF_RESPONSES = ("tokens", "lengths", "logps", "stopped")  # a Rollout's tensors with B rows
 
 
@@ -94,10 +96,11 @@ class Sampler:
         group_size: int = 1,
         max_new_tokens: int = 128,
         temperature: float = 1.0,  # 0: the likeliest token, with its log-prob at temperature 1
+        reserve: int = 0,  # bytes of a GPU that the cache leaves to what is still to come
     ):
         self.model, self.group_size = model, group_size
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.use_graphs = model.device.type == "cuda"
+        self.reserve, self.use_graphs = reserve, model.device.type == "cuda"
         self.stops = torch.tensor(stop_tokens, dtype=torch.long, device=model.device)
         self.batch: DecodeBatch | None = None
 
@@ -113,15 +116,13 @@ class Sampler:
         max_prompt_len = max(map(len, prompts))
         total, limit = max_prompt_len + T, self.model.config.max_position_embeddings
         if total > limit:
-            what = f"prompt and response may take {total} tokens"
-            raise ValueError(f"{what}, more than the model's {limit} positions")
+            raise ValueError(f"prompt and response may take {total} of {limit} positions")
 
         padded, prompt_lengths = pad(prompts, device)  # (P, Tp), (P,)
         uniforms = [torch.rand(G, T, generator=torch_rng(*key)) for key in keys]
         uniforms = torch.cat(uniforms).to(device)  # (B, T)
-        tokens = torch.zeros(len(uniforms), T, dtype=torch.long, device=device)
-        logps = torch.zeros(len(uniforms), T, device=device)
-        lengths = torch.zeros(len(uniforms), dtype=torch.long, device=device)
+        logps, tokens = torch.zeros_like(uniforms), torch.zeros_like(uniforms, dtype=torch.long)
+        lengths = torch.zeros_like(tokens[:, 0])
 
         @torch.no_grad()  # in each thread
         def decode(chosen: list[int]) -> None:
@@ -146,24 +147,11 @@ class Sampler:
         return Rollout(padded, prompt_lengths, tokens, lengths, logps, stopped, self.max_new_tokens)
 
     def max_groups(self, max_prompt_len: int) -> int:
-        """Return how many groups fit in memory: what is free on a GPU, a share of it on the CPU."""
-        config, device = self.model.config, self.model.device
-        per_token = 2 * config.num_hidden_layers * config.kv_size * self.model.dtype.itemsize
-        response_tokens = self.group_size * self.max_new_tokens
-        if device.type == "cuda":
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + unused
-            if self.batch is not None:  # its memory can be used again
-                cache = self.batch.cache
-                free += cache.groups * (cache.max_prompt_len + response_tokens) * per_token
-        else:
-            # The limit, not what is free: that varies, the batch size would vary with it, and
-            # results would differ in the last bits.
-            processes = processes_here()
-            spare = max(0, memory_limit() - processes * PROCESS_BYTES)
-            free = spare / 4 / n_threads(device) / processes
-        # The other half is for logits, activations and training.
-        return max(1, int(free / 2 / ((max_prompt_len + response_tokens) * per_token)))
+        """Return how many groups may share a batch: the cache takes half of what is free."""
+        shape = self.group_size, max_prompt_len, self.max_new_tokens
+        free = free_bytes(self.model.device) - self.reserve
+        free += self.batch.cache.n_bytes if self.batch else 0  # which can be used again
+        return max(1, int(free / 2 / cache_bytes(self.model, 1, *shape)))
 
     def _batch(self, groups: int, max_prompt_len: int) -> "DecodeBatch":
         """Return a batch with this capacity; with CUDA graphs, the existing one if it is enough."""
@@ -183,15 +171,31 @@ def rows_of(groups: Tensor, G: int) -> Tensor:
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Sample tokens from logits (B, V) by inverse CDF at uniforms (B,); return log-probs, too."""
-    log_p = log_softmax(logits, temperature or 1.0)
     if temperature == 0:
-        tokens = log_p.argmax(-1)
-    else:
-        cdf = log_p.exp().cumsum(-1)
-        # right=True, so a zero-probability token is never chosen.
-        tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN logits: their log-probs are NaN too
-    return tokens, log_p.gather(1, tokens[:, None])[:, 0]
+        logps, tokens = log_softmax(logits, 1.0).max(-1)
+        return tokens, logps
+    if logits.shape[1] <= BLOCK:
+        return invert_cdf(logits, uniforms, temperature)[:2]
+    # One of some hundred blocks, then one of its tokens: a single pass over the logits.
+    blocks, block_logps, rest = invert_cdf(block_logits(logits, temperature, BLOCK), uniforms, 1.0)
+    index = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)  # (B, BLOCK)
+    inside = logits.gather(1, index.clamp(max=logits.shape[1] - 1))
+    inside = inside.masked_fill(index >= logits.shape[1], -torch.inf)
+    tokens, logps, _ = invert_cdf(inside, rest, temperature)
+    return blocks * BLOCK + tokens, block_logps + logps
+
+
+def invert_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """Return where the CDF of logits (B, n) passes uniforms (B,), log-probs, and how far each
+    uniform lies into what it meets, from 0 to 1: that is uniform again."""
+    log_p = log_softmax(logits, temperature)
+    cdf = log_p.exp().cumsum(-1)
+    target = uniforms[:, None] * cdf[:, -1:]
+    # right=True, so what has probability zero is never chosen. NaN logits: NaN log-probs.
+    index = torch.searchsorted(cdf, target, right=True).clamp(max=logits.shape[1] - 1)  # (B, 1)
+    logps = log_p.gather(1, index)
+    rests = ((target - cdf.gather(1, index)) / logps.exp() + 1).clamp(0, 1 - 2**-24)
+    return index[:, 0], logps[:, 0], rests[:, 0]
 
 
 class DecodeBatch:
@@ -244,8 +248,7 @@ class DecodeBatch:
 
     def decode_step(self, t: int) -> None:
         """Read response token `t` of each row and sample the next, on a GPU from a graph."""
-        quarter = max(16, math.ceil(self.T / 4))
-        window = min(self.T, (t // quarter + 1) * quarter)  # cached tokens that the step looks at
+        window = self.cache.window_at(t)
         if not self.use_graphs:
             return self.forward_one_token(t, window)
         key = self.P, window

@@ -35,6 +35,7 @@ from lib.checkpoint import load_meta, newest_checkpoint
 from lib.distributed import Signals, World, distributed, is_fsdp
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors
 from lib.lora import dropout_key
+from lib.memory import micro_batch_tokens, still_to_come
 from lib.packing import micro_batches, response_logps
 from lib.rng import epoch_indices, rng
 from lib.run_dir import open_run
@@ -92,7 +93,7 @@ class GrpoConfig:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
     # Memory and precision
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; weights stay fp32
-    micro_batch_tokens: int = 0  # tokens of a forward pass [0: 16384 on a GPU, 2048 on the CPU]
+    micro_batch_tokens: int = 0  # tokens of a pass [0: as many as fit on a GPU, 2048 on the CPU]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     lora: int | None = None  # rank of LoRA adapters, 0: train all weights [tiny 0, pretrained 64]
     lora_alpha: int = 128  # adapters are scaled by this over their rank
@@ -210,7 +211,7 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
         metrics["logp_diff_max"] = (logps - old_logps).abs().max().item()
         return loss, metrics
 
-    budget = config.micro_batch_tokens or (16384 if world.device.type == "cuda" else 2048)
+    budget = micro_batch_tokens(run, world)
     batches = list(micro_batches(rollout.prompt_lengths, lengths, active, budget))
     of_batches = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
     of_batches = world.all_gather(of_batches)
@@ -233,7 +234,7 @@ def main(config: GrpoConfig, world: World) -> None:
     tokenizer, policy = run.tokenizer, run.policy
     run.reference = training.initial_policy(run) if config.beta else None
     sampling = (config.group_size, max_new_tokens, config.temperature)
-    sampler = Sampler(policy, tokenizer.stops, *sampling)
+    sampler = Sampler(policy, tokenizer.stops, *sampling, still_to_come(run, world))
     numbers = range(config.prompts_per_update)[world.rank :: world.world_size]  # of this rank
     groups = torch.arange(len(numbers))  # numbered within this rank
 

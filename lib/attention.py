@@ -12,6 +12,7 @@ installed. torch padded serves everything else. Masking happens in this file onl
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib import kernels
+from lib import fused, kernels
 from lib.policy import DTYPES
 from lib.transformer import Attend, ModelConfig, Rope, Transformer, split_heads
 
@@ -143,6 +144,12 @@ def varlen_attention(batch: "Packed", config: ModelConfig) -> Attend:
     return attend
 
 
+def cache_bytes(model: Transformer, groups: int, G: int, max_prompt_len: int, T: int) -> int:
+    """Return what a KVCache of these sizes holds."""
+    per_token = 2 * model.config.num_hidden_layers * model.config.kv_size * model.dtype.itemsize
+    return groups * (max_prompt_len + G * T) * per_token
+
+
 class KVCache:
     """Keys and values of up to P groups of G responses, for decoding; a prompt's are stored once.
 
@@ -152,8 +159,11 @@ class KVCache:
 
     def __init__(self, model: Transformer, groups: int, G: int, max_prompt_len: int, T: int):
         self.config, self.groups, self.G = model.config, groups, G
-        self.max_prompt_len, self.backend = max_prompt_len, decode_backend(model)
+        self.max_prompt_len, self.T, self.backend = max_prompt_len, T, decode_backend(model)
         K, d, device = self.config.num_key_value_heads, self.config.head_dim, model.device
+        if self.backend == "flash":  # its check counts the heads that share a key head as queries
+            T = max(T, self.config.num_attention_heads // K)
+        self.n_bytes = cache_bytes(model, groups, G, max_prompt_len, T)
         options, layers = {"dtype": model.dtype, "device": device}, self.config.num_hidden_layers
         # The kernel reads valid entries only; the other back ends also read what they mask.
         new = torch.empty if self.backend == "kernel" else torch.zeros
@@ -191,6 +201,14 @@ class KVCache:
             kv[:, : len(rows), :, :t] = kv[:, rows, :, :t]
         self.prompt_lengths[: self.P] = self.prompt_lengths[groups]
 
+    def window_at(self, t: int) -> int:
+        """Return how many response tokens the step at token t looks at, those to come masked.
+
+        Matrix products look at all up to the next quarter of the buffer; the kernels go by lengths.
+        """
+        quarter = max(16, math.ceil(self.T / 4))
+        return min(self.T, (t // quarter + 1) * quarter) if self.backend == "matmul" else self.T
+
     def start_step(self, t: int, window: int) -> Attend:
         """Return the attention of a step that reads response token `t`, on `window` cached ones.
 
@@ -199,18 +217,21 @@ class KVCache:
         self.host_t, self.window = t, window
         if self.backend == "matmul":
             self.make_biases()
+        if self.backend == "flash":  # which takes its lengths as int32
+            B = self.P * self.G
+            self.seqlens = self.prompt_lengths[: self.P].int(), self.t.int().expand(B).contiguous()
         return getattr(self, f"attend_by_{self.backend}")
 
     def make_biases(self) -> None:
         """Mask, for all layers of a step, what lies behind a prompt's end and behind self.t."""
-        device, K = self.t.device, self.config.num_key_value_heads
+        device = self.t.device
         lengths = self.prompt_lengths[: self.P, None]
         real = torch.arange(self.max_prompt_len, device=device) < lengths  # (P, Tp)
         bias = torch.zeros(real.shape, device=device).masked_fill(~real, -torch.inf)
-        self.prompt_bias = bias.repeat_interleave(K, 0)[:, None]  # (P * K, 1, Tp)
+        self.prompt_bias = bias[:, None, None]  # (P, 1, 1, Tp)
         later = torch.arange(self.window, device=device) > self.t
-        zeros = torch.zeros(1, 1, self.window, device=device)
-        self.response_bias = zeros.masked_fill(later, -torch.inf)  # (1, 1, W)
+        zeros = torch.zeros(self.window, device=device)
+        self.response_bias = zeros.masked_fill(later, -torch.inf)  # (W,)
 
     # Three back ends, equal to rounding. qkv (B, H + 2 K, d) of B = P * G rows -> (B, H * d)
 
@@ -224,7 +245,7 @@ class KVCache:
         """Attend by PyTorch's matrix products, on any device."""
         q, *keys_and_values = split_heads(qkv, rope, self.config)
         (B, H, d), P, G, K = q.shape, self.P, self.G, self.config.num_key_value_heads
-        R, Tp, scale = H // K, self.max_prompt_len, d**-0.5
+        R, Tp = H // K, self.max_prompt_len
         response_kv = self.response_kv[layer][:, :B]
         for stored, x in zip(response_kv, keys_and_values):
             stored.index_copy_(2, self.t, x[:, :, None])
@@ -234,39 +255,33 @@ class KVCache:
         # The R heads that share a key head are rows of one matrix, as are a prompt's G responses.
         by_group = q.view(P, G, K, R, d).transpose(1, 2).reshape(P * K, G * R, d)
         by_row = q.reshape(B * K, R, d)
-        to_prompt = attention_scores(by_group, prompt_k, self.prompt_bias, scale)
-        to_response = attention_scores(by_row, response_k, self.response_bias, scale)
-        to_prompt = to_prompt.view(P, K, G, R, Tp).transpose(1, 2).reshape(B * K, R, Tp)
-        weights = torch.cat((to_prompt, to_response), -1).softmax(-1).to(q.dtype)
-        on_prompt = weights[..., :Tp].view(P, G, K, R, Tp).transpose(1, 2)
-        mixed = torch.bmm(on_prompt.reshape(P * K, G * R, Tp), prompt_v)
+        to_prompt = attention_scores(by_group, prompt_k).view(P, K, G * R, Tp)
+        to_response = attention_scores(by_row, response_k).view(B, K, R, self.window)
+        scores = to_prompt, to_response, self.prompt_bias, self.response_bias
+        on_prompt, on_response = fused.joint_softmax(*scores, d**-0.5, G, q.dtype)
+        mixed = torch.bmm(on_prompt.flatten(0, 1), prompt_v)
         mixed = mixed.view(P, K, G, R, d).transpose(1, 2).reshape(B * K, R, d)
-        return torch.baddbmm(mixed, weights[..., Tp:], response_v).view(B, H * d)
+        return torch.baddbmm(mixed, on_response.flatten(0, 1), response_v).view(B, H * d)
 
     def attend_by_flash(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         """Attend by flash-attn to prompt and response, and join the softmaxes by their sums."""
         q, k, v = split_heads(qkv, rope, self.config)
-        (B, H, d), P, G = q.shape, self.P, self.G
+        (B, H, d), P, G, (prompt_seqlens, t) = q.shape, self.P, self.G, self.seqlens
         prompt_kv = self.prompt_kv[layer][:, :P].transpose(2, 3)  # (2, P, Tp, K, d)
         response_kv = self.response_kv[layer][:, :B].transpose(2, 3)  # (2, B, T, K, d)
         attend = functools.partial(flash_attn_with_kvcache, return_softmax_lse=True)
-        lengths, t = self.prompt_lengths[:P].int(), self.t.int().expand(B).contiguous()
         # (P, G, H, d), (P, H, G); then (B, 1, H, d), (B, H, 1), once k and v are stored at t
-        on_prompt, prompt_sums = attend(q.view(P, G, H, d), *prompt_kv, cache_seqlens=lengths)
+        of_prompt = attend(q.view(P, G, H, d), *prompt_kv, cache_seqlens=prompt_seqlens)
         responses = q[:, None], *response_kv, k[:, None], v[:, None]
-        on_response, response_sums = attend(*responses, cache_seqlens=t)
-        prompt_sums = prompt_sums.transpose(1, 2).reshape(B, H)
-        share = torch.sigmoid(prompt_sums - response_sums[..., 0])[..., None]
-        mixed = share * on_prompt.reshape(B, H, d) + (1 - share) * on_response[:, 0]
-        return mixed.to(qkv.dtype).reshape(B, H * d)
+        return fused.join_softmaxes(*of_prompt, *attend(*responses, cache_seqlens=t))
 
 
-def attention_scores(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Return scores (b, Tq, Tk) in fp32 of queries (b, Tq, d) and keys (b, Tk, d).
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Return the products (b, Tq, Tk) in fp32 of queries (b, Tq, d) and keys (b, Tk, d).
 
     Qwen2's biases push scores to ~100, where bf16 is off by up to 0.5.
     """
     k = k.transpose(1, 2)
     if q.device.type == "cuda" and q.dtype != torch.float32:  # the CPU has no out_dtype
-        return torch.add(bias, torch.bmm(q, k, out_dtype=torch.float32), alpha=scale)
-    return torch.baddbmm(bias, q.float(), k.float(), alpha=scale)
+        return torch.bmm(q, k, out_dtype=torch.float32)
+    return torch.bmm(q.float(), k.float())

@@ -33,25 +33,51 @@ class Adapter(nn.Module):
         self.dropout, self.number = dropout, number  # among the model's adapters: part of its seed
         self.a = nn.Parameter(torch.empty(len(linear.sizes) * rank, linear.in_features))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.register_buffer("block", None, persistent=False)  # made of B
+        self.stale = True  # whether it has to be made anew: B has changed
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return A (rank, in) and B (out, rank) of each of the checkpoint's matrices."""
         return list(zip(self.a.chunk(len(self.sizes)), self.b.split(self.sizes)))
 
-    def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
-        """Map (N, in) to (N, out). Dropout depends on the key alone, so it can be recomputed."""
+    def scaled_block(self) -> Tensor:
+        """Return alpha / rank * B of all matrices as one block-diagonal one (matrices * rank, out).
+
+        CUDA graphs read it where it is, so it is made anew in place; each rollout begins with a
+        prefill, which runs outside the graphs and comes by here.
+        """
+        if self.stale:
+            block = (self.scale * torch.block_diag(*self.b.split(self.sizes))).t().contiguous()
+            self.block = block if self.block is None else self.block.copy_(block)
+            self.stale = False  # last: another thread must not read it too early
+        return self.block
+
+    def forward(self, x: Tensor, out: Tensor, dropout_key: int | None) -> Tensor:
+        """Add the adapter's product with x (N, in) to out (N, out), in place without gradients.
+
+        Dropout depends on the key alone, so it can be recomputed.
+        """
+        if not torch.is_grad_enabled() and dropout_key is None:
+            return out.addmm_(F.linear(x, self.a), self.scaled_block())
         scale = self.scale
         if self.dropout and dropout_key is not None:
             generator = torch.Generator(x.device).manual_seed(dropout_key + self.number)
             x = x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout)
             scale = scale / (1 - self.dropout)
         low = (scale * F.linear(x, self.a)).chunk(len(self.sizes), -1)  # (N, rank) each
-        return torch.cat([F.linear(part, b) for part, b in zip(low, self.b.split(self.sizes))], -1)
+        parts = [F.linear(part, b) for part, b in zip(low, self.b.split(self.sizes))]
+        return out + torch.cat(parts, -1)
 
 
 def adapted(model: Transformer) -> dict[str, Linear]:
     """Return the matrices that have adapters, by name."""
     return {name: m for name, m in model.named_modules() if getattr(m, "adapter", None) is not None}
+
+
+def mark_stale(model: Transformer) -> None:
+    """Say that adapters have changed. PyTorch does not: fused optimizers count no versions."""
+    for linear in adapted(model).values():
+        linear.adapter.stale = True
 
 
 def add_lora(base: Transformer, rank: int, alpha: int, dropout: float, generator) -> Transformer:
@@ -135,6 +161,7 @@ def load_adapters(model: Transformer, folder: Path) -> None:
     require(same, f"the adapters in {folder / WEIGHTS} are not those of this model and --lora")
     for name, weight in weights.items():
         weight.copy_(saved[name])
+    mark_stale(model)
 
 
 def add_adapters(name: str, weight: Tensor, adapters: dict[str, Tensor], scale: float) -> Tensor:

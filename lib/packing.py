@@ -17,6 +17,7 @@ from lib.attention import packed_attention
 from lib.transformer import Transformer
 
 Rows = list[list[int]]  # token lists
+MAX_LOGITS = 2**27  # that exist at a time
 
 
 def pad(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -147,7 +148,7 @@ def response_logps(
     temperature: float = 1.0,
     entropy: bool = False,
     dropout_key: int | None = None,
-    max_logits: int = 2**27,
+    max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs (M,) of the response tokens, and entropies (M,), or (0,) unless asked for.
 
@@ -156,9 +157,11 @@ def response_logps(
     """
     attend = packed_attention(batch, model)
     hidden = model(batch.tokens, batch.positions, attend, dropout_key)  # (N, D)
+    weight = model.head_weight()
+    gradient_of = weight.float() if weight.is_cuda and weight.requires_grad else None
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = log_softmax(model.logits(hidden), temperature)
+        log_p = log_softmax(model.logits(hidden, gradient_of), temperature)
         logps = log_p.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():  # last: the backward pass recomputes only what comes before
             return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps[:0]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.distributed import full_tensor, is_fsdp
+from lib.lora import mark_stale
 from lib.transformer import ModelConfig, Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,7 +87,7 @@ def trainable_parameters(model: Transformer) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def sync_weights(policy: Transformer, master: Transformer) -> None:
-    """Copy the master's trainable weights into the policy, in place."""
+    """Copy the master's trainable weights into the policy, in place; call it after each step."""
     pairs = list(zip(trainable_parameters(policy), trainable_parameters(master)))
     if is_fsdp(master):
         for mine, weight in pairs:  # one at a time: whole weights take memory
@@ -95,3 +96,4 @@ def sync_weights(policy: Transformer, master: Transformer) -> None:
         for dtype in {mine.dtype for mine, _ in pairs}:  # one kernel for all weights of a dtype
             mine, weights = zip(*(pair for pair in pairs if pair[0].dtype == dtype))
             torch._foreach_copy_(list(mine), list(weights))
+    mark_stale(policy)

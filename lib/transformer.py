@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib import kernels
+from lib import fused, kernels
 from lib.distributed import full_tensor
 from lib.kernels import Rope
 
@@ -69,8 +69,7 @@ class RMSNorm(nn.RMSNorm):
         """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`."""
         if kernels.apply_to(added):
             return kernels.add_rms_norm(x, added, self.weight, self.eps)
-        x = x + added
-        return x, super().forward(x).to(added.dtype)
+        return fused.add_rms_norm(x, added, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -83,13 +82,12 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
         out = F.linear(x, self.weight, self.bias)
-        return out if self.adapter is None else out + self.adapter(x, dropout_key)
+        return out if self.adapter is None else self.adapter(x, out, dropout_key)
 
 
 class HeadNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each head of x (N, heads, d) by itself, in fp32."""
-        return super().forward(x.float()).to(x.dtype)
+        return fused.head_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -122,8 +120,7 @@ class MLP(nn.Module):
         gate_up = self.gate_up_proj(x, dropout_key)  # (N, 2 * inner)
         if kernels.apply_to(gate_up):
             return self.down_proj(kernels.swiglu(gate_up), dropout_key)
-        gate, up = gate_up.chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up, dropout_key)
+        return self.down_proj(fused.swiglu(gate_up), dropout_key)
 
 
 class Block(nn.Module):
@@ -184,8 +181,7 @@ class Transformer(nn.Module):
             attend = without_rows(attend, N, extra)
         added = self.model.embed_tokens(tokens)  # (N, D)
         x = torch.zeros_like(added, dtype=torch.float32)  # the residual stream, in fp32 always
-        angles = positions[:, None].float() * rope_frequencies(self.config, positions.device)
-        context = (angles.cos(), angles.sin()), attend, dropout_key  # for each block
+        context = rope_table(positions, self.config), attend, dropout_key  # for each block
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, added = checkpoint(block, x, added, *context, use_reentrant=False)
@@ -203,17 +199,23 @@ class Transformer(nn.Module):
         on_cpu = self.device.type == "cpu" and self.dtype == torch.bfloat16
         return -n % 64 if varies and on_cpu else 0
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def head_weight(self) -> Tensor:
+        """Return the rows (V, D) of the head up to the last token allowed."""
+        weight = self.lm_head.weight
+        return weight[: self.n_logits] if self.n_logits < len(weight) else weight
+
+    def logits(self, hidden: Tensor, gradient_of: Tensor | None = None) -> Tensor:
         """Return the logits (N, V) in fp32 of hidden states (N, D), V up to the last token allowed.
 
         What is not allowed gets a logit so low that its probability is zero and its p log p, too.
+        `gradient_of` is what takes the gradient of 16-bit weights on a GPU: fused.LogitsInFp32.
         """
-        weight = self.lm_head.weight
-        if self.n_logits < len(weight):
-            weight = weight[: self.n_logits]
-        extra = self.extra_rows(len(hidden))
-        rows = F.pad(hidden, (0, 0, 0, extra)) if extra else hidden
-        logits = F.linear(rows, weight)[: len(hidden)].float()
+        weight, extra = self.head_weight(), self.extra_rows(len(hidden))
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            logits = fused.LogitsInFp32.apply(hidden, weight.detach(), gradient_of)
+        else:
+            rows = F.pad(hidden, (0, 0, 0, extra)) if extra else hidden
+            logits = F.linear(rows, weight)[: len(hidden)].float()
         return logits.index_fill(1, self.gaps, -1e30) if len(self.gaps) else logits
 
 
@@ -293,14 +295,18 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
+@fused.fuse
+def rope_table(positions: Tensor, config: ModelConfig) -> Rope:
+    """Return cos and sin (N, d/2) of the angles by which tokens at positions (N,) are rotated."""
+    angles = positions[:, None].float() * rope_frequencies(config, positions.device)
+    return angles.cos(), angles.sin()
+
+
 def split_heads(qkv: Tensor, rope: Rope, config: ModelConfig, dtype=None) -> tuple[Tensor, ...]:
     """Split qkv (N, H + 2 K, d) into rotated queries (N, H, d), rotated keys and values (N, K, d).
 
-    Pairs (x[i], x[i + d/2]) are rotated in fp32. All are returned in `dtype`, or else in qkv's.
+    All are returned in `dtype`, or else in qkv's.
     """
     H, K, dtype = config.num_attention_heads, config.num_key_value_heads, dtype or qkv.dtype
     qk, v = qkv.split((H + K, K), 1)
-    cos, sin = (table[:, None] for table in rope)
-    a, b = qk.chunk(2, -1)
-    qk = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    return *qk.to(dtype).split((H, K), 1), v.to(dtype)
+    return *fused.rotate(qk, *rope, dtype).split((H, K), 1), v.to(dtype)

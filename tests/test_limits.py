@@ -73,14 +73,14 @@ def test_a_containers_limits_count(name, tmp_path, monkeypatch):
 def test_what_does_not_fit_the_container_waits(monkeypatch):
     """A tenth of the memory holds a tenth of the groups; four processes here share it."""
     sampler = Sampler(small_model(), [1], 8, 100)
-    monkeypatch.setattr("rollout.memory_limit", lambda: 10 * GB + PROCESS_BYTES)
+    monkeypatch.setattr("lib.memory.memory_limit", lambda: 10 * GB + PROCESS_BYTES)
     groups = sampler.max_groups(50)
-    monkeypatch.setattr("rollout.memory_limit", lambda: GB + PROCESS_BYTES)
+    monkeypatch.setattr("lib.memory.memory_limit", lambda: GB + PROCESS_BYTES)
     assert sampler.max_groups(50) == pytest.approx(groups / 10, rel=0.01) and groups > 100
-    monkeypatch.setattr("rollout.memory_limit", lambda: GB + 4 * PROCESS_BYTES)
-    monkeypatch.setattr("rollout.processes_here", lambda: 4)
+    monkeypatch.setattr("lib.memory.memory_limit", lambda: GB + 4 * PROCESS_BYTES)
+    monkeypatch.setattr("lib.memory.processes_here", lambda: 4)
     assert sampler.max_groups(50) == pytest.approx(groups / 40, rel=0.1)
-    monkeypatch.setattr("rollout.memory_limit", lambda: PROCESS_BYTES)
+    monkeypatch.setattr("lib.memory.memory_limit", lambda: PROCESS_BYTES)
     assert sampler.max_groups(50) == 1
 
 

@@ -22,7 +22,7 @@ from lib.lora import (
     without_adapters,
 )
 from lib.packing import pack, pad, response_logps
-from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
+from lib.policy import DTYPES, cast_matmuls, make_policy, sync_weights, trainable_parameters
 from lib.run_dir import describe_start, read_log, save_checkpoint
 from lib.tokenizer import load_tokenizer
 from lib.transformer import hf_weights
@@ -109,8 +109,33 @@ def test_dropout_depends_on_its_key_alone():
 
     linear = next(iter(adapted(policy).values()))
     x = torch.ones(2000, linear.in_features)
-    exact, dropped = (linear.adapter(x, key).mean(0) for key in (None, 7))
+    zeros = torch.zeros(2000, linear.out_features)
+    exact, dropped = (linear.adapter(x, zeros, key).mean(0) for key in (None, 7))
     torch.testing.assert_close(exact, dropped, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adapters_without_gradients_follow_every_step(precision):
+    """They are multiplied as block-diagonal matrices, made anew in place: graphs keep addresses."""
+    master = adapters_on(cast_matmuls(small_model(), DTYPES[precision]))
+    policy = make_policy(master, precision)
+    optimizer = torch.optim.AdamW(trainable_parameters(master), lr=0.1, fused=True)
+    addresses = set()
+    for _ in range(3):
+        with torch.no_grad():
+            sampled = log_probs(policy)
+        trained = log_probs(policy)
+        atol = 1e-5 if precision == "fp32" else 0.1
+        torch.testing.assert_close(sampled, trained.detach(), atol=atol, rtol=0)
+        addresses.add(tuple(m.adapter.block.data_ptr() for m in adapted(policy).values()))
+        gradients = torch.autograd.grad(trained.sum(), trainable_parameters(policy))
+        for weight, gradient in zip(trainable_parameters(master), gradients):
+            weight.grad = gradient.float()
+        optimizer.step()
+        sync_weights(policy, master)
+    assert len(addresses) == 1
+    moved = (log_probs(policy) - trained).abs().max()
+    assert moved > 1, "the test needs steps that show"
 
 
 def test_dropout_is_the_same_when_activations_are_computed_again():

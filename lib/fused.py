@@ -1,0 +1,139 @@
+"""Small operations that are one kernel each on a GPU, compiled by torch.compile.
+
+Between its matrix products a layer is some twenty operations on little data. Launching each as a
+kernel of its own takes longer than reading the weights. On the CPU lib/kernels.py serves; without
+Triton and without a C compiler these functions run as they stand here, as PyTorch's operations.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.flags import warn
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether torch.compile works on this machine's GPU: it needs Triton and a C compiler."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device="cuda"))
+        return True
+    except Exception as error:  # dozens of kinds
+        warn(f"torch.compile does not work, PyTorch's operations serve, slower: {str(error)[:300]}")
+        return False
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """Compile a function once for all sizes."""
+    return torch.compile(function, dynamic=True)
+
+
+def fuse(function: Callable) -> Callable:
+    """Compile a pure function of tensors, the first of which says where it runs, on a GPU."""
+
+    @functools.wraps(function)
+    def call(x: Tensor, *others):
+        return (compiled(function) if x.is_cuda and has_triton() else function)(x, *others)
+
+    return call
+
+
+@fuse
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotate the pairs (x[i], x[i + d/2]) of heads x (N, heads, d), in fp32; return `dtype`."""
+    cos, sin = cos[:, None], sin[:, None]
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
+
+
+@fuse
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`."""
+    x = x + added
+    return x, F.rms_norm(x, weight.shape, weight, eps).to(added.dtype)
+
+
+@fuse
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise each head of x (N, heads, d) by itself, in fp32."""
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
+@fuse
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu of the first half of gate_up (N, 2 I) times the second, (N, I)."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@fuse
+def joint_softmax(
+    to_prompt: Tensor,
+    to_response: Tensor,
+    prompt_bias: Tensor,
+    response_bias: Tensor,
+    scale: float,
+    G: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return the attention weights of one softmax over prompt and response, shaped as the scores.
+
+    to_prompt (P, K, G * R, Tp), to_response (P * G, K, R, W), in fp32; the biases mask.
+    """
+    (P, K, rows, Tp), W = to_prompt.shape, to_response.shape[3]
+    to_prompt = (to_prompt * scale + prompt_bias).view(P, K, G, rows // G, Tp)
+    to_prompt = to_prompt.transpose(1, 2).reshape(P * G, K, rows // G, Tp)
+    scores = torch.cat((to_prompt, to_response * scale + response_bias), -1)
+    on_prompt, on_response = scores.softmax(-1).to(dtype).split((Tp, W), -1)
+    on_prompt = on_prompt.reshape(P, G, K, rows // G, Tp).transpose(1, 2)
+    return on_prompt.reshape(P, K, rows, Tp), on_response.contiguous()
+
+
+@fuse
+def join_softmaxes(
+    on_prompt: Tensor, prompt_sums: Tensor, on_response: Tensor, response_sums: Tensor
+) -> Tensor:
+    """Weigh two attentions (P, G, H, d), (P * G, 1, H, d) by their sums' logs: (P * G, H * d).
+
+    The logs are (P, H, G) and (P * G, H, 1), as flash-attn returns them.
+    """
+    B, _, H, d = on_response.shape
+    prompt_sums = prompt_sums.transpose(1, 2).reshape(B, H)
+    share = torch.sigmoid(prompt_sums - response_sums[..., 0])[..., None]
+    mixed = share * on_prompt.reshape(B, H, d) + (1 - share) * on_response[:, 0]
+    return mixed.to(on_response.dtype).reshape(B, H * d)
+
+
+@fuse
+def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:
+    """Return the logits (B, n) of blocks of `size` tokens: log-sum-exps of theirs (B, V) / T."""
+    padded = F.pad(logits / temperature, (0, -logits.shape[1] % size), value=-torch.inf)
+    return padded.unflatten(1, (-1, size)).logsumexp(-1)
+
+
+class LogitsInFp32(torch.autograd.Function):
+    """Products of 16-bit hidden states (N, D) and weights (V, D) that a GPU does not round.
+
+    bf16 logits would shift log-probs by up to 0.17. `gradient_of` is the weights in fp32, whose
+    gradient is returned, so that it is summed over chunks of N in fp32; None if they are frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, gradient_of: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden, weight), d_weight = ctx.saved_tensors, None
+        d_logits = d_logits.to(hidden.dtype)
+        if ctx.needs_input_grad[2]:
+            d_weight = torch.mm(d_logits.t(), hidden, out_dtype=torch.float32)
+        return torch.mm(d_logits, weight), None, d_weight

@@ -1,0 +1,77 @@
+"""What the sampler's cache and the trainer's micro-batches may take of a GPU's memory.
+
+The cache takes at most half of what is free when all has been set aside that training will still
+allocate. What is then left is for activations. On the CPU both have fixed sizes.
+"""
+
+import torch
+
+from lib.distributed import World, is_fsdp, n_threads, processes_here
+from lib.limits import PROCESS_BYTES, memory_limit
+from lib.packing import MAX_LOGITS
+from lib.policy import trainable_parameters
+from lib.transformer import ModelConfig
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much may still be allocated: of a GPU, or of a thread's share of the machine.
+
+    On the CPU this goes by the limit, not by what is free: that varies, the batch size would vary
+    with it, and results would differ in the last bits.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    processes = processes_here()
+    spare = max(0, memory_limit() - processes * PROCESS_BYTES)
+    return int(spare / 4 / n_threads(device) / processes)
+
+
+def still_to_come(run, world: World) -> int:
+    """Return the bytes that training will allocate on a GPU besides activations; 0 on the CPU.
+
+    `run` is a lib.training.Run; its reference counts until it is there, its optimizer's two moments
+    until the first step.
+    """
+    if world.device.type == "cpu":
+        return 0
+    trained = sum(weight.numel() for weight in trainable_parameters(run.policy))
+    shards = world.world_size if is_fsdp(run.master) else 1
+    n_bytes = (4 if run.optimizer.state else 12) * trained // shards  # with the gradient, in fp32
+    n_bytes += 2 * trained  # a micro-batch's gradient, in 16 bits
+    if world.world_size > shards:
+        n_bytes += 4 * trained  # the gradient in one piece, to be summed over the processes
+    if run.config.beta and not run.reference and not run.config.lora:
+        n_bytes += sum(weight.nbytes for weight in run.policy.parameters())
+    if run.policy.lm_head.weight.requires_grad:  # in fp32, with its gradient
+        n_bytes += 8 * run.policy.lm_head.weight.numel()
+    return n_bytes + 5 * 4 * MAX_LOGITS  # logits, log-probs, entropies and their gradients
+
+
+def activation_bytes(config: ModelConfig, lora: int, dropout: bool, checkpointing: bool) -> int:
+    """Return what a token holds from the forward to the backward pass, on a GPU in 16 bits.
+
+    It sums what the operations of lib/transformer.py keep. `python -m paper.bench --trace` counts
+    the same, and a test compares the two.
+    """
+    D, inner, kv = config.hidden_size, config.intermediate_size, config.kv_size
+    q, block_input = config.num_attention_heads * config.head_dim, 6 * D  # fp32 and 16 bits
+    layer = 2 * block_input + 4 * inner  # what goes into both norms and into SwiGLU
+    layer += 6 * q + 8 * kv  # q before and after rotation, k and v for each response, the output
+    if lora:  # what goes into four adapters, with the masks of their dropout, and their low ranks
+        layer += (2 + dropout) * (2 * D + q + inner) + 14 * lora
+    else:  # what goes into qkv_proj, gate_up_proj and down_proj
+        layer += 2 * (2 * D + inner)
+    layers = config.num_hidden_layers
+    return layers * block_input + layer if checkpointing else layers * layer
+
+
+def micro_batch_tokens(run, world: World) -> int:
+    """Return how many tokens a forward and backward pass of GRPO may take."""
+    config = run.config
+    if config.micro_batch_tokens or world.device.type == "cpu":
+        return config.micro_batch_tokens or 2048  # as many as its caches hold
+    free = 0.9 * free_bytes(world.device) - still_to_come(run, world)
+    adapters = config.lora or 0, config.lora_dropout > 0
+    n_bytes = activation_bytes(run.policy.config, *adapters, config.gradient_checkpointing)
+    return max(1, int(free / n_bytes / 1024)) * 1024  # so that it does not vary with a few MB
