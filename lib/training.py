@@ -197,6 +197,7 @@ def accumulate_gradients(
                 torch._foreach_add_(total, gradients)
             else:
                 total = [gradient.float() for gradient in gradients]
+            del gradients  # the next micro-batch's need their memory
         return total, of_items
 
     n = min(n_threads(master.device), len(items))

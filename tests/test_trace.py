@@ -1,0 +1,277 @@
+"""The trace counts hand-made cases exactly, refuses what a CUDA graph cannot hold, prints tables.
+
+It pretends to have a GPU before torch is imported, so all is measured in a process of its own.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from paper import no_cuda
+
+pytestmark = pytest.mark.skipif(bool(no_cuda.why_not()), reason=no_cuda.why_not())
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def test_kernels_bytes_and_flops(measured):
+    """x (4, 8), w (16, 8), rows (3, 8) of a table in bf16, their numbers (3,) in int64."""
+    assert measured["kernels"] == [
+        ["mm", 2 * (4 * 8 + 16 * 8 + 4 * 16), 2 * 4 * 8 * 16],
+        ["mm", 2 * (4 * 8 + 16 * 8) + 4 * 4 * 16, 2 * 4 * 8 * 16],  # to fp32
+        ["addmm_", 2 * (4 * 8 + 16 * 8 + 2 * 4 * 16), 2 * 4 * 8 * 16],
+        ["bmm", 2 * (2 * 3 * 4 + 2 * 4 * 5 + 2 * 3 * 5), 2 * 2 * 3 * 4 * 5],
+        ["index_select", 8 * 3 + 2 * 2 * 3 * 8, 0],
+        ["index_copy_", 8 * 3 + 2 * 2 * 3 * 8, 0],
+        ["add", 2 * (4 * 8 + 8 + 4 * 8), 0],  # a row that is expanded is read once
+        ["fill_", 2 * 4 * 8, 0],
+    ]
+    assert measured["seconds"] == [2.5e-6, 1.0, 2.0]  # of the smallest kernel, by bytes, by FLOPs
+
+
+def test_memory_is_followed(measured):
+    """Two tensors of 4,000 bytes, a view of the second, and the first one's end before it."""
+    assert measured["live"] == [4000, 8000, 4000, 4000, 0]
+    assert measured["peak"] == 8000
+
+
+def test_a_compiled_region_is_one_kernel(measured):
+    """x and y (4, 8) in fp32 go in, (4,) comes out; nothing is kept beside x and y."""
+    assert measured["forward"] == [["region", 4 * (2 * 32 + 4), 0]]
+    assert measured["kept"] == 4 * 4
+    assert measured["backward"] == [["gradients", 4 * (2 * 32 + 4 + 2 * 32), 0]]
+    assert measured["gradient_error"] == 0
+
+
+@pytest.mark.parametrize("name", ["item", "mask", "nonzero", "to_host", "from_host", "on_host"])
+def test_what_a_graph_cannot_hold_is_refused(name, measured):
+    assert "a CUDA graph cannot hold it" in measured["refused"][name]
+
+
+def test_what_a_graph_can_hold_is_not_refused(measured):
+    assert measured["refused"]["fine"] == ""
+
+
+@pytest.mark.parametrize("name", ["fp32", "int64 lengths", "a short cache"])
+def test_flash_attention_checks_its_arguments(name, measured):
+    assert measured["flash"][name] and measured["flash"]["fine"] == ""
+
+
+def test_tables(measured):
+    tables = re.findall(r"(?:^\|.*\n)+", measured["printed"], re.MULTILINE)
+    decoding, training, memory = ([r.split(" | ") for r in t.splitlines()] for t in tables)
+    assert [len(rows) - 2 for rows in (decoding, training, memory)] == [8, 10, 10]
+    assert all(len(row) == len(t[0]) for t in (decoding, training, memory) for row in t[2:])
+    for row in decoding[2:]:  # two layers, and the embedding, the head and sampling
+        assert int(row[3]) > 2 * int(row[4]) > 0
+    kernels = {(row[0], row[2]): int(row[4]) for row in training[2:] if row[1] == "1"}
+    full, lora = (
+        [kernels[name, on] for on in ("no", "yes")] for name in ("| all weights", "| LoRA")
+    )
+    assert 0 < full[0] < full[1] < lora[1] and full[0] < lora[0] < lora[1]
+
+
+@pytest.mark.parametrize("trained", ["all weights", "LoRA"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_layer_keeps_is_what_is_planned(trained, checkpointing, measured):
+    kept, planned = measured["layer"][f"{trained}, {checkpointing}"]
+    assert kept == pytest.approx(planned, rel=0.02)
+
+
+def test_parts_of_memory(measured):
+    """Of a model in fp32: 4 bytes a weight, 4 of its gradient, 8 of Adam's, sharded over 8."""
+    from lib.attention import KVCache
+    from lib.transformer import Transformer
+    from paper.bench import SMALL
+
+    whole, sharded, lora = measured["memory"]
+    model = Transformer(SMALL.shape)
+    n = sum(w.numel() for w in model.parameters())
+    assert [whole[name] for name in ("master", "gradients", "optimizer")] == [4 * n, 4 * n, 8 * n]
+    assert [sharded[name] for name in ("master", "optimizer")] == [n / 2, n]
+    norms = sum(w.numel() for w in model.parameters() if w.ndim == 1 and len(w) == 32)
+    assert whole["policy"] == whole["reference"] == 2 * n + 2 * norms == lora["policy"]
+    assert lora["master"] == lora["reference"] == 0 < lora["adapters"]
+    cache = KVCache(model, SMALL.prompts, SMALL.group, SMALL.prompt_len, SMALL.new_tokens)
+    assert whole["KV cache"] == sum(x.nbytes for x in cache.prompt_kv + cache.response_kv) / 2
+    assert whole["all"] == sum(whole.values()) - whole["all"]
+    assert whole["activations"] > 0 and whole["backward"] > 0
+
+
+def test_the_benchmark_starts_it(monkeypatch):
+    from lib.distributed import World
+    from paper.bench import BenchConfig, main
+
+    def execv(path, command):
+        raise SystemExit(" ".join(command[1:]))
+
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit, match=r"^-m paper\.trace --small$"):
+        main(BenchConfig(trace=True, small=True), World(0, 1, None))
+
+
+# ------------------------------------------------------------------------------------------------
+# In the process of its own
+
+
+def error_of(function) -> str:
+    try:
+        function()
+    except (RuntimeError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def count(t, torch) -> dict:
+    """Count hand-made steps."""
+    at = {"device": t.GPU, "dtype": torch.bfloat16}
+    x, w, table, out = (torch.zeros(n, 8, **at) for n in (4, 16, 1000, 1000))
+    row, index = torch.zeros(8, **at), torch.zeros(3, dtype=torch.long, device=t.GPU)
+    a, b = torch.zeros(2, 3, 4, **at), torch.zeros(2, 4, 5, **at)
+    with t.Trace() as trace:
+        y = torch.nn.functional.linear(x, w)
+        torch.mm(x, w.t(), out_dtype=torch.float32)
+        y.addmm_(x, w.t())
+        torch.bmm(a, b)
+        rows = table.index_select(0, index)
+        out.index_copy_(0, index, rows)
+        x + row.expand(4, 8)
+        torch.empty(100, **at).view(10, 10)
+        x.fill_(1)
+    found = {"kernels": trace.kernels}
+    kernels = t.Kernel("", 1), t.Kernel("", t.BANDWIDTH), t.Kernel("", 1, 2 * t.FLOPS)
+    found["seconds"] = [kernel.seconds for kernel in kernels]
+
+    with t.Trace() as trace:
+        live, weight = [], torch.zeros(1000, device=t.GPU)
+    with t.Trace() as trace:
+        first = torch.empty(1000, device=t.GPU)
+        live.append(trace.live)
+        second = first + weight
+        live.append(trace.live)
+        del first
+        live.append(trace.live)
+        view = second.view(10, 100)
+        del second
+        live.append(trace.live)
+        del view
+        live.append(trace.live)
+    found |= {"live": live, "peak": trace.peak}
+
+    def region(x, y):
+        return (x * y).exp().sum(-1)
+
+    x, y = (torch.zeros(4, 8, device=t.GPU, requires_grad=True) for _ in range(2))
+    d_z = torch.ones(4, device=t.GPU)
+    with t.Trace() as trace:
+        z = t.compiled(region)(x, y)
+        found |= {"forward": list(trace.kernels), "kept": trace.live}
+        trace.kernels.clear()
+        torch.autograd.grad(z, (x, y), d_z)
+    return found | {"backward": trace.kernels}
+
+
+def refuse(t, torch) -> dict:
+    """Capture steps that cannot be captured, and one that can."""
+    x, mask = torch.zeros(4, device=t.GPU), torch.zeros(4, dtype=torch.bool, device=t.GPU)
+    host = torch.zeros(4)
+    steps = {
+        "item": lambda: x.sum().item(),
+        "mask": lambda: x[mask],
+        "nonzero": lambda: mask.nonzero(),
+        "to_host": lambda: x.cpu(),
+        "from_host": lambda: torch.tensor([1, 2], device=t.GPU),
+        "on_host": lambda: x + host,
+        "fine": lambda: torch.where(mask, 2.0 * x[:2].repeat(2), torch.arange(4, device=t.GPU)),
+    }
+
+    def capture(step):
+        with t.Trace(capture=True):
+            step()
+
+    q, cache = (torch.zeros(2, n, 4, 8, dtype=torch.bfloat16, device=t.GPU) for n in (1, 16))
+    k, lengths = cache[:, :1, :1], torch.zeros(2, dtype=torch.int32, device=t.GPU)
+    cache = cache[:, :, :1]
+
+    def flash(q, cache, lengths):
+        return lambda: t.flash_attn_with_kvcache(8, q, cache, cache, k, k, cache_seqlens=lengths)
+
+    calls = {
+        "fp32": flash(q.float(), cache, lengths),
+        "int64 lengths": flash(q, cache, lengths.long()),
+        "a short cache": flash(q, cache[:, :3], lengths),
+        "fine": flash(q, cache, lengths),
+    }
+    refused = {name: error_of(lambda: capture(step)) for name, step in steps.items()}  # noqa: B023
+    return {"refused": refused, "flash": {name: error_of(call) for name, call in calls.items()}}
+
+
+def gradient_error(t, torch) -> float:
+    """Return how far a region's gradients are from PyTorch's, with data."""
+    from lib.fused import add_rms_norm
+
+    def loss_of(function):
+        torch.manual_seed(0)
+        x, added, weight = (torch.randn(n, requires_grad=True) for n in ((4, 8), (4, 8), (8,)))
+        x_new, normed = function(x, added, weight, 1e-6)
+        return torch.autograd.grad((x_new.sin() * normed).sum(), (x, added, weight))
+
+    plain = add_rms_norm.__wrapped__
+    pairs = zip(loss_of(plain), loss_of(t.compiled(plain)))
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def kept_by_a_layer(t) -> dict:
+    """Return the bytes that a layer of Qwen2.5-1.5B keeps of a token, and those planned."""
+    found = {}
+    for lora, checkpointing in itertools.product((False, True), repeat=2):
+        kept, planned = [], []
+        for layers in (1, 2):
+            shape = replace(t.QWEN.shape, num_hidden_layers=layers, vocab_size=100)
+            work = replace(t.QWEN, prompts=2, shape=shape)
+            _, n_tokens, n_bytes = t.micro_batch(work, t.build(shape, lora), checkpointing)
+            kept.append(n_bytes / n_tokens)
+            planned.append(t.memory.activation_bytes(shape, t.RANK * lora, lora, checkpointing))
+        name = f"{'LoRA' if lora else 'all weights'}, {checkpointing}"
+        found[name] = kept[1] - kept[0], planned[1] - planned[0]
+    return found
+
+
+def measure() -> dict:
+    sys.argv[1:], printed = ["--small"], io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        t = SimpleNamespace(**runpy.run_module("paper.trace", run_name="__main__"))
+    import torch
+
+    with t.fake_mode:
+        found = count(t, torch) | refuse(t, torch)
+    found |= {"gradient_error": gradient_error(t, torch), "printed": printed.getvalue()}
+    found["layer"] = kept_by_a_layer(t)
+    whole, lora = (t.build(t.SMALL.shape, lora) for lora in (False, True))
+    ways = ("all weights", whole, 1), ("--fsdp", whole, 8), ("LoRA", lora, 1)
+    setups = [t.Setup(name, models, t.SMALL, gpus, False) for name, models, gpus in ways]
+    found["memory"] = [t.memory_of(setup) for setup in setups]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
