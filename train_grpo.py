@@ -31,14 +31,14 @@ import eval
 import train_sft
 from data import load_problems
 from lib import training
-from lib.checkpoint import load_meta
+from lib.checkpoint import load_meta, newest_checkpoint
 from lib.distributed import Signals, World, distributed, is_fsdp
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors
 from lib.lora import dropout_key
 from lib.memory import micro_batch_tokens, still_to_come
 from lib.packing import micro_batches, response_logps
 from lib.rng import epoch_indices, rng
-from lib.run_dir import newest_checkpoint, open_run
+from lib.run_dir import open_run
 from lib.training import Run
 from lib.transformer import Transformer
 from rollout import Rollout, Sampler

@@ -21,13 +21,13 @@ from torch import Tensor
 import eval
 from data import load_problems
 from lib import training
-from lib.checkpoint import load_meta
+from lib.checkpoint import checkpoints, find_checkpoint, load_meta, newest_checkpoint
 from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
 from lib.flags import parse_flags, require, require_min, set_missing
 from lib.lora import dropout_key
 from lib.packing import Packed, pack_examples, pack_with_gaps, response_logps
 from lib.rng import epoch_indices, rng, torch_rng
-from lib.run_dir import changed_flags, checkpoints, find_checkpoint, newest_checkpoint, open_run
+from lib.run_dir import changed_flags, open_run
 from lib.tables import percent
 from lib.tokenizer import Tokenizer
 from lib.training import Run

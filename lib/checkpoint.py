@@ -1,17 +1,40 @@
-"""Models on disk: a Hugging Face folder and back. Nothing loaded here can run code."""
+"""Models on disk: a Hugging Face folder and back. Nothing loaded here can run code.
 
-from dataclasses import asdict, fields, replace
+    python -m lib.checkpoint merge ckpt/qwen merged    # a model of a run that stopped midway
+
+While a run trains LoRA adapters, its checkpoints hold these alone. Whatever loads such a checkpoint
+adds them to the model that the run started from. The command writes that sum to a new folder:
+the checkpoint may be the start of another run, which finds it by its hash, or about to make room.
+"""
+
+import hashlib
+import os
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from lib.distributed import World
-from lib.flags import fail, parse_json, read_json, require, user_errors
-from lib.lora import adapters_alone, add_lora, load_adapters, weight_deltas
+from lib.files import MANIFEST, sha256, verify_manifest, written_whole
+from lib.flags import (
+    fail,
+    parse_flags,
+    parse_json,
+    quiet_pipes,
+    read_json,
+    require,
+    user_errors,
+    warn,
+    write_json,
+)
+from lib.lora import adapters_alone, add_adapters, add_lora, load_adapters, read_adapters
 from lib.policy import DTYPES, detect_dtype, empty_model
 from lib.rng import torch_rng
 from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
@@ -125,10 +148,8 @@ def load_model(
     tokenizer = load_tokenizer(folder, chat_template)
     tokens = set(tokenizer.inner.get_vocab().values())
     require(max(tokens) < config.vocab_size, f"{folder}: more words in tokenizer than model")
-    alone = (folder / "adapter").is_dir() and not (folder / "model.safetensors").exists()
-    require(not alone, adapters_alone(folder))
     with user_errors():
-        files = find_weights(folder)
+        files, adapters = find_parts(folder)
     names = dict(hf_weights(empty_model(config, dtype, "meta"))).keys()
     missing, unknown = names - files.keys(), files.keys() - names - {"lm_head.weight"}
     unknown = {n for n in unknown if not n.endswith("rotary_emb.inv_freq")}  # old Llama checkpoints
@@ -142,11 +163,48 @@ def load_model(
         config = replace(config, tie_word_embeddings=torch.equal(*both))  # as transformers 5 does
     model = empty_model(config, dtype, device)
     for name, weight in hf_weights(model):
-        loaded = read_weight(files[name], name, device)
+        loaded = read_weight(files[name], name, "cpu" if adapters else device)
+        for of_checkpoint, scale in adapters:
+            loaded = add_adapters(name, loaded, of_checkpoint, scale)
         require(loaded.shape == weight.shape, f"{folder}: the shape of {name} is not config.json's")
         weight.copy_(loaded)
     model.allow_tokens(tokens)
     return model, tokenizer
+
+
+def save_model(folder: Path, config: ModelConfig, tokenizer: Tokenizer, meta: dict) -> None:
+    """Write a Hugging Face folder without weights, and its training.json."""
+    tokenizer.save(folder)
+    stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
+    write_json(folder / "config.json", hf_config(config, tokenizer))
+    write_json(folder / "generation_config.json", stops)
+    write_json(folder / "training.json", meta)
+
+
+def save_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def holds_adapters_alone(folder: Path) -> bool:
+    """Whether a checkpoint holds LoRA adapters without the model that they are merged into."""
+    return (folder / "adapter").is_dir() and not any(folder.glob("model.safetensors*"))
+
+
+def find_parts(folder: Path) -> tuple[dict[str, Path], list[tuple[dict[str, Tensor], float]]]:
+    """Return the file of each weight, and the adapters to add in turn, with their scales.
+
+    Raises ValueError if there are no weights; refuses adapters whose start is gone.
+    """
+    if not holds_adapters_alone(folder):
+        return find_weights(folder), []
+    meta = load_meta(folder)
+    scaled = {"lora", "lora_alpha"} <= meta.keys() and meta["lora"] > 0
+    require(scaled, f"{folder / 'training.json'} does not say how its adapters are scaled")
+    start = find_start(folder.parent, meta)
+    require(start is not None, adapters_alone(folder, meta.get("init_from", "their start")))
+    files, adapters = find_parts(start)  # the start may hold adapters alone, too
+    ours = read_adapters(folder / "adapter"), meta["lora_alpha"] / meta["lora"]
+    return files, [*adapters, ours]
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
@@ -208,43 +266,14 @@ def load_master(
     return master, tokenizer
 
 
-def weights_to_save(model: Transformer, meta: dict, is_master: bool) -> dict[str, Tensor] | None:
-    """Return the weights in fp32; with LoRA, the start's as they lie on disk plus the adapters.
-
-    None if the start is gone or has changed. Of a sharded model a collective: all processes have
-    to call it, and rank 0 gets the weights.
-    """
-    if meta.get("lora") and is_master:
-        return merged_weights(model, Path(meta["init_from"]))
-    weights = hf_weights(model)
-    return {name: weight.float().cpu().contiguous() for name, weight in weights if is_master}
-
-
-def merged_weights(model: Transformer, start: Path) -> dict[str, Tensor] | None:
-    """Return the weights in `start` plus the adapters, in fp32; None if it has others or none.
-
-    They are read again, since the model may hold them in bf16.
-    """
-    try:
-        files, weights = find_weights(start), {}
-        for name, loaded in hf_weights(model):
-            weights[name] = read_weight(files[name], name).float()
-            if not torch.equal(weights[name].to(loaded.dtype), loaded.cpu()):
-                return None
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return None
-    for name, delta in weight_deltas(model):
-        weights[name] += delta
-    return weights
-
-
 def load_meta(checkpoint: Path) -> dict:
     """Return what made the checkpoint; empty for one that was not made here."""
     path = checkpoint / "training.json"
     meta = read_json(path) if path.exists() else {}
     texts = ("stage", "relabel", "init_from", "init_beside", "init_name", "init_sha256")
     kinds = {str: (*texts, "data", "answer_pattern"), bool: ("no_chat_template",)}
-    kinds |= {int: ("field", "update", "total", "lora", "max_new_tokens"), dict: ("inputs",)}
+    kinds |= {int: ("field", "update", "total", "lora", "lora_alpha", "max_new_tokens")}
+    kinds[dict] = ("inputs",)
     for kind, names in kinds.items():
         wrong = [name for name in names if type(meta.get(name, kind())) is not kind]
         require(not wrong, f"{path}: bad {', '.join(wrong)}")
@@ -262,3 +291,121 @@ def choose_dtype(flag: str, config: ModelConfig, checkpoint: Path | None, world:
             return trained_in
     choice = detect_dtype(config, world.device) if flag == "auto" else flag
     return world.all_gather([choice])[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Where checkpoints are
+
+
+def find_start(run: Path, meta: dict) -> Path | None:
+    """Return the folder with the weights from which a run started; None if they are gone.
+
+    They are looked for where they were, and beside the run if both were moved together. Adapters
+    alone are gone with their own start.
+    """
+    if not {"init_sha256", "init_from"} <= meta.keys():
+        return None
+    for folder in (Path(meta["init_from"]), run / meta.get("init_beside", "")):
+        if holds_start(folder, meta):
+            whole = not holds_adapters_alone(folder) or find_start(folder.parent, load_meta(folder))
+            return folder if whole else None
+    return None
+
+
+def holds_start(folder: Path, meta: dict) -> bool:
+    """Whether a folder holds the weights from which a run started."""
+    try:
+        return weights_sha256(folder) == meta["init_sha256"]
+    except (OSError, ValueError):  # none that can be read
+        return False
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the SHA-256 of a model's weights on disk. Raises ValueError if there are none.
+
+    That of adapters alone is made of theirs and their start's.
+    """
+    if holds_adapters_alone(folder):
+        start = str(parse_json(folder / "training.json").get("init_sha256"))
+        files = sorted((folder / "adapter").iterdir())
+    else:
+        start, files = "", sorted(set(find_weights(folder).values()))
+    return hashlib.sha256("".join([start, *map(sha256, files)]).encode()).hexdigest()
+
+
+def checkpoints(run: Path, first: int = 0) -> list[Path]:
+    """Return the folders RUN/step-N from N = `first` on, ordered by N."""
+    names = re.compile(r"step-[0-9]+")
+    found = [(int(p.name[5:]), p) for p in run.glob("step-*") if names.fullmatch(p.name)]
+    return [folder for n, folder in sorted(found) if n >= first]
+
+
+@user_errors()
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the sound RUN/step-N with the largest N, or None; refuse a run if all are broken."""
+    faults = {}
+    for folder in reversed(checkpoints(run)):
+        if not (fault := verify_manifest(folder)):
+            for broken, why in faults.items():
+                warn(f"{broken} is broken and passed over: {why}")
+            return folder
+        faults[folder] = fault
+    for broken, why in faults.items():  # the newest
+        fail(f"{broken} is broken, and no other is there: {why}")
+    return None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this is the name of a model of the hub: no folder here, and none of a run."""
+    is_local = Path(name).exists() or name.startswith(("ckpt/", "models/"))
+    return not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+@user_errors()  # names that no file system takes, folders that nobody may read
+def find_checkpoint(name: str) -> Path:
+    """Return a checkpoint, a run's newest one, or a model from the hub or its cache."""
+    path = Path(name)
+    if is_hub_name(name):
+        try:
+            patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except Exception as error:  # no such model, no permission, no network: dozens of kinds
+            reason = str(error)[:300]
+            fail(f"there is no folder {name}, nor can the hub be asked for that model: {reason}")
+    if (path / "config.json").exists() or (path / MANIFEST).exists():
+        fault = verify_manifest(path)
+        require(not fault, f"{path} is broken: {fault}")
+        return path
+    require(path.is_dir(), f"there is no folder {path}")
+    newest = newest_checkpoint(path)
+    require(newest is not None, f"{path} holds no checkpoint: no config.json, no step-N folder")
+    return newest
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+
+
+@dataclass
+class MergeConfig:
+    words: tuple = ()  # merge, a run or checkpoint, and a new folder
+
+
+def main(config: MergeConfig) -> None:
+    usage = "say: python -m lib.checkpoint merge RUN NEW_FOLDER (RUN or one of its checkpoints)"
+    require(len(config.words) == 3 and config.words[0] == "merge", usage)
+    source, folder = find_checkpoint(config.words[1]), Path(config.words[2])
+    require((source / "adapter").is_dir(), f"{source} has no adapters to merge")
+    require(holds_adapters_alone(source), f"{source} is merged already: it holds the whole model")
+    require(not os.path.lexists(folder), f"{folder} exists already")
+    model, tokenizer = load_model(source)
+    with written_whole(folder) as draft:
+        save_model(draft, model.config, tokenizer, load_meta(source))
+        save_weights(dict(hf_weights(model)), draft)
+    print(folder)
+
+
+if __name__ == "__main__":
+    config = parse_flags(MergeConfig, __doc__, positional="words")
+    with quiet_pipes():
+        main(config)

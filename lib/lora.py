@@ -6,12 +6,10 @@
 For a matrix W (out, in), A (rank, in) and B (out, rank), which starts at zero, add B A x * alpha /
 rank to W x. Where our model stacks several of a checkpoint's matrices, each has its own A and B,
 stacked likewise. The base is the reference of the KL term, without a second copy in memory.
-A checkpoint holds the model with its adapters merged, and the adapters in PEFT's format, for `peft`
-to load and for runs to resume from.
+A checkpoint holds the adapters in PEFT's format, for `peft` to load and for runs to resume from.
 """
 
 import math
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -118,13 +116,6 @@ def dropout_key(config, update: int, rank: int, micro_batch: int) -> int | None:
     return rng(config.seed, "dropout", update, rank, micro_batch).getrandbits(60)
 
 
-def weight_deltas(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Yield the checkpoint's name of each adapted matrix and alpha / rank * B A, in fp32."""
-    for name, linear in adapted(model).items():
-        for part, (a, b) in zip(part_names(name), linear.adapter.pairs()):
-            yield f"{part}.weight", (linear.adapter.scale * (b @ a)).detach().cpu()
-
-
 def peft_weights(model: Transformer) -> dict[str, Tensor]:
     """Return the adapters under PEFT's names, as views."""
     weights = {}
@@ -135,37 +126,50 @@ def peft_weights(model: Transformer) -> dict[str, Tensor]:
     return weights
 
 
-def save_adapters(model: Transformer, base: str, folder: Path) -> None:
-    """Write the adapters of the model called `base` in PEFT's format."""
+def save_adapters(weights: dict[str, Tensor], meta: dict, folder: Path) -> None:
+    """Write what `peft_weights` returned in PEFT's format. `meta` says what made it."""
     folder.mkdir()
-    weights = {name: w.cpu().contiguous() for name, w in peft_weights(model).items()}
     save_file(weights, folder / WEIGHTS)
-    linears = adapted(model)
-    parts = {part.rpartition(".")[2] for name in linears for part in part_names(name)}
-    one = next(iter(linears.values())).adapter
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    config |= {"r": one.rank, "lora_alpha": one.alpha, "lora_dropout": one.dropout}
-    config |= {"target_modules": sorted(parts), "bias": "none", "inference_mode": True}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": meta["lora"]}
+    config |= {"base_model_name_or_path": meta["init_name"], "bias": "none"}
+    config |= {key: meta[key] for key in ("lora_alpha", "lora_dropout")} | {"inference_mode": True}
+    config["target_modules"] = sorted({name.split(".")[-3] for name in weights})
     write_json(folder / "adapter_config.json", config)
 
 
-def adapters_alone(checkpoint: Path) -> str:
-    """Say what a checkpoint is whose start was gone when it was saved, and what to do."""
-    start, folder = "AutoModelForCausalLM.from_pretrained(START, dtype='float32')", checkpoint
-    merge = f"PeftModel.from_pretrained({start}, {str(folder / 'adapter')!r}).merge_and_unload()"
-    return f"{folder} holds adapters alone. To merge them into their START by PEFT: {merge}"
+def adapters_alone(checkpoint: Path, start: str) -> str:
+    """Say what a checkpoint is whose start is gone, and what to do."""
+    model, folder = "AutoModelForCausalLM.from_pretrained(START, dtype='float32')", checkpoint
+    merge = f"PeftModel.from_pretrained({model}, {str(folder / 'adapter')!r}).merge_and_unload()"
+    gone = f"{start} is gone, has changed or lacks its own start; {folder} holds adapters alone"
+    return f"{gone}. Put that back, or merge them into another copy, START, by PEFT: {merge}"
+
+
+def read_adapters(folder: Path) -> dict[str, Tensor]:
+    """Return what `save_adapters` wrote, by PEFT's names."""
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        fail(f"cannot read the adapters in {folder / WEIGHTS}: {error}")
 
 
 def load_adapters(model: Transformer, folder: Path) -> None:
     """Load what `save_adapters` wrote into a model with adapters of the same rank."""
-    try:
-        saved = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        fail(f"cannot read the adapters in {folder / WEIGHTS}: {error}")
-    weights = peft_weights(model)
+    saved, weights = read_adapters(folder), peft_weights(model)
     shapes, expected = ({name: w.shape for name, w in x.items()} for x in (saved, weights))
     same = shapes == expected
     require(same, f"the adapters in {folder / WEIGHTS} are not those of this model and --lora")
     for name, weight in weights.items():
         weight.copy_(saved[name])
     mark_stale(model)
+
+
+def add_adapters(name: str, weight: Tensor, adapters: dict[str, Tensor], scale: float) -> Tensor:
+    """Return a checkpoint's weight of this name plus scale * B A, in fp32, if it has adapters."""
+    part = f"base_model.model.{name.removesuffix('.weight')}"
+    a, b = (adapters.get(f"{part}.lora_{letter}.weight") for letter in "AB")
+    if a is None or b is None:
+        return weight
+    fits = a.shape[:1] == b.shape[1:] and b.shape[:1] + a.shape[1:] == weight.shape
+    require(fits, f"the adapters of {name} have another shape than their start")
+    return weight.float() + scale * (b @ a)

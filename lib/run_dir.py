@@ -2,40 +2,51 @@
 
 A checkpoint is a Hugging Face folder. Beside the model lie `training.json` (what made it),
 `training_state.pt` (the optimizer; random streams are regenerated from the update's number) and
-`manifest.json` (the SHA-256 of every file). With LoRA the model has its adapters merged, and
-`adapter/` holds them alone. A checkpoint is renamed when complete, so a crash never leaves half of
-one; one that is damaged later is detected by its manifest and passed over. One process at a time
-writes to a run: it holds a lock on the log. Nothing loaded here can run code.
+`manifest.json` (the SHA-256 of every file). With LoRA `adapter/` holds the adapters, and the run's
+last checkpoint alone also the model with them merged (lib/checkpoint.py merges the others). A
+thread writes it while the next update runs, from a copy of all that changes: in memory, what is
+trained and its two moments once more. A checkpoint is renamed when complete, so a crash never
+leaves half of one; one that is damaged later is detected by its manifest and passed over. One
+process at a time writes to a run: it holds a lock on the log. Nothing loaded here can run code.
 """
 
-import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import re
-import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import takewhile
 from math import isfinite
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
+from torch import Tensor
 
-from lib.checkpoint import find_weights, hf_config, load_meta, weights_to_save
+from lib.checkpoint import (
+    checkpoints,
+    find_checkpoint,
+    find_start,
+    holds_start,
+    is_hub_name,
+    load_meta,
+    load_model,
+    save_model,
+    save_weights,
+    weights_sha256,
+)
 from lib.distributed import World, full_tensor
-from lib.files import delete, follow_umask, fsync, remove, rename
-from lib.flags import fail, flag_name, parse_json_lines, require, user_errors, warn, write_json
+from lib.files import delete, remove, sha256, verify_manifest, written_whole
+from lib.flags import fail, flag_name, parse_json_lines, require, user_errors, warn
 from lib.fsdp import shard_like
-from lib.lora import adapters_alone, save_adapters
+from lib.lora import adapters_alone, peft_weights, save_adapters
 from lib.responses import RESPONSES
+from lib.transformer import hf_weights
 
 MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
 MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}  # flags that may change when a run is resumed
-LOG, MANIFEST = "metrics.jsonl", "manifest.json"
+LOG = "metrics.jsonl"
 OVERWRITTEN = (LOG, RESPONSES, "evaluation.json", "evaluation.png", "training.png")
+writer = ThreadPoolExecutor(1)  # writes one checkpoint at a time; Python waits for it at its end
 
 
 def open_run(
@@ -118,25 +129,6 @@ def describe_start(start: Path, named: str, run: Path) -> dict[str, str]:
     }
 
 
-def find_start(run: Path, meta: dict) -> Path | None:
-    """Return the folder with the weights from which a run started; None if they are gone.
-
-    They are looked for where they were, and beside the run if both were moved together.
-    """
-    if not {"init_sha256", "init_from"} <= meta.keys():
-        return None
-    folders = (Path(meta["init_from"]), run / meta.get("init_beside", ""))
-    return next((folder for folder in folders if holds_start(folder, meta)), None)
-
-
-def holds_start(folder: Path, meta: dict) -> bool:
-    """Whether a folder holds the weights from which a run started."""
-    try:
-        return weights_sha256(folder) == meta["init_sha256"]
-    except (OSError, ValueError):  # none that can be read
-        return False
-
-
 def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
     """Return the flags in which a config differs from a checkpoint's, with both values."""
     flags = {name: now for name, now in asdict(config).items() if name not in MAY_DIFFER}
@@ -152,66 +144,58 @@ def hash_inputs(config) -> dict[str, str]:
     return {flag_name(flag): sha256(Path(file)) for flag, file in files.items() if file}
 
 
-def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a model's weights on disk. Raises ValueError if there are none."""
-    files = sorted(set(find_weights(folder).values()))
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def save_checkpoint(
     run: Path, update: int, model, tokenizer, optimizer, meta: dict, is_master: bool = True
-) -> Path:
-    """Write RUN/step-UPDATE, whole or not at all. `meta` says as JSON what made it.
+) -> Future | None:
+    """Let a thread write RUN/step-UPDATE; return its future, whose result is that folder.
 
-    Rank 0 writes; the others help to gather a sharded model. The newest meta["keep"] checkpoints
-    are kept, or all if that is 0. Where the start under adapters is gone they are saved alone.
+    What training changes, weights and two moments, is copied to the CPU's memory first. `meta` says
+    as JSON what made it. Rank 0 writes; the others help to gather a sharded model.
     """
-    folder, draft = run / f"step-{update}", run / f".step-{update}.part"
-    weights, state = weights_to_save(model, meta, is_master), optimizer.state_dict()
+    trained = peft_weights(model).items() if meta.get("lora") else hf_weights(model)
+    weights = {name: copy_to_cpu(weight) for name, weight in trained if is_master}
+    state = optimizer.state_dict()
     for i, of_weight in state["state"].items():
         whole = {key: full_tensor(value) for key, value in of_weight.items()}
-        state["state"][i] = {key: value.cpu() for key, value in whole.items() if is_master}
+        state["state"][i] = {key: copy_to_cpu(x) for key, x in whole.items() if is_master}
     if not is_master:
-        return folder
+        return None
+    made_by = {"update": update, **meta}
+    return writer.submit(write_checkpoint, run, made_by, weights, state, model.config, tokenizer)
+
+
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """Return an fp32 copy, also of a tensor that is there already."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def write_checkpoint(
+    run: Path, meta: dict, weights: dict[str, Tensor], state: dict, config, tokenizer
+) -> Path:
+    """Write RUN/step-UPDATE, whole or not at all, behind the logs up to it; return the folder.
+
+    The newest meta["keep"] checkpoints are kept, or all if that is 0. With LoRA the run's last one
+    also gets the merged model, unless the start is gone.
+    """
+    folder = run / f"step-{meta['update']}"
     for old in run.glob(".step-*.part"):  # left by a run that was killed while it wrote
-        delete(old, MANIFEST)
-    try:
-        draft.mkdir(parents=True)
-        if weights is None:
-            warn(f"{meta['init_from']} is gone or has changed: {adapters_alone(folder)}")
-        else:
-            save_file(weights, draft / "model.safetensors", {"format": "pt"})
-        tokenizer.save(draft)
-        stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
-        write_json(draft / "config.json", hf_config(model.config, tokenizer))
-        write_json(draft / "generation_config.json", stops)
-        write_json(draft / "training.json", {"update": update, **meta})
+        delete(old)
+    with written_whole(folder, run / LOG, run / RESPONSES) as draft:
         torch.save(state, draft / "training_state.pt")
-        if meta.get("lora"):
-            save_adapters(model, meta["init_name"], draft / "adapter")
-        follow_umask(draft, "config.json")
-        files = sorted(file for file in draft.rglob("*") if file.is_file())
-        write_json(draft / MANIFEST, {str(f.relative_to(draft)): sha256(f) for f in files})
-        for path in (*draft.rglob("*"), draft, run / LOG, run / RESPONSES):
-            fsync(path)
-        for old in checkpoints(run, first=update):  # damaged ones, which were passed over
-            remove(old, MANIFEST)
-        rename(draft, folder, MANIFEST)
-        fsync(run)
-    except Exception as error:  # mostly a full disk, for which each library raises its own kind
-        free = "unknown"
-        with contextlib.suppress(OSError):  # the disk itself may be gone
-            free = f"{shutil.disk_usage(run).free / 1e6:.0f}"
-        fail(f"cannot write the checkpoint {folder} ({free} MB are free): {error}")
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        save_model(draft, config, tokenizer, meta)
+        last = meta["update"] == meta.get("total")
+        if not meta.get("lora"):
+            save_weights(weights, draft)
+        else:
+            save_adapters(weights, meta, draft / "adapter")
+            if last and find_start(run, meta):
+                save_weights(dict(hf_weights(load_model(draft)[0])), draft)
+            elif last:
+                warn(adapters_alone(folder, meta["init_from"]))
+        for old in checkpoints(run, first=meta["update"]):  # damaged ones, which were passed over
+            remove(old)
     for old in checkpoints(run)[: -meta.get("keep", 0)]:  # [:-0] is empty
-        remove(old, MANIFEST)
+        remove(old)
     return folder
 
 
@@ -226,73 +210,6 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         optimizer.load_state_dict(state)
     except Exception as error:  # a truncated file fails in many ways
         fail(f"cannot read the optimizer in {path}: {str(error)[:200]}")
-
-
-def verify_manifest(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint by its manifest; None if it is sound or has none."""
-    try:
-        if not os.path.lexists(checkpoint / MANIFEST):
-            return None if any(checkpoint.iterdir()) else "it is empty"
-        hashes = json.loads((checkpoint / MANIFEST).read_bytes())
-        for name, digest in hashes.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:  # files may be links, though
-                return f"{MANIFEST} names {name}, which lies elsewhere"
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
-            if sha256(checkpoint / name) != digest:
-                return f"{name} is not as it was written"
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        return f"cannot read {MANIFEST}: {error}"
-    return None
-
-
-def checkpoints(run: Path, first: int = 0) -> list[Path]:
-    """Return the folders RUN/step-N from N = `first` on, ordered by N."""
-    names = re.compile(r"step-[0-9]+")
-    found = [(int(p.name[5:]), p) for p in run.glob("step-*") if names.fullmatch(p.name)]
-    return [folder for n, folder in sorted(found) if n >= first]
-
-
-@user_errors()
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the sound RUN/step-N with the largest N, or None; refuse a run if all are broken."""
-    faults = {}
-    for folder in reversed(checkpoints(run)):
-        if not (fault := verify_manifest(folder)):
-            for broken, why in faults.items():
-                warn(f"{broken} is broken and passed over: {why}")
-            return folder
-        faults[folder] = fault
-    for broken, why in faults.items():  # the newest
-        fail(f"{broken} is broken, and no other is there: {why}")
-    return None
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether this is the name of a model of the hub: no folder here, and none of a run."""
-    is_local = Path(name).exists() or name.startswith(("ckpt/", "models/"))
-    return not is_local and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-
-
-@user_errors()  # names that no file system takes, folders that nobody may read
-def find_checkpoint(name: str) -> Path:
-    """Return a checkpoint, a run's newest one, or a model from the hub or its cache."""
-    path = Path(name)
-    if is_hub_name(name):
-        try:
-            patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
-            return Path(snapshot_download(name, allow_patterns=patterns))
-        except Exception as error:  # no such model, no permission, no network: dozens of kinds
-            reason = str(error)[:300]
-            fail(f"there is no folder {name}, nor can the hub be asked for that model: {reason}")
-    if (path / "config.json").exists() or (path / MANIFEST).exists():
-        fault = verify_manifest(path)
-        require(not fault, f"{path} is broken: {fault}")
-        return path
-    require(path.is_dir(), f"there is no folder {path}")
-    newest = newest_checkpoint(path)
-    require(newest is not None, f"{path} holds no checkpoint: no config.json, no step-N folder")
-    return newest
 
 
 @user_errors()

@@ -6,6 +6,7 @@ And, at the end, what GRPO's log holds.
 import math
 import os
 import signal
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -45,6 +46,7 @@ class Run:
     log: run_dir.Log | None  # on rank 0
     responses: run_dir.JsonLines | None  # on rank 0, in GRPO
     reference: Transformer | None = None  # the start, for a KL term
+    saving: Future | None = None  # on rank 0: the checkpoint that a thread writes
     nonfinite: int = 0  # updates in a row whose loss or gradient was not finite
     warned: set = field(default_factory=set)  # what the last row of the log was warned of
 
@@ -131,7 +133,7 @@ def initial_policy(run: Run) -> Transformer:
     """Return the policy before RL: the frozen base under the adapters, or the start reloaded."""
     if run.meta["lora"]:
         return without_adapters(run.master)
-    start = run_dir.find_start(run.folder, run.meta)
+    start = checkpoint.find_start(run.folder, run.meta)
     require(start is not None, f"{run.init}, where this run started, is gone or has changed")
     return checkpoint.load_model(start, run.master.device, DTYPES[run.meta["compute_dtype"]])[0]
 
@@ -303,12 +305,20 @@ def is_saved(run: Run, update: int) -> bool:
 
 
 def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
-    """Save a checkpoint if it is time; exit if any process has caught a signal."""
+    """Save a checkpoint if it is time; exit if any process has caught a signal.
+
+    A thread writes it while the next update runs; here the run waits for it if it ends, and ends if
+    the thread has failed.
+    """
     (stopping,) = world.all_reduce(signals.caught)
-    last = update + 1 == run.updates
-    if is_saved(run, update) or stopping:
+    last, due = update + 1 == run.updates, is_saved(run, update) or stopping
+    if run.saving and (due or run.saving.done()):
+        run.saving.result()
+    if due:
         state = (run.master, run.tokenizer, run.optimizer, run.meta)
-        run_dir.save_checkpoint(run.folder, update + 1, *state, world.is_master)
+        run.saving = run_dir.save_checkpoint(run.folder, update + 1, *state, world.is_master)
+    if run.saving and (last or stopping):
+        run.saving.result()
     world.barrier()
     if stopping and not last:
         warn(f"stopped and saved; --resume continues {run.folder}")

@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 
 from data.finite_field import EVALUATION, INVERSION
-from lib.checkpoint import load_meta
+from lib.checkpoint import load_meta, newest_checkpoint
 from lib.flags import flag_name, read_json, require, user_errors, write_json
 from lib.limits import core_limit
 from lib.plots import draw_smoothly, new_figure, save
-from lib.run_dir import newest_checkpoint, read_log, resumed_start
+from lib.run_dir import read_log, resumed_start
 
 ROOT = Path(__file__).parent.parent  # where the scripts lie
 SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")  # each needs what those before it wrote

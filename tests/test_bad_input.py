@@ -49,7 +49,7 @@ def place(tmp_path, monkeypatch) -> Path:
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters())
     training = {"stage": "sft", "field": 11, "relabel": "fixed", "total": 3, "lr": 0.003}
-    save_checkpoint(tmp_path / "good", 3, model, word_tokenizer(11), optimizer, training)
+    save_checkpoint(tmp_path / "good", 3, model, word_tokenizer(11), optimizer, training).result()
     shutil.copytree("good", "broken")
     weights = Path("broken/step-3/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")

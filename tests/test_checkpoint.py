@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from lib import checkpoint
 from lib.attention import packed_attention
-from lib.checkpoint import choose_dtype, load_model
+from lib.checkpoint import choose_dtype, find_checkpoint, load_model
 from lib.distributed import World
 from lib.packing import pack_prompts, pad, response_logps
-from lib.run_dir import find_checkpoint, save_checkpoint
+from lib.run_dir import save_checkpoint
 from lib.transformer import ModelConfig
 from rollout import Sampler
 
@@ -180,7 +180,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch, capsys)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     monkeypatch.chdir(tmp_path)
-    script = "from lib.run_dir import find_checkpoint as find; import sys; print(find(sys.argv[1]))"
+    script = "import sys; from lib import checkpoint as c; print(c.find_checkpoint(sys.argv[1]))"
     here = Path(checkpoint.__file__).parent.parent
     environment = {"PYTHONPATH": str(here), "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     for name, found in (("someone/small", True), ("someone/large", False)):
@@ -251,7 +251,7 @@ def test_rows_that_no_token_has_get_no_probability_and_no_gradient(gap, tied, tm
     assert gradient[unknown].abs().sum() == 0 and (gradient[index].abs().sum(1) > 0).all()
 
     optimizer = torch.optim.AdamW(model.parameters())
-    saved = save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, {})
+    saved = save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, {}).result()
     again = AutoModelForCausalLM.from_pretrained(saved)
     assert torch.equal(again.lm_head.weight, reference.lm_head.weight), "the rows stay"
 

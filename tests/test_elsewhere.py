@@ -17,20 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
 import train_sft
-from lib import files, run_dir, training
-from lib.checkpoint import load_model
-from lib.distributed import Signals, World
-from lib.flags import print_error, repair_streams
-from lib.run_dir import (
+from lib import checkpoint, files, training
+from lib.checkpoint import (
     checkpoints,
-    choose_checkpoints,
     find_checkpoint,
     load_meta,
+    load_model,
     newest_checkpoint,
-    read_log,
-    save_checkpoint,
-    verify_manifest,
 )
+from lib.distributed import Signals, World
+from lib.files import verify_manifest
+from lib.flags import print_error, repair_streams
+from lib.run_dir import choose_checkpoints, read_log, save_checkpoint
 from lib.tokenizer import load_tokenizer
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -54,7 +52,7 @@ def grpo(out: Path | str, init: Path | str, **flags) -> Path:
 def save_tiny(run: Path, update: int, **meta) -> Path:
     model = small_model(update)
     optimizer = torch.optim.AdamW(model.parameters())
-    return save_checkpoint(run, update, model, word_tokenizer(11), optimizer, meta)
+    return save_checkpoint(run, update, model, word_tokenizer(11), optimizer, meta).result()
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +166,7 @@ def test_peft_finds_the_base_by_the_name_it_was_given(named, tmp_path, monkeypat
     """A hub's name stays one; a folder has its whole path, since PEFT may run elsewhere."""
     monkeypatch.chdir(tmp_path)
     folder = make_pretrained(Path("cache" if named == "someone/small" else named).absolute())
-    monkeypatch.setattr(run_dir, "snapshot_download", lambda name, **_: str(folder))
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **_: str(folder))
     end = sft("run", model=named, lora=2)
     base = json.loads((end / "adapter" / "adapter_config.json").read_text())
     expected = named if named == "someone/small" else str(folder)
@@ -254,10 +252,10 @@ def test_adapters_are_saved_though_their_start_is_gone(
     lose_the_start(monkeypatch, lambda: LOST[how](copy))
     capsys.readouterr()
     end = grpo(run, copy, **flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "To merge them" in line]
-    assert len(lines) == 2 and str(copy) in lines[0] and f"'{end}/adapter'" in lines[1]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "or merge them" in line]
+    assert str(copy) in line and f"'{end}/adapter'" in line
     assert verify_manifest(end) is None and not (end / "model.safetensors").exists()
-    assert "To merge them" in refusal(lambda: load_model(find_checkpoint(str(run))), capsys)
+    assert "or merge them" in refusal(lambda: load_model(find_checkpoint(str(run))), capsys)
 
     monkeypatch.undo()
     monkeypatch.setattr("lib.plots.save", lambda *_: None)
@@ -389,7 +387,7 @@ def test_a_copy_or_deletion_that_is_cut_short_leaves_a_broken_checkpoint(tmp_pat
     whole = save_tiny(tmp_path, 3)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        files.remove(whole, "manifest.json")
+        files.remove(whole)
     assert newest_checkpoint(tmp_path) == tmp_path / "step-1"
     (whole / "manifest.json").unlink()
     assert newest_checkpoint(tmp_path) == tmp_path / "step-1", "an empty folder is no checkpoint"

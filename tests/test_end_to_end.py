@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import train_grpo
 import train_sft
 from lib import training
-from lib.checkpoint import load_model
+from lib.checkpoint import find_checkpoint, load_model
 from lib.distributed import World
-from lib.run_dir import find_checkpoint, read_log
+from lib.run_dir import read_log
 from lib.transformer import ModelConfig
 from paper import tour
 

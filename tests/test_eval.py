@@ -242,7 +242,8 @@ def save(run: Path, update: int, **meta) -> Path:
     """Write RUN/step-UPDATE with random weights."""
     model = small_model(update)
     optimizer = torch.optim.AdamW(model.parameters())
-    return save_checkpoint(run, update, model, word_tokenizer(11), optimizer, {"field": 11} | meta)
+    saved = (run, update, model, word_tokenizer(11), optimizer, {"field": 11} | meta)
+    return save_checkpoint(*saved).result()
 
 
 @pytest.fixture(scope="module")

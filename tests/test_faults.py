@@ -15,8 +15,9 @@ import torch
 from conftest import same_weights
 
 import train_sft
-from lib.checkpoint import load_model
-from lib.run_dir import checkpoints, newest_checkpoint, read_log, verify_manifest
+from lib.checkpoint import checkpoints, load_model, newest_checkpoint
+from lib.files import verify_manifest
+from lib.run_dir import read_log
 
 pytestmark = pytest.mark.slow
 HERE = Path(train_sft.__file__).parent

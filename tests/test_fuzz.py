@@ -8,7 +8,8 @@ from fuzz_tagger import check, mutated, problem_number
 
 from data.finite_field import Task, vocabulary
 from lib.checkpoint import read_config
-from lib.run_dir import read_log, verify_manifest
+from lib.files import verify_manifest
+from lib.run_dir import read_log
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, example, given, settings

@@ -11,12 +11,19 @@ from transformers import AutoModelForCausalLM
 
 import train_grpo
 import train_sft
-from lib.checkpoint import load_model
+from lib.checkpoint import find_checkpoint, load_model
 from lib.distributed import World
-from lib.lora import adapted, add_lora, load_adapters, weight_deltas, without_adapters
+from lib.lora import (
+    adapted,
+    add_adapters,
+    add_lora,
+    load_adapters,
+    peft_weights,
+    without_adapters,
+)
 from lib.packing import pack, pad, response_logps
 from lib.policy import DTYPES, cast_matmuls, make_policy, sync_weights, trainable_parameters
-from lib.run_dir import find_checkpoint, read_log, save_checkpoint
+from lib.run_dir import describe_start, read_log, save_checkpoint
 from lib.tokenizer import load_tokenizer
 from lib.transformer import hf_weights
 from rollout import Sampler
@@ -35,6 +42,11 @@ def adapters_on(base, rank: int = 3, dropout: float = 0.0):
     return policy
 
 
+def lora_from(start, run) -> dict:
+    """What training.json says of `adapters_on` a model in the folder `start`."""
+    return {"lora": 3, "lora_alpha": 6, "lora_dropout": 0.0} | describe_start(start, "", run)
+
+
 def log_probs(model, **options):
     return response_logps(model, BATCH, **options)[0]
 
@@ -48,10 +60,10 @@ def test_adapters_add_what_they_say(family):
     assert torch.equal(log_probs(fresh).detach(), before)
     policy = adapters_on(base)
     merged = copy.deepcopy(base)
-    changes = dict(weight_deltas(policy))
-    assert len(changes) == 7 * 2, "all matrices of the blocks"
-    for name, change in changes.items():
-        dict(hf_weights(merged))[name].add_(change)
+    adapters = peft_weights(policy)
+    assert len(adapters) == 2 * 7 * 2, "A and B of all matrices of the blocks"
+    for name, weight in hf_weights(merged):
+        weight.copy_(add_adapters(name, weight, adapters, scale=2.0))
     after = log_probs(policy).detach()
     assert (after - before).abs().max() > 0.01
     torch.testing.assert_close(after, log_probs(merged).detach(), atol=1e-5, rtol=0)
@@ -145,13 +157,8 @@ def test_peft_loads_what_is_saved(family, tmp_path):
     policy = adapters_on(base)
     optimizer = torch.optim.AdamW(trainable_parameters(policy))
     folder = save_checkpoint(
-        tmp_path,
-        1,
-        policy,
-        tokenizer,
-        optimizer,
-        {"lora": 3, "init_from": str(start), "init_name": str(start)},
-    )
+        tmp_path, 1, policy, tokenizer, optimizer, lora_from(start, tmp_path) | {"total": 1}
+    ).result()
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(start), folder / "adapter", is_trainable=True
     ).eval()
@@ -177,10 +184,9 @@ def test_peft_loads_what_is_saved(family, tmp_path):
 def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
     base, tokenizer = load_model(pretrained)
     policy = adapters_on(base)
-    training = {"lora": 3, "init_from": str(pretrained), "init_name": str(pretrained)}
-    folder = save_checkpoint(
-        tmp_path, 1, policy, tokenizer, torch.optim.AdamW(trainable_parameters(policy)), training
-    )
+    optimizer = torch.optim.AdamW(trainable_parameters(policy))
+    meta = lora_from(pretrained, tmp_path)
+    folder = save_checkpoint(tmp_path, 1, policy, tokenizer, optimizer, meta).result()
     again = add_lora(base, 3, 6, 0.0, torch.Generator())
     load_adapters(again, folder / "adapter")
     assert same_weights(again, policy)

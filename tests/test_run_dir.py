@@ -13,18 +13,10 @@ import torch
 from conftest import refusal, same_weights, small_model, word_tokenizer
 
 import train_sft
-from lib.checkpoint import load_model
+from lib.checkpoint import checkpoints, find_checkpoint, load_model, newest_checkpoint
 from lib.distributed import World
-from lib.run_dir import (
-    Log,
-    checkpoints,
-    find_checkpoint,
-    newest_checkpoint,
-    open_run,
-    read_log,
-    save_checkpoint,
-    verify_manifest,
-)
+from lib.files import verify_manifest
+from lib.run_dir import Log, open_run, read_log, save_checkpoint
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_sft.__file__).parent
@@ -321,11 +313,11 @@ def test_where_a_checkpoint_cannot_be_written_none_is_lost(run, tmp_path):
 
 
 WRITERS = [
-    "lib.run_dir.save_file",
+    "lib.checkpoint.save_file",
     "torch.save",
-    "lib.run_dir.write_json",
-    "lib.run_dir.sha256",
-    "lib.run_dir.fsync",
+    "lib.checkpoint.write_json",
+    "lib.files.sha256",
+    "lib.files.fsync",
 ]
 
 
@@ -339,7 +331,8 @@ def test_a_full_disk_is_a_one_line_error_in_every_writer(writer, run, monkeypatc
     monkeypatch.setattr(writer, full)
     model, tokenizer = small_model(), word_tokenizer(11)
     optimizer = torch.optim.AdamW(model.parameters())
-    line = refusal(lambda: save_checkpoint(run, 9, model, tokenizer, optimizer, {}), capsys)
+    saved = (run, 9, model, tokenizer, optimizer, {})
+    line = refusal(lambda: save_checkpoint(*saved).result(), capsys)
     assert "cannot write the checkpoint" in line and "No space left" in line
     assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "step-2", "step-4", "step-6"]
 
@@ -355,7 +348,7 @@ def test_old_checkpoints_make_room(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     (run / "step-notes").mkdir(parents=True)
     for update in (9, 10, 11):
-        save_checkpoint(run, update, model, tokenizer, optimizer, {"keep": 2})
+        save_checkpoint(run, update, model, tokenizer, optimizer, {"keep": 2}).result()
     assert sorted(p.name for p in run.iterdir()) == ["step-10", "step-11", "step-notes"]
-    save_checkpoint(run, 12, model, tokenizer, optimizer, {"keep": 0})
+    save_checkpoint(run, 12, model, tokenizer, optimizer, {"keep": 0}).result()
     assert len(list(run.iterdir())) == 4

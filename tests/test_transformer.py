@@ -105,7 +105,7 @@ def test_prefill_and_decode_equal_transformers(shape, tokenizer):
 def test_saved_checkpoint_loads_in_transformers_and_here(shape, tmp_path, tokenizer):
     model = small_model(**shape)
     optimizer = torch.optim.AdamW(model.parameters())
-    folder = save_checkpoint(tmp_path, 3, model, tokenizer, optimizer, {})
+    folder = save_checkpoint(tmp_path, 3, model, tokenizer, optimizer, {}).result()
     reference = AutoModelForCausalLM.from_pretrained(folder).eval()
     again, tokenizer_again = load_model(folder)
     assert again.config == model.config
