@@ -65,8 +65,8 @@ def make_run(case: str, device: torch.device) -> SimpleNamespace:
 
 def two_updates(case: str, device: torch.device, rollouts: list[dict] = ()) -> dict:
     """Take two updates, on these rollouts or on its own; return what they gave, on the CPU."""
-    run, world, *short = make_run(case, device), World(0, 1, device), *case.split()[4:5]
-    sampler = Sampler(run.policy, STOPS, G, int(short[0]) if short else 20)
+    run, world, short = make_run(case, device), World(0, 1, device), "tokens" in case
+    sampler = Sampler(run.policy, STOPS, G, int(case.split()[4]) if short else 20)
     weights, out = trainable_parameters(run.master), collections.defaultdict(list)
     for step in range(2):
         if rollouts:
@@ -89,7 +89,7 @@ def two_updates(case: str, device: torch.device, rollouts: list[dict] = ()) -> d
         fields = vars(sampled).items()
         out["rollouts"].append({k: x.cpu() if hasattr(x, "cpu") else x for k, x in fields})
     other = Sampler(run.policy, STOPS, 3, sampler.max_new_tokens)
-    longer = [[3] * 40, *PROMPTS[1:3]]  # needs a new cache, the first a part of the old one
+    longer = [[3] * 40, *PROMPTS[1:3]]  # the cache grows; the two alone take a part of it
     for one, prompts in ((sampler, PROMPTS[1:3]), (sampler, longer), (other, PROMPTS)):
         again = one.sample(prompts, KEYS[: len(prompts)])
         out["rollouts"].append({"tokens": again.tokens.cpu()})
