@@ -134,7 +134,8 @@ def varlen_attention(batch: "Packed", config: ModelConfig) -> Attend:
     keys = keys[torch.arange(keys.shape[1], device=keys.device) < n_keys[:, None]]
     cu_seqlens_q = F.pad(batch.lengths.cumsum(0), (1, 0)).int()
     cu_seqlens_k = F.pad(n_keys.cumsum(0), (1, 0)).int()
-    max_seqlens = int(batch.lengths.max()), int(n_keys.max())
+    # At least 2: flash-attn reshapes queries of one token each, and a segment may have none.
+    max_seqlens = max(2, int(batch.lengths.max())), int(n_keys.max())
 
     def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         q, k, v = split_heads(qkv, rope, config)

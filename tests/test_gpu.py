@@ -39,6 +39,7 @@ def update(device: torch.device, precision: str, lora: bool = False, model_type:
     rollout.rewards = REWARDS.to(device)
     rollout.advantages = group_advantages(rollout.rewards)
     run = SimpleNamespace(config=config, master=model, policy=policy, reference=None)
+    run.optimizer = torch.optim.AdamW(trainable_parameters(model))  # whose moments are to come
     metrics = backward(run, rollout, torch.arange(len(PROMPTS)), 0, world)
     gradient = torch.cat([w.grad.flatten().cpu() for w in trainable_parameters(model)])
     return rollout, metrics["logp_diff_max"], gradient
