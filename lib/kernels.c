@@ -93,6 +93,18 @@ void swiglu_backward(long n, long I, const real *gate_up, const real *d_out, rea
         }
 }
 
+/* out (n, ceil(V / size)): log of the sum of e^(x / temperature) over blocks of `size` of logits x (n, V) */
+void block_logits(long n, long V, long size, float temperature, const float *x, float *out) {
+    for (long i = 0; i < n; i++, x += V)
+        for (long first = 0; first < V; first += size) {
+            const long end = first + size < V ? first + size : V;
+            float top = x[first], sum = 0;
+            for (long j = first; j < end; j++) top = __builtin_fmaxf(top, x[j]);
+            for (long j = first; j < end; j++) sum += exponential((x[j] - top) / temperature);
+            *out++ = top / temperature + __builtin_logf(sum);
+        }
+}
+
 #ifdef HEAD_DIM
 
 static inline void rotate(const real *x, const float *cosines, const float *sines, float scale, float *out) {

@@ -6,6 +6,7 @@
 N tokens lie one after the other in one row; lib/attention.py masks what they must not see.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -121,20 +122,23 @@ def random_position_gaps(
     return positions[: len(prompt)], positions[len(prompt) :]
 
 
-def micro_batches(prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor, budget: int):
-    """Split the groups `active` into runs of at most `budget` tokens; yield their indices.
+def micro_batches(
+    prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor, budget: int, workers: int = 1
+) -> list[Tensor]:
+    """Split the groups `active` into runs of at most `budget` tokens: return their indices.
 
     prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
+    The runs are of like size, and each of the workers gets equally many.
     """
-    costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
-    first, total = 0, 0
-    for i, cost in enumerate(costs):
-        if total + cost > budget and i > first:
-            yield active[first:i]
-            first, total = i, 0
-        total += cost
-    if costs:
-        yield active[first:]
+    costs = (prompt_lengths + response_lengths.sum(1))[active]
+    if not len(active):
+        return []
+    # A run ends within half a group of its share, so shares that much below the budget keep to it.
+    share = max(1, budget - int(costs.max()) // 2)
+    n_runs = workers * math.ceil(int(costs.sum()) / (workers * share))
+    middles = costs.cumsum(0) - costs / 2
+    of_group = (middles * n_runs / costs.sum()).long()  # which run a group is in
+    return list(active.split(of_group.unique(return_counts=True)[1].tolist()))
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
