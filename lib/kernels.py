@@ -38,6 +38,8 @@ ELEMENTWISE = {
     "swiglu": Int * 2 + Pointer * 2,
     "swiglu_backward": Int * 2 + Pointer * 3,
     "block_logits": Int * 3 + Float + Pointer * 2,
+    "token_logps": Int * 2 + Float + Pointer * 5,
+    "token_logps_backward": Int * 2 + Float + Pointer * 5,
 }
 ATTENTION = {"attend": Int * 7 + Pointer * 9, "packed": Int * 4 + Pointer * 7}
 ATTENTION["packed_backward"] = Int * 5 + Pointer * 8
@@ -176,6 +178,31 @@ def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:
     out = logits.new_empty(n, -(-V // size))
     library(logits.dtype).block_logits(n, V, size, temperature, *pointers(logits, out))
     return out
+
+
+class TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return log-probs (n,) of the targets (n,) by logits (n, V), and entropies (n,)."""
+        logps, entropies, norms = (logits.new_empty(len(logits)) for _ in range(3))
+        tensors = logits, targets, logps, entropies, norms
+        library(logits.dtype).token_logps(*logits.shape, temperature, *pointers(*tensors))
+        ctx.save_for_backward(logits, targets, norms)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx, d_logps: Tensor, _) -> tuple[Tensor, None, None]:
+        logits, targets, norms = ctx.saved_tensors
+        d_logits = torch.empty_like(logits)
+        tensors = logits, targets, norms, d_logps.contiguous(), d_logits
+        function = library(logits.dtype).token_logps_backward
+        function(*logits.shape, ctx.temperature, *pointers(*tensors))
+        return d_logits, None, None
+
+
+token_logps = TokenLogps.apply
 
 
 def attend(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from lib import kernels
 from lib.attention import packed_attention
 from lib.transformer import Transformer
 
@@ -154,7 +155,7 @@ def response_logps(
     dropout_key: int | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probs (M,) of the response tokens, and entropies (M,), or (0,) unless asked for.
+    """Return log-probs (M,) of the response tokens, and their entropies (M,) if asked for.
 
     `temperature` is the sampler's. Entropies carry no gradient. At most `max_logits` logits exist
     at a time, recomputed in the backward pass, so memory does not grow with tokens x vocabulary.
@@ -165,7 +166,10 @@ def response_logps(
     gradient_of = weight.float() if weight.is_cuda and weight.requires_grad else None
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = log_softmax(model.logits(hidden, gradient_of), temperature)
+        logits = model.logits(hidden, gradient_of)
+        if kernels.apply_to(logits):
+            return kernels.token_logps(logits, targets, temperature)
+        log_p = log_softmax(logits, temperature)
         logps = log_p.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():  # last: the backward pass recomputes only what comes before
             return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps[:0]
