@@ -15,6 +15,7 @@ first step. So its responses do not depend on which prompts share its batch or r
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,7 +97,7 @@ class Sampler:
         group_size: int = 1,
         max_new_tokens: int = 128,
         temperature: float = 1.0,  # 0: the likeliest token, with its log-prob at temperature 1
-        reserve: int = 0,  # bytes of a GPU that the cache leaves to what is still to come
+        reserve: Callable[[], int] = lambda: 0,  # bytes of a GPU that the cache leaves free
     ):
         self.model, self.group_size = model, group_size
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
@@ -149,7 +150,7 @@ class Sampler:
     def max_groups(self, max_prompt_len: int) -> int:
         """Return how many groups may share a batch: the cache takes half of what is free."""
         shape = self.group_size, max_prompt_len, self.max_new_tokens
-        free = free_bytes(self.model.device) - self.reserve
+        free = free_bytes(self.model.device) - self.reserve()
         free += self.batch.cache.n_bytes if self.batch else 0  # which can be used again
         return max(1, int(free / 2 / cache_bytes(self.model, 1, *shape)))
 
@@ -177,8 +178,9 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
     if logits.shape[1] <= BLOCK:
         return invert_cdf(logits, uniforms, temperature)[:2]
     # One of some hundred blocks, then one of its tokens: a single pass over the logits.
-    sums = (kernels if kernels.apply_to(logits) else fused).block_logits(logits, temperature, BLOCK)
-    blocks, block_logps, rest = invert_cdf(sums, uniforms, 1.0)
+    module = kernels if kernels.apply_to(logits) else fused
+    block_logits = module.block_logits(logits, temperature, BLOCK)  # (B, V / BLOCK)
+    blocks, block_logps, rest = invert_cdf(block_logits, uniforms, 1.0)
     index = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)  # (B, BLOCK)
     inside = logits.gather(1, index.clamp(max=logits.shape[1] - 1))
     inside = inside.masked_fill(index >= logits.shape[1], -torch.inf)
@@ -210,10 +212,8 @@ class DecodeBatch:
         B, device = groups * self.G, self.model.device
         integers = {"dtype": torch.long, "device": device}
         self.out_tokens = torch.zeros(B, self.T, **integers)
-        self.out_logps = torch.zeros(B, self.T, device=device)
-        self.out_lengths = torch.zeros(B, **integers)
-        self.uniforms = torch.zeros(B, self.T, device=device)
-        self.last_tokens = torch.zeros(B, **integers)
+        self.out_logps, self.uniforms = (torch.zeros(B, self.T, device=device) for _ in range(2))
+        self.out_lengths, self.last_tokens = (torch.zeros(B, **integers) for _ in range(2))
         self.active = torch.zeros(B, dtype=torch.bool, device=device)
         self.out_rows = torch.arange(B, device=device)  # where each row writes: rows move
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}

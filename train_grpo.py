@@ -21,6 +21,7 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,7 @@ from lib.checkpoint import load_meta, newest_checkpoint
 from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors
 from lib.lora import dropout_key
-from lib.memory import micro_batch_tokens, still_to_come
+from lib.memory import keys_per_token, micro_batch_tokens, still_to_come
 from lib.packing import micro_batches, response_logps
 from lib.rng import epoch_indices, rng
 from lib.run_dir import open_run
@@ -211,7 +212,8 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
         metrics["logp_diff_max"] = (logps - old_logps).abs().max().item()
         return loss, metrics
 
-    limits = micro_batch_tokens(run, world), n_threads(world.device)
+    keys = keys_per_token(rollout.prompt_lengths[active], lengths[active])
+    limits = micro_batch_tokens(run, world, keys), n_threads(world.device)
     batches = micro_batches(rollout.prompt_lengths, lengths, active, *limits)
     of_batches = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
     of_batches = world.all_gather(of_batches)
@@ -234,7 +236,7 @@ def main(config: GrpoConfig, world: World) -> None:
     tokenizer, policy = run.tokenizer, run.policy
     run.reference = training.initial_policy(run) if config.beta else None
     sampling = (config.group_size, max_new_tokens, config.temperature)
-    sampler = Sampler(policy, tokenizer.stops, *sampling, still_to_come(run, world))
+    sampler = Sampler(policy, tokenizer.stops, *sampling, partial(still_to_come, run, world))
     numbers = range(config.prompts_per_update)[world.rank :: world.world_size]  # of this rank
     groups = torch.arange(len(numbers))  # numbered within this rank
 

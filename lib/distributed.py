@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib.files import writer
 from lib.flags import fail, is_alone, quiet_pipes, require, warn
 from lib.limits import core_limit
 
@@ -121,6 +122,9 @@ def distributed() -> Iterator[World]:
         with quiet_pipes():
             yield world
     except BaseException as error:
+        if world.world_size > 1:  # whose end torchrun announces to the others by SIGTERM
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        writer.submit(int).result()  # a checkpoint that is being written is finished first
         if world.world_size == 1:
             raise
         if not isinstance(error, SystemExit):

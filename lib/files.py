@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lib.flags import fail, warn, write_json
 
 MANIFEST = "manifest.json"
+writer = ThreadPoolExecutor(1)  # writes one checkpoint at a time; Python waits for it at its end
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF}
 
 

@@ -2,7 +2,7 @@
 
 Between its matrix products a layer is some twenty operations on little data. Launching each as a
 kernel of its own takes longer than reading the weights. On the CPU lib/kernels.py serves; without
-Triton and without a C compiler these functions run as they stand here, as PyTorch's operations.
+Triton or a C compiler these functions run as they stand here, as PyTorch's operations.
 """
 
 import functools
@@ -31,7 +31,7 @@ def has_triton() -> bool:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """Compile a function once for all sizes."""
+    """Compile a function for all sizes; PyTorch does so anew for gradients and other dtypes."""
     return torch.compile(function, dynamic=True)
 
 

@@ -38,8 +38,8 @@ ELEMENTWISE = {
     "swiglu": Int * 2 + Pointer * 2,
     "swiglu_backward": Int * 2 + Pointer * 3,
     "block_logits": Int * 3 + Float + Pointer * 2,
-    "token_logps": Int * 2 + Float + Pointer * 5,
-    "token_logps_backward": Int * 2 + Float + Pointer * 5,
+    "token_logps": Int * 2 + Float + Pointer * 6,
+    "token_logps_backward": Int * 2 + Float + Pointer * 6,
 }
 ATTENTION = {"attend": Int * 7 + Pointer * 9, "packed": Int * 4 + Pointer * 7}
 ATTENTION["packed_backward"] = Int * 5 + Pointer * 8
@@ -157,7 +157,7 @@ swiglu = SwiGLU.apply
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias as F.linear does, to the bit.
+    """Return x @ weight.T + bias as F.linear does.
 
     oneDNN lays a weight in 16 bits out anew for each product, which takes as long as multiplying it
     by 20 rows. A frozen weight is kept in that layout, too, for passes without gradients.
@@ -174,7 +174,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:
     """Return what fused.block_logits does."""
-    n, V = logits.shape
+    (n, V), logits = logits.shape, logits.contiguous()
     out = logits.new_empty(n, -(-V // size))
     library(logits.dtype).block_logits(n, V, size, temperature, *pointers(logits, out))
     return out
@@ -184,19 +184,20 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probs (n,) of the targets (n,) by logits (n, V), and entropies (n,)."""
-        logps, entropies, norms = (logits.new_empty(len(logits)) for _ in range(3))
-        tensors = logits, targets, logps, entropies, norms
+        logps, entropies, tops, norms = (logits.new_empty(len(logits)) for _ in range(4))
+        logits, targets = logits.contiguous(), targets.contiguous()
+        tensors = logits, targets, logps, entropies, tops, norms
         library(logits.dtype).token_logps(*logits.shape, temperature, *pointers(*tensors))
-        ctx.save_for_backward(logits, targets, norms)
+        ctx.save_for_backward(logits, targets, tops, norms)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies)
         return logps, entropies
 
     @staticmethod
     def backward(ctx, d_logps: Tensor, _) -> tuple[Tensor, None, None]:
-        logits, targets, norms = ctx.saved_tensors
+        logits, *others = ctx.saved_tensors
         d_logits = torch.empty_like(logits)
-        tensors = logits, targets, norms, d_logps.contiguous(), d_logits
+        tensors = logits, *others, d_logps.contiguous(), d_logits
         function = library(logits.dtype).token_logps_backward
         function(*logits.shape, ctx.temperature, *pointers(*tensors))
         return d_logits, None, None

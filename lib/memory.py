@@ -5,8 +5,10 @@ allocate. What is then left is for activations. On the CPU both have fixed sizes
 """
 
 import torch
+from torch import Tensor
 
 from lib.distributed import World, is_fsdp, n_threads, processes_here
+from lib.fused import has_triton
 from lib.limits import PROCESS_BYTES, memory_limit
 from lib.packing import MAX_LOGITS
 from lib.policy import trainable_parameters
@@ -30,34 +32,35 @@ def free_bytes(device: torch.device) -> int:
 def still_to_come(run, world: World) -> int:
     """Return the bytes that training will allocate on a GPU besides activations; 0 on the CPU.
 
-    `run` is a lib.training.Run; its reference counts until it is there, its optimizer's two moments
-    until the first step.
+    `run` is a lib.training.Run; its optimizer's two moments count until the first step.
     """
     if world.device.type == "cpu":
         return 0
     trained = sum(weight.numel() for weight in trainable_parameters(run.policy))
     shards = world.world_size if is_fsdp(run.master) else 1
     n_bytes = (4 if run.optimizer.state else 12) * trained // shards  # with the gradient, in fp32
-    n_bytes += 2 * trained  # a micro-batch's gradient, in 16 bits
+    n_bytes += run.policy.dtype.itemsize * trained  # a micro-batch's gradient
     if world.world_size > shards:
         n_bytes += 4 * trained  # the gradient in one piece, to be summed over the processes
-    if run.config.beta and not run.reference and not run.config.lora:
-        n_bytes += sum(weight.nbytes for weight in run.policy.parameters())
-    if run.policy.lm_head.weight.requires_grad:  # in fp32, with its gradient
-        n_bytes += 8 * run.policy.lm_head.weight.numel()
+    if run.policy.lm_head.weight.requires_grad:  # in fp32, with a chunk's gradient and their sum
+        n_bytes += 12 * run.policy.lm_head.weight.numel()
     return n_bytes + 5 * 4 * MAX_LOGITS  # logits, log-probs, entropies and their gradients
 
 
-def activation_bytes(config: ModelConfig, lora: int, dropout: bool, checkpointing: bool) -> int:
+def activation_bytes(
+    config: ModelConfig, lora: int, dropout: bool, checkpointing: bool, keys_per_token: float = 1.5
+) -> int:
     """Return what a token holds from the forward to the backward pass, on a GPU in 16 bits.
 
-    It sums what the operations of lib/transformer.py keep. `python -m paper.bench --trace` counts
-    the same, and a test compares the two.
+    It sums what the operations of lib/transformer.py keep. Each response has a copy of its prompt's
+    keys and values: there are `keys_per_token` in all. `python -m paper.bench --trace` counts the
+    same, and a test compares the two.
     """
     D, inner, kv = config.hidden_size, config.intermediate_size, config.kv_size
     q, block_input = config.num_attention_heads * config.head_dim, 6 * D  # fp32 and 16 bits
     layer = 2 * block_input + 4 * inner  # what goes into both norms and into SwiGLU
-    layer += 6 * q + 8 * kv  # q before and after rotation, k and v for each response, the output
+    layer += 6 * q + 2 * kv  # q and k before rotation, q after it, the output
+    layer += int(4 * kv * keys_per_token)
     if lora:  # what goes into four adapters, with the masks of their dropout, and their low ranks
         layer += (2 + dropout) * (2 * D + q + inner) + 14 * lora
     else:  # what goes into qkv_proj, gate_up_proj and down_proj
@@ -66,12 +69,24 @@ def activation_bytes(config: ModelConfig, lora: int, dropout: bool, checkpointin
     return layers * block_input + layer if checkpointing else layers * layer
 
 
-def micro_batch_tokens(run, world: World) -> int:
+def keys_per_token(prompt_lengths: Tensor, response_lengths: Tensor) -> float:
+    """Return for how many tokens attention keeps keys and values, by lengths (P,) and (P, G)."""
+    prompts, responses = int(prompt_lengths.sum()), int(response_lengths.sum())
+    copies = prompts * response_lengths.shape[1]  # each response has its prompt's
+    return (prompts + copies + responses) / max(1, prompts + responses)
+
+
+def micro_batch_tokens(run, world: World, keys_per_token: float = 1.5) -> int:
     """Return how many tokens a forward and backward pass of GRPO may take."""
     config = run.config
     if config.micro_batch_tokens or world.device.type == "cpu":
         return config.micro_batch_tokens or 2048  # as many as its caches hold
     free = 0.9 * free_bytes(world.device) - still_to_come(run, world)
     adapters = config.lora or 0, config.lora_dropout > 0
-    n_bytes = activation_bytes(run.policy.config, *adapters, config.gradient_checkpointing)
+    kept = *adapters, config.gradient_checkpointing, keys_per_token
+    n_bytes = activation_bytes(run.policy.config, *kept)
+    if run.policy.dtype == torch.float32:
+        n_bytes *= 3  # twice as large, and attention by PyTorch keeps its padding and its scores
+    elif not has_triton():
+        n_bytes *= 1.3  # operations that are not compiled keep what lies between them, too
     return max(1, int(free / n_bytes / 1024)) * 1024  # so that it does not vary with a few MB

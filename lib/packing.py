@@ -129,17 +129,19 @@ def micro_batches(
     """Split the groups `active` into runs of at most `budget` tokens: return their indices.
 
     prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
-    The runs are of like size, and each of the workers gets equally many.
+    Where the budget allows, runs are of like size, and as many for each of the workers.
     """
-    costs = (prompt_lengths + response_lengths.sum(1))[active]
-    if not len(active):
-        return []
-    # A run ends within half a group of its share, so shares that much below the budget keep to it.
-    share = max(1, budget - int(costs.max()) // 2)
-    n_runs = workers * math.ceil(int(costs.sum()) / (workers * share))
-    middles = costs.cumsum(0) - costs / 2
-    of_group = (middles * n_runs / costs.sum()).long()  # which run a group is in
-    return list(active.split(of_group.unique(return_counts=True)[1].tolist()))
+    costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
+    share = sum(costs) / (workers * math.ceil(sum(costs) / (workers * budget)) or 1)
+    sizes, total, before = [], 0, 0  # groups of each run, tokens of the last run and of all
+    for cost in costs:
+        full = total + cost > budget or before + cost / 2 > share * len(sizes)
+        if full or not sizes:
+            sizes.append(0)
+            total = 0
+        sizes[-1] += 1
+        total, before = total + cost, before + cost
+    return list(active.split(sizes)) if sizes else []
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -168,7 +170,8 @@ def response_logps(
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.logits(hidden, gradient_of)
         if kernels.apply_to(logits):
-            return kernels.token_logps(logits, targets, temperature)
+            logps, entropies = kernels.token_logps(logits, targets, temperature)
+            return logps, entropies if entropy else logps[:0]
         log_p = log_softmax(logits, temperature)
         logps = log_p.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():  # last: the backward pass recomputes only what comes before

@@ -13,7 +13,7 @@ process at a time writes to a run: it holds a lock on the log. Nothing loaded he
 import fcntl
 import json
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from itertools import takewhile
 from math import isfinite
@@ -35,7 +35,7 @@ from lib.checkpoint import (
     weights_sha256,
 )
 from lib.distributed import World, full_tensor
-from lib.files import delete, remove, sha256, verify_manifest, written_whole
+from lib.files import delete, remove, sha256, verify_manifest, writer, written_whole
 from lib.flags import fail, flag_name, parse_json_lines, require, user_errors, warn
 from lib.fsdp import shard_like
 from lib.lora import adapters_alone, peft_weights, save_adapters
@@ -46,7 +46,6 @@ MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "kee
 MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}  # flags that may change when a run is resumed
 LOG = "metrics.jsonl"
 OVERWRITTEN = (LOG, RESPONSES, "evaluation.json", "evaluation.png", "training.png")
-writer = ThreadPoolExecutor(1)  # writes one checkpoint at a time; Python waits for it at its end
 
 
 def open_run(
@@ -188,15 +187,22 @@ def write_checkpoint(
             save_weights(weights, draft)
         else:
             save_adapters(weights, meta, draft / "adapter")
-            if last and find_start(run, meta):
-                save_weights(dict(hf_weights(load_model(draft)[0])), draft)
-            elif last:
+            if last and not (find_start(run, meta) and saved_merged(draft)):
                 warn(adapters_alone(folder, meta["init_from"]))
         for old in checkpoints(run, first=meta["update"]):  # damaged ones, which were passed over
             remove(old)
     for old in checkpoints(run)[: -meta.get("keep", 0)]:  # [:-0] is empty
         remove(old)
     return folder
+
+
+def saved_merged(draft: Path) -> bool:
+    """Add the merged model to a checkpoint of adapters, if that is possible and fits in memory."""
+    try:
+        save_weights(dict(hf_weights(load_model(draft)[0])), draft)
+        return True
+    except (MemoryError, SystemExit):  # which must not cost the adapters
+        return False
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -14,7 +14,8 @@ cd "$(dirname "$0")/.."
 
 rehearse=""
 [ "${1:-}" = --rehearse ] && rehearse=yes && shift
-out="${1:-ckpt/gpu_day}" failed=0
+out="${1:-ckpt/gpu_day}" failed=0 cards=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+[ "$cards" -gt 0 ] || [ -n "$rehearse" ] || { echo "there is no GPU: give --rehearse" >&2 && exit 2; }
 mkdir -p "$(dirname "$out")" && mkdir "$out" || exit 2  # an older day is not overwritten
 
 write() { echo "$@" | tee -a "$out/page.md"; }
@@ -35,7 +36,6 @@ step() { # NAME, what it changes if it passes, and a command of Python's
     write "| $name | $result | $((SECONDS - start)) | $changes | \`${command[*]}\` |"
 }
 
-cards=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 small=() sft=(--model models/smollm2) rl=() few=(--updates 10) problems=(--problems 256)
 if [ -n "$rehearse" ]; then
     small=(--small --rounds 1) sft=(--updates 2 --batch-size 4) problems=(--problems 2 --samples 1)

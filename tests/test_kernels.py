@@ -98,6 +98,18 @@ def test_block_logits(V):
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-6)
 
 
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_not_swallowed(bad):
+    """The kernels are compiled as if there were none."""
+    logits = torch.zeros(3, 1300)
+    logits[1, 700], logits[2, 5] = bad, -torch.inf
+    logps, _ = kernels.token_logps(logits, torch.tensor([1, 2, 3]), 1.0)
+    assert logps.isfinite().tolist() == [True, False, True]
+    blocks = kernels.block_logits(logits, 1.0, 512)
+    assert blocks.isfinite().tolist() == [[True] * 3, [True, False, True], [True] * 3]
+
+
 @pytest.mark.skipif(not kernels.PACKS, reason="needs oneDNN")
 def test_a_frozen_weight_is_kept_in_onednns_layout():
     """The bits of F.linear; what is trained is not kept, and what is gone is forgotten."""

@@ -1,19 +1,24 @@
 """What this process may use: containers' limits on memory and cores, torchrun's variables."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import refusal, small_model
 
 from lib import limits
-from lib.distributed import init_distributed
+from lib.distributed import World, init_distributed
 from lib.flags import warn
 from lib.limits import PROCESS_BYTES, core_limit, memory_limit
+from lib.memory import activation_bytes, keys_per_token, micro_batch_tokens, still_to_come
+from lib.policy import make_policy
 from rollout import Sampler
+from train_grpo import GrpoConfig
 
 ROOT = Path(limits.__file__).parent.parent
 GB = 2**30
@@ -82,6 +87,31 @@ def test_what_does_not_fit_the_container_waits(monkeypatch):
     assert sampler.max_groups(50) == pytest.approx(groups / 40, rel=0.1)
     monkeypatch.setattr("lib.memory.memory_limit", lambda: PROCESS_BYTES)
     assert sampler.max_groups(50) == 1
+
+
+def test_micro_batches_fill_what_training_leaves_free(monkeypatch):
+    """In bytes: gradient, moments (until they are there), logits, and activations of each token."""
+    model, world = small_model(hidden_size=512), World(0, 1, torch.device("cuda"))
+    config = GrpoConfig(lora=0)
+    run = SimpleNamespace(config=config, master=model, policy=model)
+    run.optimizer = torch.optim.AdamW(model.parameters())
+    trained, head = sum(w.numel() for w in model.parameters()), model.lm_head.weight.numel()
+    fixed = 4 * trained + 12 * head + 20 * 2**27
+    assert still_to_come(run, world) == fixed + 12 * trained
+    assert still_to_come(run, dataclasses.replace(world, world_size=2)) == fixed + 16 * trained
+    assert still_to_come(run, dataclasses.replace(world, device=torch.device("cpu"))) == 0
+    free = "lib.memory.free_bytes"
+    monkeypatch.setattr(free, lambda device: (still_to_come(run, world) + GB) / 0.9)
+    in_fp32 = micro_batch_tokens(run, world)
+    n_bytes = 3 * activation_bytes(model.config, 0, False, False)
+    assert in_fp32 % 1024 == 0 and GB / n_bytes - 1024 < in_fp32 <= GB / n_bytes + 1
+    run.policy = make_policy(model, "bf16")
+    run.optimizer.state[0] = {}  # the moments are there
+    assert still_to_come(run, world) == fixed + 4 * trained - 2 * trained
+    assert 2 * in_fp32 < micro_batch_tokens(run, world) < 3 * in_fp32  # without Triton
+    assert micro_batch_tokens(run, world, keys_per_token=50.0) < micro_batch_tokens(run, world)
+    lengths = torch.tensor([10, 20]), torch.tensor([[3, 4], [5, 6]])
+    assert keys_per_token(*lengths) == (30 + 2 * 30 + 18) / (30 + 18)
 
 
 def test_threads_are_as_many_as_the_cores(monkeypatch):

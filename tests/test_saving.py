@@ -1,6 +1,7 @@
 """Saving: a thread that writes while training goes on, and checkpoints of adapters alone."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import train_grpo
 import train_sft
 from lib import checkpoint, files, run_dir, training
 from lib.checkpoint import checkpoints, load_model
-from lib.distributed import World
+from lib.distributed import World, distributed
 from lib.files import sha256, verify_manifest
 from lib.lora import adapted, add_lora, peft_weights
 from lib.policy import trainable_parameters
@@ -30,7 +31,7 @@ from lib.run_dir import read_log, save_checkpoint
 
 ONE = World(0, 1, torch.device("cpu"))
 ROOT = Path(train_sft.__file__).parent
-TASK = {"field": 3, "steps": "1-2", "save_every": 1, "keep": 0}
+TASK = {"field": 3, "steps": "1-2", "save_every": 1, "keep": 0, "precision": "fp32"}
 SFT = TASK | {"updates": 3, "examples": 12, "batch_size": 4, "warmup": 0, "lr": 1e-2}
 GRPO = TASK | {"updates": 3, "prompts_per_update": 4, "group_size": 4, "eval_problems": 4}
 GRPO |= {"lora": 2, "lr": 1e-2, "temperature": 1.5}
@@ -54,7 +55,7 @@ def grpo(out: Path, init: Path, **flags) -> Path:
 def gate():
     """An event that the writer waits for."""
     event = threading.Event()
-    run_dir.writer.submit(event.wait)
+    files.writer.submit(event.wait)
     yield event
     event.set()
 
@@ -158,6 +159,23 @@ def test_a_signal_during_a_save_stops_when_all_is_on_the_disk(
     assert stop.value.code == 128 + signal.SIGTERM
     assert [path.name for path in there] == (["step-1", "step-2"] if due else ["step-2", "step-3"])
     assert not any(map(verify_manifest, there))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(world_size, tmp_path, monkeypatch):
+    """With several processes it ends in os._exit, which would cut the writer off."""
+    world = World(0, world_size, torch.device("cpu"))
+    monkeypatch.setattr("lib.distributed.init_distributed", lambda: world)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"{(tmp_path / 'x').exists()}"))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ends = pytest.raises((ZeroDivisionError, pytest.fail.Exception))
+        with ends as ended, distributed():
+            files.writer.submit(lambda: (time.sleep(0.5), (tmp_path / "x").touch()))
+            raise ZeroDivisionError
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (tmp_path / "x").exists() and str(ended.value) in ("", "True")
 
 
 def test_a_checkpoint_appears_behind_the_rows_that_it_needs(tmp_path, monkeypatch):
