@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib import fused, kernels
 from lib.attention import KVCache, cache_bytes, packed_attention
 from lib.distributed import in_threads, n_threads
-from lib.fused import block_logits
 from lib.memory import free_bytes
 from lib.packing import Packed, log_softmax, pack, pack_prompts, pad
 from lib.rng import torch_rng
@@ -177,7 +177,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
     if logits.shape[1] <= BLOCK:
         return invert_cdf(logits, uniforms, temperature)[:2]
     # One of some hundred blocks, then one of its tokens: a single pass over the logits.
-    blocks, block_logps, rest = invert_cdf(block_logits(logits, temperature, BLOCK), uniforms, 1.0)
+    sums = (kernels if kernels.apply_to(logits) else fused).block_logits(logits, temperature, BLOCK)
+    blocks, block_logps, rest = invert_cdf(sums, uniforms, 1.0)
     index = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)  # (B, BLOCK)
     inside = logits.gather(1, index.clamp(max=logits.shape[1] - 1))
     inside = inside.masked_fill(index >= logits.shape[1], -torch.inf)

@@ -32,7 +32,7 @@ import train_sft
 from data import load_problems
 from lib import training
 from lib.checkpoint import load_meta, newest_checkpoint
-from lib.distributed import Signals, World, distributed, is_fsdp
+from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors
 from lib.lora import dropout_key
 from lib.memory import micro_batch_tokens, still_to_come
@@ -211,8 +211,8 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
         metrics["logp_diff_max"] = (logps - old_logps).abs().max().item()
         return loss, metrics
 
-    budget = micro_batch_tokens(run, world)
-    batches = list(micro_batches(rollout.prompt_lengths, lengths, active, budget))
+    limits = micro_batch_tokens(run, world), n_threads(world.device)
+    batches = micro_batches(rollout.prompt_lengths, lengths, active, *limits)
     of_batches = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
     of_batches = world.all_gather(of_batches)
     loss = math.nan if n_broken else sum(of_batch["loss"] for of_batch in of_batches)

@@ -93,6 +93,45 @@ void swiglu_backward(long n, long I, const real *gate_up, const real *d_out, rea
         }
 }
 
+/* out (n, ceil(V / size)): log of the sum of e^(x / temperature) over blocks of `size` of logits x (n, V) */
+void block_logits(long n, long V, long size, float temperature, const float *x, float *out) {
+    for (long i = 0; i < n; i++, x += V)
+        for (long first = 0; first < V; first += size) {
+            const long end = first + size < V ? first + size : V;
+            float top = x[first], sum = 0;
+            for (long j = first; j < end; j++) top = __builtin_fmaxf(top, x[j]);
+            for (long j = first; j < end; j++) sum += exponential((x[j] - top) / temperature);
+            *out++ = top / temperature + __builtin_logf(sum);
+        }
+}
+
+/* From logits x (n, V) the log-probs of targets (n) at a temperature, entropies (n), and the norms (n) of which
+ * log p = x / temperature - norm */
+void token_logps(long n, long V, float temperature, const float *x, const long *targets, float *logps, float *entropies,
+                 float *norms) {
+    for (long i = 0; i < n; i++, x += V) {
+        float top = x[0], sum = 0, mean = 0;
+        for (long j = 0; j < V; j++) top = __builtin_fmaxf(top, x[j]);
+        for (long j = 0; j < V; j++) {
+            float below = (x[j] - top) / temperature, e = exponential(below);
+            sum += e;
+            mean += e * __builtin_fmaxf(below, -1e4f);
+        }
+        norms[i] = top / temperature + __builtin_logf(sum);
+        logps[i] = x[targets[i]] / temperature - norms[i];
+        entropies[i] = __builtin_logf(sum) - mean / sum;
+    }
+}
+
+void token_logps_backward(long n, long V, float temperature, const float *x, const long *targets, const float *norms,
+                          const float *d_logps, float *d_x) {
+    for (long i = 0; i < n; i++, x += V, d_x += V) {
+        const float slope = d_logps[i] / temperature;
+        for (long j = 0; j < V; j++) d_x[j] = -slope * exponential(x[j] / temperature - norms[i]);
+        d_x[targets[i]] += slope;
+    }
+}
+
 #ifdef HEAD_DIM
 
 static inline void rotate(const real *x, const float *cosines, const float *sines, float scale, float *out) {

@@ -15,7 +15,9 @@ import threading
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lib.flags import warn
 
@@ -27,12 +29,17 @@ FLAGS += "-fassociative-math -ffinite-math-only -shared -fPIC"
 COMPILER_SECONDS = 45
 failures: list[Exception] = []  # of building kernels: the first one ends the use of all
 one_build = threading.Lock()  # one thread builds, the others wait for it
+PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+packed_weights = WeakIdKeyDictionary()  # of oneDNN, by the weight that they are made of
 Int, Float, Pointer = [ctypes.c_long], [ctypes.c_float], [ctypes.c_void_p]
 ELEMENTWISE = {
     "add_rms_norm": Int * 2 + Float + Pointer * 5,
     "add_rms_norm_backward": Int * 2 + Float + Pointer * 7,
     "swiglu": Int * 2 + Pointer * 2,
     "swiglu_backward": Int * 2 + Pointer * 3,
+    "block_logits": Int * 3 + Float + Pointer * 2,
+    "token_logps": Int * 2 + Float + Pointer * 5,
+    "token_logps_backward": Int * 2 + Float + Pointer * 5,
 }
 ATTENTION = {"attend": Int * 7 + Pointer * 9, "packed": Int * 4 + Pointer * 7}
 ATTENTION["packed_backward"] = Int * 5 + Pointer * 8
@@ -147,6 +154,55 @@ class SwiGLU(torch.autograd.Function):
 
 
 swiglu = SwiGLU.apply
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias as F.linear does, to the bit.
+
+    oneDNN lays a weight in 16 bits out anew for each product, which takes as long as multiplying it
+    by 20 rows. A frozen weight is kept in that layout, too, for passes without gradients.
+    """
+    frozen = isinstance(weight, torch.nn.Parameter) and not weight.requires_grad
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if not (frozen and on_cpu and PACKS) or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    if weight not in packed_weights:
+        packed_weights[weight] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    packed = packed_weights[weight]
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:
+    """Return what fused.block_logits does."""
+    n, V = logits.shape
+    out = logits.new_empty(n, -(-V // size))
+    library(logits.dtype).block_logits(n, V, size, temperature, *pointers(logits, out))
+    return out
+
+
+class TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return log-probs (n,) of the targets (n,) by logits (n, V), and entropies (n,)."""
+        logps, entropies, norms = (logits.new_empty(len(logits)) for _ in range(3))
+        tensors = logits, targets, logps, entropies, norms
+        library(logits.dtype).token_logps(*logits.shape, temperature, *pointers(*tensors))
+        ctx.save_for_backward(logits, targets, norms)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx, d_logps: Tensor, _) -> tuple[Tensor, None, None]:
+        logits, targets, norms = ctx.saved_tensors
+        d_logits = torch.empty_like(logits)
+        tensors = logits, targets, norms, d_logps.contiguous(), d_logits
+        function = library(logits.dtype).token_logps_backward
+        function(*logits.shape, ctx.temperature, *pointers(*tensors))
+        return d_logits, None, None
+
+
+token_logps = TokenLogps.apply
 
 
 def attend(

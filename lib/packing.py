@@ -6,6 +6,7 @@
 N tokens lie one after the other in one row; lib/attention.py masks what they must not see.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from lib import kernels
 from lib.attention import packed_attention
 from lib.transformer import Transformer
 
@@ -121,20 +123,23 @@ def random_position_gaps(
     return positions[: len(prompt)], positions[len(prompt) :]
 
 
-def micro_batches(prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor, budget: int):
-    """Split the groups `active` into runs of at most `budget` tokens; yield their indices.
+def micro_batches(
+    prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor, budget: int, workers: int = 1
+) -> list[Tensor]:
+    """Split the groups `active` into runs of at most `budget` tokens: return their indices.
 
     prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
+    The runs are of like size, and each of the workers gets equally many.
     """
-    costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
-    first, total = 0, 0
-    for i, cost in enumerate(costs):
-        if total + cost > budget and i > first:
-            yield active[first:i]
-            first, total = i, 0
-        total += cost
-    if costs:
-        yield active[first:]
+    costs = (prompt_lengths + response_lengths.sum(1))[active]
+    if not len(active):
+        return []
+    # A run ends within half a group of its share, so shares that much below the budget keep to it.
+    share = max(1, budget - int(costs.max()) // 2)
+    n_runs = workers * math.ceil(int(costs.sum()) / (workers * share))
+    middles = costs.cumsum(0) - costs / 2
+    of_group = (middles * n_runs / costs.sum()).long()  # which run a group is in
+    return list(active.split(of_group.unique(return_counts=True)[1].tolist()))
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -150,7 +155,7 @@ def response_logps(
     dropout_key: int | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probs (M,) of the response tokens, and entropies (M,), or (0,) unless asked for.
+    """Return log-probs (M,) of the response tokens, and their entropies (M,) if asked for.
 
     `temperature` is the sampler's. Entropies carry no gradient. At most `max_logits` logits exist
     at a time, recomputed in the backward pass, so memory does not grow with tokens x vocabulary.
@@ -161,7 +166,10 @@ def response_logps(
     gradient_of = weight.float() if weight.is_cuda and weight.requires_grad else None
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = log_softmax(model.logits(hidden, gradient_of), temperature)
+        logits = model.logits(hidden, gradient_of)
+        if kernels.apply_to(logits):
+            return kernels.token_logps(logits, targets, temperature)
+        log_p = log_softmax(logits, temperature)
         logps = log_p.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():  # last: the backward pass recomputes only what comes before
             return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps[:0]

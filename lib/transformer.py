@@ -81,7 +81,7 @@ class Linear(nn.Linear):
         self.adapter: nn.Module | None = None  # set by lib/lora.py
 
     def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
+        out = kernels.linear(x, self.weight, self.bias)
         return out if self.adapter is None else self.adapter(x, out, dropout_key)
 
 
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
             logits = fused.LogitsInFp32.apply(hidden, weight.detach(), gradient_of)
         else:
             rows = F.pad(hidden, (0, 0, 0, extra)) if extra else hidden
-            logits = F.linear(rows, weight)[: len(hidden)].float()
+            logits = kernels.linear(rows, weight)[: len(hidden)].float()
         return logits.index_fill(1, self.gaps, -1e30) if len(self.gaps) else logits
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import small_model
 
-from lib import kernels
+from lib import fused, kernels
 from lib.attention import describe
 from lib.packing import pack, pad, response_logps
 from lib.policy import DTYPES, make_policy
@@ -65,6 +65,53 @@ def test_swiglu(dtype):
         torch.testing.assert_close(
             mine.float(), other, atol=TOLERANCE[dtype] / 10, rtol=TOLERANCE[dtype]
         )
+
+
+@needs_compiler
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_token_logps(temperature):
+    """Log-probs, entropies and gradients, with a token that is not allowed and large logits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 20 * torch.randn(37, 1000, generator=generator)
+    logits[:, 7] = -1e30
+    targets = torch.randint(8, 1000, (37,), generator=generator)
+    d_logps = torch.randn(37, generator=generator)
+    logits.requires_grad_()
+    logps, entropies = kernels.token_logps(logits, targets, temperature)
+    (ours,) = torch.autograd.grad(logps, logits, d_logps)
+    log_p = (logits.double() / temperature).log_softmax(-1)
+    expected = log_p.gather(1, targets[:, None])[:, 0]
+    (theirs,) = torch.autograd.grad(expected, logits, d_logps.double())
+    torch.testing.assert_close(logps.double(), expected, atol=2e-5, rtol=1e-6)
+    torch.testing.assert_close(
+        entropies.double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    assert not entropies.requires_grad
+
+
+@needs_compiler
+@pytest.mark.parametrize("V", [512, 513, 1300])
+def test_block_logits(V):
+    logits = 9 * torch.randn(5, V, generator=torch.Generator().manual_seed(0))
+    ours, expected = (module.block_logits(logits, 0.7, 512) for module in (kernels, fused))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.skipif(not kernels.PACKS, reason="needs oneDNN")
+def test_a_frozen_weight_is_kept_in_onednns_layout():
+    """The bits of F.linear; what is trained is not kept, and what is gone is forgotten."""
+    weight = torch.nn.Parameter(torch.randn(48, 32).bfloat16(), requires_grad=False)
+    x, bias = torch.randn(5, 32).bfloat16(), torch.randn(48).bfloat16()
+    before = len(kernels.packed_weights)
+    with torch.no_grad():
+        for b in (None, bias):
+            assert torch.equal(kernels.linear(x, weight, b), F.linear(x, weight, b))
+    assert len(kernels.packed_weights) == before + 1
+    kernels.linear(x, torch.nn.Parameter(weight.clone()))
+    kernels.linear(x, weight)  # with gradients
+    del weight
+    assert len(kernels.packed_weights) == before
 
 
 @needs_compiler

@@ -268,12 +268,21 @@ def test_kl_estimates_the_divergence():
 
 
 def test_micro_batches_cover_the_chosen_groups_in_order_within_the_budget():
-    prompts, responses = torch.tensor([10, 10, 10, 500, 10]), torch.full((5, 4), 20)
-    chosen = torch.tensor([0, 2, 3, 4])
-    runs = list(micro_batches(prompts, responses, chosen, 180))
-    assert torch.cat(runs).tolist() == [0, 2, 3, 4]
-    assert [run.tolist() for run in runs] == [[0, 2], [3], [4]]
-    assert list(micro_batches(prompts, responses, chosen[:0], 180)) == []
+    generator = torch.Generator().manual_seed(0)
+    responses = torch.randint(10, 40, (30, 4), generator=generator)
+    prompts, chosen = torch.full((30,), 10), torch.arange(30)[torch.arange(30) % 7 > 0]
+    costs = prompts + responses.sum(1)
+    for budget in (120, 400, 1000, 9999):
+        for workers in (1, 2, 3):
+            runs = micro_batches(prompts, responses, chosen, budget, workers)
+            assert torch.equal(torch.cat(runs), chosen)
+            totals = [int(costs[run].sum()) for run in runs]
+            assert max(totals) <= budget or len(runs) == len(chosen)
+            if budget >= 400:
+                assert len(runs) % workers == 0, "each worker gets equally many"
+                assert max(totals) - min(totals) <= costs.max(), "of like size"
+    assert [len(run) for run in micro_batches(prompts, responses, chosen[:3], 1)] == [1, 1, 1]
+    assert micro_batches(prompts, responses, chosen[:0], 180) == []
 
 
 def test_rewards_belong_to_their_prompt():
