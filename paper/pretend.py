@@ -87,7 +87,7 @@ class PretendedGPU(TorchDispatchMode):
         self.syncs = collections.Counter()  # what has waited for the device
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = {k: x for k, x in (kwargs or {}).items() if k != "pin_memory"}  # safetensors asks
         tensors = tensors_in((*args, *kwargs.values()))
         here = any(isinstance(x, GPUTensor) for x in tensors)
         target = torch.device(kwargs.get("device") or (GPU if here else "cpu"))
