@@ -27,11 +27,13 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
     return_and_correct_aliasing,
 )
+from torch.utils._pytree import tree_map_only
 
 GPU = torch.device("cuda", 0)
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2")
@@ -85,9 +87,7 @@ class PretendedGPU(TorchDispatchMode):
         self.syncs = collections.Counter()  # what has waited for the device
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if kwargs.get("pin_memory"):
-            kwargs = kwargs | {"pin_memory": False}
+        kwargs = {k: x for k, x in (kwargs or {}).items() if k != "pin_memory"}  # safetensors asks
         tensors = tensors_in((*args, *kwargs.values()))
         here = any(isinstance(x, GPUTensor) for x in tensors)
         target = torch.device(kwargs.get("device") or (GPU if here else "cpu"))
@@ -103,7 +103,7 @@ class PretendedGPU(TorchDispatchMode):
             self.syncs[why] += 1
             check(self.graph is None, f"{why} waits for the device while a graph is captured")
         moved = {"device": "cpu"} if kwargs.get("device") and target.type == "cuda" else {}
-        call = func, *on_cpu((args, kwargs | moved))
+        call = func, *tree_map_only(GPUTensor, lambda x: x.inner, (args, kwargs | moved))
         if self.graph is not None:
             self.graph.keep_what_changes(*call)
         out = run(*call)
@@ -111,7 +111,7 @@ class PretendedGPU(TorchDispatchMode):
             self.graph.calls.append((*call, out))
         if target.type != "cuda":
             return out
-        wrapped = map_tensors(GPUTensor, out)
+        wrapped = tree_map_only(Tensor, GPUTensor, out)
         aliases = here and any(x.alias_info for x in func._schema.returns)
         return return_and_correct_aliasing(func, args, kwargs, wrapped) if aliases else wrapped
 
@@ -127,20 +127,6 @@ def tensors_in(x) -> list[Tensor]:
     if isinstance(x, Tensor):
         return [x]
     return [t for y in x for t in tensors_in(y)] if isinstance(x, tuple | list) else []
-
-
-def map_tensors(function, x):
-    """Apply a function to the tensors among an operation's arguments or results."""
-    if isinstance(x, Tensor):
-        return function(x)
-    if isinstance(x, dict):
-        return {name: map_tensors(function, value) for name, value in x.items()}
-    return type(x)(map_tensors(function, y) for y in x) if isinstance(x, tuple | list) else x
-
-
-def on_cpu(x):
-    """Return arguments with the CPU's tensors in the place of the GPU's."""
-    return map_tensors(lambda t: t.inner if isinstance(t, GPUTensor) else t, x)
 
 
 def refuse_mixed_devices(func, args: tuple, tensors: list[Tensor]) -> None:
@@ -169,10 +155,6 @@ def waits(func, args: tuple, kwargs: dict, tensors: list[Tensor], target: torch.
     return f"{name} between CPU and GPU" if name in COPIES and len(devices) > 1 else ""
 
 
-# ------------------------------------------------------------------------------------------------
-# CUDA graphs
-
-
 class CUDAGraph:
     """Operations with their tensors of the CPU, in order."""
 
@@ -194,8 +176,8 @@ class CUDAGraph:
     def replay(self) -> None:
         with _disable_current_modes(), torch.no_grad():
             for func, args, kwargs, out in self.calls:
-                results = zip(tensors_in(out), tensors_in(run(func, args, kwargs)))
-                for captured, new in results:
+                again = run(func, args, kwargs)
+                for captured, new in zip(tensors_in(out), tensors_in(again)):
                     if captured.data_ptr() != new.data_ptr():
                         captured.copy_(new)
 
@@ -219,12 +201,7 @@ def capture(graph: CUDAGraph, pool=None):
 
 def run(func, args: tuple, kwargs: dict):
     """Run an operation on tensors of the CPU."""
-    return kernel_of(func)(*args, **kwargs)
-
-
-@functools.cache
-def kernel_of(func):
-    return KERNELS.get(str(func), func)
+    return KERNELS.get(str(func), func)(*args, **kwargs)
 
 
 def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -234,43 +211,34 @@ def product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.float() @ b.float()
 
 
-def segments(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool):
-    """Yield each segment's slices of queries and keys, q, k, v by head in fp32, and its scores."""
-    for i in range(len(cu_q) - 1):
-        rows, columns = (slice(int(cu[i]), int(cu[i + 1])) for cu in (cu_q, cu_k))
-        Q = q[rows].float().transpose(0, 1)  # (H, Tq, d)
+def attend(q, k, v, n_queries: list[int], n_keys: list[int], causal=False) -> tuple[Tensor, Tensor]:
+    """Attend within segments, in fp32: the output (N, H, d) and the log-sum-exps (H, N)."""
+    out, sums = [], []
+    for Q, K, V in zip(q.split(n_queries), k.split(n_keys), v.split(n_keys)):
         R = q.shape[1] // k.shape[1]
-        K, V = (x[columns].float().repeat_interleave(R, 1).transpose(0, 1) for x in (k, v))
-        scores = Q @ K.mT * q.shape[2] ** -0.5  # (H, Tq, Tk)
+        Q, K, V = (x.float().transpose(0, 1) for x in (Q, K, V))  # (heads, tokens, d)
+        K, V = K.repeat_interleave(R, 0), V.repeat_interleave(R, 0)
+        scores = Q @ K.mT * q.shape[2] ** -0.5
         if causal:  # aligned to the ends
             Tq, Tk = scores.shape[1:]
-            scores += torch.full((Tq, Tk), -torch.inf).triu(Tk - Tq + 1)
-        yield rows, columns, (Q, K, V), scores
+            scores = scores + torch.full((Tq, Tk), -torch.inf).triu(Tk - Tq + 1)
+        out.append((scores.softmax(-1) @ V).transpose(0, 1))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(out).to(q.dtype), torch.cat(sums, 1)
 
 
 def varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal: bool = False, *_) -> tuple[Tensor, ...]:
     """PyTorch's varlen kernel: the output, the sums (H, N), and a state of random numbers."""
     check_varlen(q, k, v, cu_q, cu_k, max_q, max_k)
-    out, sums = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
-    for rows, _, (_, _, V), scores in segments(q, k, v, cu_q, cu_k, causal):
-        out[rows] = (scores.softmax(-1) @ V).transpose(0, 1).to(q.dtype)
-        sums[:, rows] = scores.logsumexp(-1)
+    out, sums = attend(q, k, v, cu_q.diff().tolist(), cu_k.diff().tolist(), causal)
     return out, sums, torch.zeros(2, dtype=torch.uint64)
 
 
-def varlen_backward(grad, q, k, v, out, sums, cu_q, cu_k, max_q, max_k, causal: bool, *_):
-    """Its gradients, written out: beneath autograd there is none."""
-    check_varlen(q, k, v, cu_q, cu_k, max_q, max_k)
-    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    heads = k.shape[1], q.shape[1] // k.shape[1]
-    for rows, columns, (Q, K, V), scores in segments(q, k, v, cu_q, cu_k, causal):
-        P, G = scores.softmax(-1), grad[rows].float().transpose(0, 1)
-        dP = G @ V.mT
-        dS = P * (dP - (P * dP).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
-        dq[rows] = (dS @ K).transpose(0, 1).to(q.dtype)
-        for total, of_heads in ((dk, dS.mT @ Q), (dv, P.mT @ G)):
-            total[columns] += of_heads.unflatten(0, heads).sum(1).transpose(0, 1).to(q.dtype)
-    return dq, dk, dv
+def varlen_backward(grad, q, k, v, out, sums, *others) -> tuple[Tensor, ...]:
+    """Its gradients, by autograd, which has to be switched on again within an operation."""
+    with enable_reentrant_dispatch(), torch._C._DisableTorchDispatch(), torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(varlen(*inputs, *others)[0], inputs, grad)
 
 
 def check_varlen(q, k, v, cu_q, cu_k, max_q: int, max_k: int) -> None:
@@ -296,10 +264,8 @@ def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q: int, max_k: int, *, causa
     return torch.ops.torch_attn._varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, causal)[0]
 
 
-def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, return_softmax_lse=False
-):
-    """Stand in for flash-attn's, with the checks of mha_fwd_kvcache in flash_api.cpp of 2.8.3."""
+def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, **_):
+    """Stand in for flash-attn's with log-sum-exps; checks as in 2.8.3's mha_fwd_kvcache."""
     (B, Tq, H, d), (_, T, K, _) = q.shape, k_cache.shape
     given = [x for x in (q, k_cache, v_cache, k, v) if x is not None]
     check(q.dtype in HALVES and len({x.dtype for x in given}) == 1, f"kvcache in {q.dtype}")
@@ -313,25 +279,20 @@ def flash_attn_with_kvcache(
         check(k.shape == v.shape == (B, 1, K, d), "one new key and value a row")
         folded = H // K if Tq == 1 and H > K and d % 8 == 0 else Tq  # heads become queries
         check(folded <= T, f"If key is supplied, seqlen_q ({folded}) must be <= the cache's ({T})")
-    out, sums = torch.ops.pretend.kvcache(q, k_cache, v_cache, k, v, cache_seqlens)
-    return (out, sums) if return_softmax_lse else out
+    return torch.ops.pretend.kvcache(q, k_cache, v_cache, k, v, cache_seqlens)
 
 
 def kvcache(q, k_cache, v_cache, k, v, lengths) -> tuple[Tensor, Tensor]:
     """Store k and v (B, 1, K, d) at `lengths`, then attend: (B, Tq, H, d) and sums (B, H, Tq)."""
-    B, _, H, d = q.shape
+    B, _, H, _ = q.shape
     lengths, rows = lengths.long(), torch.arange(B)
     if k is not None:
-        check(int(lengths.max()) < k_cache.shape[1], "the cache is full")
         k_cache[rows, lengths], v_cache[rows, lengths] = k[:, 0], v[:, 0]
         lengths = lengths + 1
-    Q = q.float().transpose(1, 2)  # (B, H, Tq, d)
-    keys, values = (x.float().repeat_interleave(H // x.shape[2], 2) for x in (k_cache, v_cache))
-    scores = Q @ keys.permute(0, 2, 3, 1) * d**-0.5
-    later = torch.arange(keys.shape[1]) >= lengths[:, None]
-    scores.masked_fill_(later[:, None, None], -torch.inf)
-    out = (scores.softmax(-1) @ values.transpose(1, 2)).transpose(1, 2)
-    return out.to(q.dtype), scores.logsumexp(-1)
+    valid = torch.arange(k_cache.shape[1]) < lengths[:, None]
+    segments = [q.shape[1]] * B, lengths.tolist()
+    out, sums = attend(q.flatten(0, 1), k_cache[valid], v_cache[valid], *segments)
+    return out.view_as(q), sums.view(H, B, -1).transpose(0, 1).contiguous()
 
 
 LIBRARY = torch.library.Library("pretend", "DEF")
@@ -341,20 +302,16 @@ KERNELS = {"aten.mm.dtype": product, "aten.bmm.dtype": product, "pretend.kvcache
 KERNELS |= {"torch_attn._varlen_attn.default": varlen}
 KERNELS |= {"torch_attn._varlen_attn_backward.default": varlen_backward}
 
-
-# ------------------------------------------------------------------------------------------------
-
 gpu = PretendedGPU()
 
 
 def start() -> None:
     """Make torch.cuda say that there is a GPU; its tensors live within `with gpu:`."""
-    memory, total = 60 * 2**30, 80 * 2**30
     answers = {"is_available": True, "device_count": 1, "current_device": 0}
     answers |= {"get_device_name": "pretended GPU", "is_bf16_supported": True}
-    answers |= {"mem_get_info": (memory, total), "memory_allocated": 0, "memory_reserved": 0}
-    answers |= {"max_memory_allocated": 0, "set_device": None, "synchronize": None}
-    answers |= {"_lazy_init": None, "empty_cache": None, "reset_peak_memory_stats": None}
+    answers |= {"mem_get_info": (60 * 2**30, 80 * 2**30), "memory_allocated": 0}
+    answers |= {"memory_reserved": 0, "max_memory_allocated": 0, "reset_peak_memory_stats": None}
+    answers |= {"set_device": None, "synchronize": None, "_lazy_init": None, "empty_cache": None}
     for name, answer in answers.items():
         setattr(torch.cuda, name, functools.partial(lambda answer, *_, **__: answer, answer))
     torch.cuda.CUDAGraph, torch.cuda.graph, torch.Generator = CUDAGraph, capture, Generator

@@ -1,18 +1,16 @@
 """Count what full-size steps do on a GPU, without one: kernels, bytes moved, FLOPs and memory.
 
-    python -m paper.bench --trace     # Qwen2.5-1.5B: a decoding step, a micro-batch, an update
+    python -m paper.bench --trace     # Qwen2.5-1.5B: a decoding step and a micro-batch
 
 The code runs unmodified, in half a minute, on FakeTensors of cuda:0, which have shapes, dtypes and
-devices but no data. The tables say how they count. A decoding step that a CUDA graph could not
-capture is refused.
+devices but no data. The tables say how they count. What such code computes: paper/pretend.py.
 """
 
 import functools
 import math
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -24,19 +22,15 @@ if not no_cuda.why_not():
     no_cuda.load()  # before torch, for the backward pass
 
 import torch
+import torch.utils._python_dispatch as dispatch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _pop_mode_temporarily,
-)
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from lib import attention, fused, memory, packing
 from lib.distributed import World
 from lib.flags import require
-from lib.lora import add_lora
+from lib.lora import adapted, add_lora
 from lib.packing import Packed, pack, response_logps
 from lib.policy import cast_matmuls, make_policy, trainable_parameters
 from lib.training import accumulate_gradients
@@ -47,8 +41,7 @@ from train_grpo import GrpoConfig
 
 BANDWIDTH, FLOPS, SMALLEST = 3.0e12, 650e12, 2.5e-6  # an H100: bytes/s, FLOP/s, s of a tiny kernel
 GPU, RANK, DROPOUT, TEMPERATURE = torch.device("cuda:0"), 64, 0.05, 0.7
-MEMORY = 80e9  # bytes of a GPU
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "repeat_interleave"}
+MEMORY, GPUS = 80e9, 8  # bytes of a GPU; processes with --fsdp
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 ROWS_OF = {"embedding", "gather", "index", "index_select", "searchsorted"}  # read rows of a tensor
 ROWS_INTO = {"index_add_", "index_copy_", "index_put_", "scatter_add_"}  # write rows
@@ -66,27 +59,18 @@ class Kernel(NamedTuple):
         return max(SMALLEST, self.n_bytes / BANDWIDTH, self.flops / FLOPS)
 
 
-class Trace(TorchDispatchMode):
-    """Record the kernels that run on cuda:0, and the memory of the tensors that they make.
+class Trace(dispatch.TorchDispatchMode):
+    """Record the kernels that run on cuda:0, and the memory of the tensors that they make."""
 
-    `capture` refuses what a CUDA graph cannot hold. `flops` are those of kernels, by name, that do
-    not follow from shapes.
-    """
-
-    def __init__(self, flops: dict[str, float] | None = None, capture: bool = False):
+    def __init__(self, flops: dict[str, float] | None = None):
         super().__init__()
-        self.flops, self.capture, self.kernels = flops or {}, capture, []
-        self.live = self.peak = 0  # bytes
-        self.known: set[int] = set()
+        self.kernels, self.flops = [], flops or {}  # of kernels by name, where shapes do not tell
+        self.storages = weakref.WeakKeyDictionary()  # the bytes of those that are alive
+        self.peak = 0  # bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace.startswith("prim"):
-            return func(*args, **kwargs)
         name, given = func.overloadpacket.__name__, tensors((args, kwargs))
-        if self.capture:
-            refuse_in_graph(name, given, kwargs)
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs or {})
         new = self.add_memory(given, args[0] if out is None else out, func._schema.is_mutable)
         if new and "empty" not in name:  # neither views nor allocations are kernels
             self.kernels.append(Kernel(name, moved(name, given, new), self.flops_of(name, given)))
@@ -94,25 +78,19 @@ class Trace(TorchDispatchMode):
 
     def add_memory(self, given: list[Tensor], out, in_place: bool = False) -> list[Tensor]:
         """Follow the memory of results on the GPU; return those that are written, so no views."""
-        for x in given:
-            self.follow(x, 0)  # what was there before does not count
-        read = {storage_key(x) for x in given}
-        new = [x for x in tensors(out) if x.is_cuda and (in_place or storage_key(x) not in read)]
-        for x in new:
-            self.follow(x, x.untyped_storage().nbytes())
+        read = {x.untyped_storage() for x in given}
+        for storage in read:
+            self.storages.setdefault(storage, 0)  # what was there before does not count
+        results = [x for x in tensors(out) if x.is_cuda]
+        new = [x for x in results if in_place or x.untyped_storage() not in read]
+        for storage in (x.untyped_storage() for x in new):
+            self.storages.setdefault(storage, storage.nbytes())
+        self.peak = max(self.peak, self.live)
         return new
 
-    def follow(self, x: Tensor, n_bytes: int) -> None:
-        key = storage_key(x)
-        if x.is_cuda and key not in self.known:
-            self.known.add(key)
-            self.live += n_bytes
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(x.untyped_storage(), self.release, key, n_bytes)
-
-    def release(self, key: int, n_bytes: int) -> None:
-        self.known.discard(key)
-        self.live -= n_bytes
+    @property
+    def live(self) -> int:
+        return sum(self.storages.values())
 
     def flops_of(self, name: str, given: list[Tensor]) -> float:
         if name.rstrip("_") in PRODUCTS:
@@ -120,21 +98,15 @@ class Trace(TorchDispatchMode):
             return 2 * a.numel() * b.shape[-1]
         return self.flops.get(name, 0)
 
-    @property
-    def n_bytes(self) -> int:
-        return sum(kernel.n_bytes for kernel in self.kernels)
-
-    @property
-    def seconds(self) -> float:
-        return sum(kernel.seconds for kernel in self.kernels)
+    def totals(self) -> dict[str, float]:
+        """Return what the kernels do together, by name."""
+        of_each = ((k.n_bytes / 1e9, k.flops / 1e12, 1e3 * k.seconds) for k in self.kernels)
+        sums = zip(("GB moved", "TFLOP", "ms"), map(sum, zip(*of_each)))
+        return {"kernels": len(self.kernels), **dict(sums)}
 
 
 def tensors(tree) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
-
-
-def storage_key(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
 
 
 def size(x: Tensor) -> int:
@@ -153,26 +125,14 @@ def moved(name: str, given: list[Tensor], new: list[Tensor]) -> int:
     return sum(map(size, given[unread:])) + sum(map(size, new))
 
 
-def refuse_in_graph(name: str, given: list[Tensor], kwargs: dict) -> None:
-    """Raise RuntimeError where an operation waits for the device or touches the host's memory."""
-    masked = name.startswith("index") and any(x.dtype == torch.bool for x in given[1:2])
-    if name in WAITS or masked:
-        raise RuntimeError(f"{name} waits for the device: a CUDA graph cannot hold it")
-    # A scalar of the host is an argument of a kernel, unless it is copied.
-    devices = [x.device for x in given if x.ndim or "copy" in name]
-    if any(torch.device(x).type == "cpu" for x in (*devices, kwargs.get("device") or GPU)):
-        raise RuntimeError(f"{name} uses the host's memory: a CUDA graph cannot hold it")
-
-
 def in_one_kernel(function: Callable, *args):
     """Call a function as one kernel, which reads the tensors in `args` and writes its results."""
-    if not isinstance(_get_current_dispatch_mode(), Trace):  # nothing counts, or it counts already
+    if not isinstance(dispatch._get_current_dispatch_mode(), Trace):  # nothing counts, or already
         return function(*args)
-    with _pop_mode_temporarily() as trace:
-        out = function(*args)
-    given = tensors(args)
-    new = trace.add_memory(given, out)
-    trace.kernels.append(Kernel(function.__name__, sum(map(size, given + new))))
+    with dispatch._pop_mode_temporarily() as trace:
+        out, given = function(*args), tensors(args)
+        n_bytes = sum(map(size, given + trace.add_memory(given, out)))
+        trace.kernels.append(Kernel(function.__name__, n_bytes))
     return out
 
 
@@ -180,71 +140,53 @@ class Region(torch.autograd.Function):
     """A compiled region. It keeps its inputs and computes the rest again in its backward pass."""
 
     @staticmethod
-    def forward(ctx, function, *inputs):
-        ctx.set_materialize_grads(False)
-        ctx.function = function
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
-        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-        return in_one_kernel(function, *inputs)
+    def forward(ctx, function, options, *inputs):
+        ctx.function, ctx.options = function, options
+        ctx.save_for_backward(*inputs)
+        return in_one_kernel(function, *inputs, *options)
 
     @staticmethod
     def backward(ctx, *grads):
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
 
         def gradients(grads, *saved):
-            pairs = zip(saved, ctx.others, needed)
-            inputs = [x if s is None else s.detach().requires_grad_(n) for s, x, n in pairs]
+            inputs = [x.detach().requires_grad_(n) for x, n in zip(saved, needed)]
             with torch.enable_grad():
-                outputs = tree_leaves(ctx.function(*inputs))
-            outputs, grads = zip(*(p for p in zip(outputs, grads) if p[1] is not None))
-            wanted = [x for x, n in zip(inputs, needed) if n]
-            return torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+                outputs = ctx.function(*inputs, *ctx.options)
+            wanted = [x for x in inputs if x.requires_grad]
+            return torch.autograd.grad(outputs, wanted, grads)
 
         found = iter(in_one_kernel(gradients, grads, *ctx.saved_tensors))
-        return None, *(next(found) if n else None for n in needed)
+        return None, None, *(next(found) if n else None for n in needed)
 
 
 def compiled(function: Callable) -> Callable:
     """Stand in for torch.compile: the function becomes one kernel, and one in its backward pass."""
 
     def call(*args):
-        leaves, spec = tree_flatten(args)
-        region = functools.wraps(function)(lambda *leaves: function(*tree_unflatten(leaves, spec)))
-        return Region.apply(region, *leaves)
+        n = len(tensors(args))  # which come first
+        return Region.apply(function, args[n:], *args[:n])
 
     return call
 
 
-def flash_attn_with_kvcache(n, q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, **_):
-    """Check what flash-attn 2.8.3 checks, and count as a kernel that reads `n` of a response."""
-    (B, Tq, H, d), (_, Tk, K, _) = q.shape, k_cache.shape
-    new = [] if k is None else [k, v]
-    for x in (q, k_cache, v_cache, *new):
-        assert x.dtype == q.dtype != torch.float32 and x.stride(-1) == 1 and x.device == GPU
-    assert k_cache.shape == v_cache.shape == (B, Tk, K, d) and H % K == 0 and d <= 256
-    assert all(x.shape == (B, 1, K, d) for x in new)
-    assert not new or (H // K if Tq == 1 else Tq) <= Tk, "more queries than the cache has entries"
-    assert cache_seqlens.dtype == torch.int32 and cache_seqlens.device == GPU
-    assert cache_seqlens.is_contiguous() and cache_seqlens.shape == (B,)
+def flash_attn_with_kvcache(n, q, k_cache, v_cache, *new, cache_seqlens, return_softmax_lse):
+    """Count flash-attn's as a kernel that reads a prompt's whole cache, or `n` of a response's."""
 
     def flash(q, *_):
+        B, Tq, H, _ = q.shape
         return torch.empty_like(q), q.new_empty(B, H, Tq, dtype=torch.float32)
 
     k_cache, v_cache = (x[:, :n] if new else x for x in (k_cache, v_cache))
-    return compiled(flash)(q, k_cache, v_cache, cache_seqlens, *new)
+    return in_one_kernel(flash, q, k_cache, v_cache, cache_seqlens, *new)
 
 
-def pretend(flash_reads: int = 0) -> None:
-    """Let PyTorch's CPU build pass for one with a GPU and, if it reads tokens, for flash-attn."""
+def pretend() -> None:
+    """Let PyTorch's CPU build pass for one with a GPU and Triton."""
     torch.cuda._lazy_init = lambda: None
     torch.Generator = lambda device: generator  # FakeTensors draw nothing
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU) shows as a copy
     fused.has_triton, fused.compiled = lambda: True, compiled
-    attention.flash_attn_varlen_func = attention.flash_attn_with_kvcache = None
-    if flash_reads:
-        attention.flash_attn_varlen_func = attention.torch_varlen()[0]  # not called
-        kernel = functools.partial(flash_attn_with_kvcache, flash_reads)
-        attention.flash_attn_with_kvcache = kernel
+    attention.flash_attn_varlen_func = None  # PyTorch's is the same kernel
 
 
 def fake(x: Tensor) -> Tensor:
@@ -268,10 +210,11 @@ def build(shape: ModelConfig, lora: bool) -> Models:
 
 
 @functools.cache
-def decoding_step(work: Work, policy: Transformer, flash: bool) -> tuple[Trace, int]:
+def decoding_step(work: Work, policy: Transformer, backend: str) -> tuple[Trace, int]:
     """Trace one token of each row, past its response's middle; also return a layer's kernels."""
     T, P, t, before = work.new_tokens, work.prompts, work.new_tokens * 5 // 8, []
-    pretend(flash_reads=(t + 1) * flash)
+    attention.decode_backend = lambda model: backend
+    attention.flash_attn_with_kvcache = functools.partial(flash_attn_with_kvcache, t + 1)
     with fake_mode, torch.no_grad():
         sampler = Sampler(policy, [0, 1], work.group, T, TEMPERATURE)
         sampler.use_graphs = False  # there is nothing to capture
@@ -279,69 +222,55 @@ def decoding_step(work: Work, policy: Transformer, flash: bool) -> tuple[Trace, 
         batch.P = P
         batch.cache.start(torch.full((P,), work.prompt_len, device=GPU))
         batch.decode_step(t)  # a warm-up, as before a capture
-        with Trace(capture=True) as trace:
+        with Trace() as trace:
             for block in policy.model.layers[:2]:
                 block.register_forward_pre_hook(lambda *_: before.append(len(trace.kernels)))
             batch.decode_step(t)
     return trace, before[1] - before[0]
 
 
-class Setup(NamedTuple):
-    """A way to train, and the share of the work that a process has."""
-
-    trained: str  # all weights, LoRA or --fsdp
-    models: Models
-    work: Work
-    gpus: int
-    checkpointing: bool
-
-
-def resident_memory(setup: Setup) -> dict[str, float]:
+def memory_at_start(work: Work, models: Models, gpus: int) -> dict[str, float]:
     """Return the bytes of what is there whenever training begins, by part."""
-    (master, policy), work, lora = setup.models, setup.work, setup.trained == "LoRA"
-    trained, shards = trainable_parameters(master), setup.gpus if setup.trained == "--fsdp" else 1
-    sharded = 4 * sum(w.numel() for w in trained) / shards  # in fp32
-    adapters = {*trained, *trainable_parameters(policy), *policy.buffers()} if lora else set()
-    base = total(set(policy.parameters()) - adapters)
-    parts = {"master": 0.0 if lora else sharded, "policy": base, "reference": 0.0 if lora else base}
-    parts |= {"adapters": total(adapters), "optimizer": 2 * sharded}
+    master, policy = models
+    temporaries = decoding_step(work, policy, "matmul")[0].peak
+    in_fp32 = 4 * sum(w.numel() for w in trainable_parameters(master)) / gpus
+    weights = in_fp32 + sum(map(size, (*policy.parameters(), *policy.buffers())))
+    if not adapted(policy):  # under LoRA the reference is the policy without its adapters
+        weights += sum(map(size, policy.parameters()))
     sizes = work.prompts, work.group, work.prompt_len, work.new_tokens
-    parts |= {"KV cache": attention.cache_bytes(policy, *sizes)}
-    return parts | {"graphs": decoding_step(work, policy, False)[0].peak}
+    sampler = attention.cache_bytes(policy, *sizes) + temporaries
+    return {"weights": weights, "optimizer": 2 * in_fp32, "sampler": sampler}
 
 
-def memory_of(setup: Setup) -> dict[str, float]:
-    """Return the bytes of a process's memory while it trains, by part, and their sum."""
-    trace, _, kept = micro_batch(first_micro_batch(setup), setup.models, setup.checkpointing)
-    (master, policy), fsdp = setup.models, setup.trained == "--fsdp"
-    blocks = (w for block in policy.model.layers[:2] for w in block.parameters())
-    exchange = 6 * sum(w.numel() for w in (policy.lm_head.weight, *blocks))
-    if not fsdp:
-        exchange = 4 * sum(w.numel() for w in trainable_parameters(master)) * (setup.gpus > 1)
-    parts = resident_memory(setup)
-    parts |= {"gradients": parts["optimizer"] / 2}
-    everything = sum(parts.values())
-    everything += trace.peak + exchange if fsdp else max(trace.peak, exchange)
-    parts |= {"activations": kept, "backward": trace.peak - kept, "exchange": exchange}
-    return parts | {"all": everything}
-
-
-def total(tensors: Iterable[Tensor]) -> int:
-    return sum(map(size, tensors))
-
-
-def first_micro_batch(setup: Setup) -> Work:
-    """Return the groups that are trained on first: as many as lib/memory.py plans."""
-    (master, policy), work, lora = setup.models, setup.work, setup.trained == "LoRA"
-    config = GrpoConfig(lora=RANK * lora, lora_dropout=DROPOUT, beta=0.05)
-    config.gradient_checkpointing = setup.checkpointing
-    run = {"config": config, "master": master, "policy": policy, "reference": policy}
-    run = SimpleNamespace(**run, optimizer=SimpleNamespace(state=True))  # after the first step
-    memory.is_fsdp = lambda model: setup.trained == "--fsdp"
-    memory.free_bytes = lambda device: MEMORY - sum(resident_memory(setup).values())
-    budget = memory.micro_batch_tokens(run, World(0, setup.gpus, GPU))
+def planned_batch(work: Work, models: Models, config: GrpoConfig, gpus: int, free: float) -> Work:
+    """Return the groups that are trained on at once: as many as lib/memory.py plans."""
+    run = SimpleNamespace(config=config, master=models[0], policy=models[1], reference=models[1])
+    run.optimizer = SimpleNamespace(state=True)  # after the first step
+    memory.is_fsdp = lambda model: True  # which shards nothing over one process
+    memory.free_bytes = lambda device: free
+    budget = memory.micro_batch_tokens(run, World(0, gpus, GPU))
     groups = budget // (work.prompt_len + work.group * work.new_tokens)
     return replace(work, prompts=max(1, min(work.prompts, groups)))
+
+
+def update_numbers(work: Work, models: Models, gpus: int, checkpointing: bool) -> dict:
+    """Return what an update's second micro-batch does, and the GB of memory meanwhile, by name."""
+    (_, policy), lora = models, RANK * bool(adapted(models[1]))
+    config = GrpoConfig(lora=lora, lora_dropout=DROPOUT, beta=1)
+    config.gradient_checkpointing = checkpointing
+    parts = memory_at_start(work, models, gpus)
+    work = planned_batch(work, models, config, gpus, MEMORY - sum(parts.values()))
+    trace, n_tokens, kept = micro_batch(work, models, checkpointing)
+    planned = memory.activation_bytes(work.shape, lora, lora > 0, checkpointing)
+    numbers = {"tokens": n_tokens, **trace.totals()}
+    numbers |= {"KB kept": kept / n_tokens / 1e3, "KB planned": planned / 1e3}
+
+    parts |= {"gradient": parts["optimizer"] / 2, "activations": kept}
+    blocks = (w for block in policy.model.layers[:2] for w in block.parameters())
+    gathered = 6 * sum(w.numel() for w in (policy.lm_head.weight, *blocks))
+    parts |= {"backward": trace.peak - kept, "gathered": gathered * (gpus > 1)}
+    parts["all"] = sum(parts.values())
+    return numbers | {f"GB: {name}": n_bytes / 1e9 for name, n_bytes in parts.items()}
 
 
 def pack_groups(work: Work) -> tuple[Packed, int]:
@@ -353,13 +282,8 @@ def pack_groups(work: Work) -> tuple[Packed, int]:
     return batch, P * (Tp * (Tp + 1) // 2 + G * ((T - 1) * Tp + T * (T - 1) // 2))
 
 
-@functools.cache
 def micro_batch(work: Work, models: Models, checkpointing: bool) -> tuple[Trace, int, int]:
-    """Trace forward and backward pass; also return the tokens, and the bytes kept between them.
-
-    It is an update's second micro-batch, so there is a gradient in fp32, which the peak leaves out.
-    """
-    pretend()
+    """Trace an update's second micro-batch; also return its tokens and the bytes it keeps."""
     (master, policy), (batch, pairs), shape = models, pack_groups(work), work.shape
     attend = attention.varlen_attention(batch, shape)  # the indices that it makes need data
     for cell in attend.__closure__:
@@ -381,100 +305,65 @@ def micro_batch(work: Work, models: Models, checkpointing: bool) -> tuple[Trace,
         return logps.sum(), {}
 
     batch = Packed(*map(fake, vars(batch).values()))
-    with fake_mode, trace:
+    one_thread = torch.autograd.set_multithreading_enabled(False)  # another frees memory late
+    with fake_mode, trace, one_thread:
         accumulate_gradients(master, policy, loss_fn, [batch, batch], World(0, 1, GPU))
-    trace.peak -= sum(w.grad.nbytes for w in trainable_parameters(master))
+    trace.peak -= sum(w.grad.nbytes for w in trainable_parameters(master))  # is no part of it
     master.zero_grad()
     return trace, len(batch.tokens), kept
 
-
-# ------------------------------------------------------------------------------------------------
-# Tables
 
 DECODING = f"""A decoding step: prompts of {{0.prompt_len}} tokens, responses of {{0.new_tokens}},
 temperature {TEMPERATURE}. ms: the sum over kernels of the longest of {1e6 * SMALLEST} us, bytes at
 {BANDWIDTH / 1e12} TB/s and FLOPs at {FLOPS / 1e12:.0f} TFLOP/s, rates of an H100 that are assumed.
 A kernel reads its inputs and writes its outputs once. A compiled region of lib/fused.py is one
-kernel; views and allocations are none. LoRA has rank {RANK}. flash is with flash-attn.
+kernel; views and allocations are none. LoRA has rank {RANK}, dropout {DROPOUT}. flash: flash-attn.
 """
-TRAINING = f"""
+UPDATE = f"""
 An update's second micro-batch: log-probs with entropies, their gradient, and adding it to the
-first one's, at the same rates. It has as many tokens as lib/memory.py plans on {MEMORY:.0e} bytes.
-A compiled region is taken to keep its inputs (real ones keep about a tenth less), and to be one
-kernel in the backward pass, too. KB kept: what that pass needs of a token, beside what was planned.
-The peak is without weights and the gradient in fp32. LoRA's dropout is {DROPOUT}. Not traced: loss,
-reference, the optimizer's step.
-"""
-MEMORY_OF = """
-A process's memory meanwhile, in GB (1e9 bytes), with --beta above 0. master: weights in fp32. Under
-LoRA the reference is the policy's frozen base. adapters: those of master and policy. graphs: the
-temporaries of a decoding step, which CUDA graphs hold on to. activations: those kept. backward:
-what the peak adds, logits, gradients in bf16 (fewer with --fsdp) and one recomputed layer.
-exchange: a flat copy of the gradients for NCCL, after the micro-batches; with --fsdp the embedding
-and two blocks, gathered, and their gradients in fp32. Not counted: rollout and batch, what the
-allocator cannot use, the CUDA context and NCCL's buffers; a few GB in all.
+first one's; without loss, reference and optimizer. It has as many tokens as lib/memory.py plans on
+{MEMORY:.0e} bytes. --fsdp shards over {GPUS} GPUs. A compiled region is taken to keep its inputs
+(real ones keep about a tenth less), and to be one kernel in the backward pass, too. KB kept: what
+the backward pass needs of a token; then what was planned.
+
+GB (1e9 bytes) are a process's memory meanwhile. weights: master, policy, and the reference, under
+LoRA the policy's frozen base. sampler: the KV cache, and a decoding step's temporaries, which CUDA
+graphs hold on to. gradient: in fp32. activations: those kept. backward: what the peak adds, logits,
+gradients in bf16 (fewer with --fsdp) and one recomputed layer. gathered: the embedding and two
+blocks, and their gradients in fp32. Not counted: rollout and batch, what the allocator cannot use,
+the CUDA context and NCCL's buffers; a few GB.
 """
 
 
-def print_table(columns: str, rows: Iterable[list]) -> None:
-    """Print a table in Markdown, each row as soon as it is known; numbers get two decimals."""
-    print(f"| {columns} |\n|{' --- |' * len(columns.split('|'))}", flush=True)
+def print_table(rows: list[dict]) -> None:
+    """Print rows with the same keys as a table in Markdown."""
+    print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
     for row in rows:
-        cells = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def decoding_rows(models: dict[str, Models], shares: dict[int, Work]) -> Iterator[list]:
-    settings = product(("all weights", "LoRA"), ("matmul", "flash"), shares.values())
-    for trained, backend, work in settings:
-        trace, of_layer = decoding_step(work, models[trained][1], backend == "flash")
-        numbers = [len(trace.kernels), of_layer, trace.n_bytes / 1e9, trace.peak / 1e9]
-        rows = f"{work.prompts} x {work.group}"
-        yield [trained, backend, rows, *numbers, 1e3 * trace.seconds]
-
-
-def name_of(setup: Setup) -> list:
-    return [setup.trained, setup.gpus, "yes" if setup.checkpointing else "no"]
-
-
-def training_rows(setups: list[Setup]) -> Iterator[list]:
-    for setup in setups:
-        work, lora = first_micro_batch(setup), setup.trained == "LoRA"
-        trace, n_tokens, kept = micro_batch(work, setup.models, setup.checkpointing)
-        planned = memory.activation_bytes(work.shape, RANK * lora, lora, setup.checkpointing)
-        flops = sum(kernel.flops for kernel in trace.kernels)
-        numbers = [trace.n_bytes / 1e9, flops / 1e12, trace.seconds, kept / n_tokens / 1e3]
-        numbers += [planned / 1e3, trace.peak / 1e9]
-        yield [*name_of(setup), n_tokens, len(trace.kernels), *numbers]
-
-
-def memory_rows(setups: list[Setup]) -> Iterator[list]:
-    for setup in setups:
-        parts = memory_of(setup)
-        fits = "yes" if parts["all"] < MEMORY else "no"
-        yield [*name_of(setup), *(n / 1e9 for n in parts.values()), fits]
+        cells = (f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values())
+        print(f"| {' | '.join(cells)} |")
 
 
 def main(work: Work) -> None:
     require(not no_cuda.why_not(), f"a trace {no_cuda.why_not()}")
-    start = time.perf_counter()
-    models = {"all weights": build(work.shape, False), "LoRA": build(work.shape, True)}
-    models["--fsdp"] = models["all weights"]
-    shares = {n: replace(work, prompts=math.ceil(work.prompts / n)) for n in (1, 8)}  # by GPUs
+    pretend()
+    whole, lora = (build(work.shape, lora) for lora in (False, True))
+    share = replace(work, prompts=math.ceil(work.prompts / GPUS))
     print(DECODING.format(work))
-    columns = "trained | attention | rows | kernels | of a layer | GB moved | temporary GB | ms"
-    print_table(columns, decoding_rows(models, shares))
+    rows, models = [], {"all weights": whole, "LoRA": lora}
+    for trained, backend, part in product(models, ("matmul", "flash"), (work, share)):
+        trace, of_layer = decoding_step(part, models[trained][1], backend)
+        row = {"trained": trained, "attention": backend, "rows": f"{part.prompts} x {part.group}"}
+        row |= {**trace.totals(), "kernels of a layer": of_layer}
+        rows.append(row | {"temporary GB": trace.peak / 1e9})
+    print_table(rows)
 
-    ways = [*product(("all weights", "LoRA"), shares), ("--fsdp", 8)]
-    ways = product(ways, (False, True))
-    setups = [Setup(name, models[name], shares[n], n, on) for (name, n), on in ways]
-    columns = "tokens | kernels | GB moved | TFLOP | s | KB kept | KB planned | peak GB"
-    print(TRAINING)
-    print_table(f"trained | GPUs | checkpointing | {columns}", training_rows(setups))
-    columns = " | ".join(memory_of(setups[0]))
-    print(MEMORY_OF)
-    print_table(f"trained | GPUs | checkpointing | {columns} | fits", memory_rows(setups))
-    print(f"\nTraced in {time.perf_counter() - start:.0f} s.")
+    print(UPDATE)
+    ways = ("all weights", work, whole, 1), ("LoRA", work, lora, 1), ("--fsdp", share, whole, GPUS)
+    numbers = {}
+    for (name, *way), checkpointing in product(ways, (False, True)):
+        name += ", checkpointing" * checkpointing
+        numbers[name] = update_numbers(*way, checkpointing)
+    print_table([{"": x} | {way: numbers[way][x] for way in numbers} for x in numbers["LoRA"]])
 
 
 if __name__ == "__main__":
