@@ -173,6 +173,7 @@ def response_logps(
             logps, entropies = kernels.token_logps(logits, targets, temperature)
             return logps, entropies if entropy else logps[:0]
         log_p = log_softmax(logits, temperature)
+        del logits  # as large as log_p
         logps = log_p.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():  # last: the backward pass recomputes only what comes before
             return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps[:0]
