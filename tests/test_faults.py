@@ -22,7 +22,7 @@ from lib.run_dir import read_log
 pytestmark = pytest.mark.slow
 HERE = Path(train_sft.__file__).parent
 TASK = "--field=3 --steps=1-2 --precision=fp32 --save-every=1"
-SFT = f"train_sft.py {TASK} --updates=80 --keep=2 --batch-size=8 --warmup=0 --eval-every=20"
+SFT = f"train_sft.py {TASK} --updates=240 --keep=2 --batch-size=8 --warmup=0 --eval-every=20"
 GRPO = f"train_grpo.py {TASK} --updates=140 --prompts-per-update=4 --group-size=4"
 GRPO += " --eval-problems=8 --beta=0.05 --examples=10"
 ENVIRONMENT = os.environ | {
