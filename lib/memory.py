@@ -7,8 +7,8 @@ allocate. What is then left is for activations. On the CPU both have fixed sizes
 import torch
 from torch import Tensor
 
+from lib import fused
 from lib.distributed import World, is_fsdp, n_threads, processes_here
-from lib.fused import has_triton
 from lib.limits import PROCESS_BYTES, memory_limit
 from lib.packing import MAX_LOGITS
 from lib.policy import trainable_parameters
@@ -87,6 +87,6 @@ def micro_batch_tokens(run, world: World, keys_per_token: float = 1.5) -> int:
     n_bytes = activation_bytes(run.policy.config, *kept)
     if run.policy.dtype == torch.float32:
         n_bytes *= 3  # twice as large, and attention by PyTorch keeps its padding and its scores
-    elif not has_triton():
+    elif not fused.has_triton():
         n_bytes *= 1.3  # operations that are not compiled keep what lies between them, too
     return max(1, int(free / n_bytes / 1024)) * 1024  # so that it does not vary with a few MB
