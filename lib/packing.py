@@ -165,7 +165,8 @@ def response_logps(
     attend = packed_attention(batch, model)
     hidden = model(batch.tokens, batch.positions, attend, dropout_key)  # (N, D)
     weight = model.head_weight()
-    gradient_of = weight.float() if weight.is_cuda and weight.requires_grad else None
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    gradient_of = weight.float() if weight.is_cuda and trained else None
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.logits(hidden, gradient_of)

@@ -244,7 +244,7 @@ def memory_at_start(work: Work, models: Models, gpus: int) -> dict[str, float]:
 
 def planned_batch(work: Work, models: Models, config: GrpoConfig, gpus: int, free: float) -> Work:
     """Return the groups that are trained on at once: as many as lib/memory.py plans."""
-    run = SimpleNamespace(config=config, master=models[0], policy=models[1], reference=models[1])
+    run = SimpleNamespace(config=config, master=models[0], policy=models[1])
     run.optimizer = SimpleNamespace(state=True)  # after the first step
     memory.is_fsdp = lambda model: True  # which shards nothing over one process
     memory.free_bytes = lambda device: free
