@@ -26,7 +26,7 @@ from lib import fused, kernels
 from lib.attention import KVCache, cache_bytes, packed_attention
 from lib.distributed import in_threads, n_threads
 from lib.memory import free_bytes
-from lib.packing import Packed, log_softmax, pack, pack_prompts, pad
+from lib.packing import Packed, last_tokens, log_softmax, pack, pack_prompts, pad
 from lib.rng import torch_rng
 from lib.transformer import Transformer
 
@@ -243,9 +243,9 @@ class DecodeBatch:
         """Run the packed prompts, store keys and values; return the last hidden states (P, D)."""
         self.cache.start(prompt_lengths)
         packed = pack_prompts(prompts, prompt_lengths)
-        attend = self.cache.store_prompts(packed_attention(packed, self.model))
+        attend = self.cache.store_prompts(packed, packed_attention(packed, self.model))
         hidden = self.model(packed.tokens, packed.positions, attend)  # (N, D)
-        return hidden[prompt_lengths.cumsum(0) - 1]
+        return hidden[last_tokens(prompt_lengths, packed.shared)]
 
     def decode_step(self, t: int) -> None:
         """Read response token `t` of each row and sample the next, on a GPU from a graph."""

@@ -60,32 +60,41 @@ def describe(model: Transformer) -> str:
     return f"Computing on {model.device.type} in {precision}, attention by {attn_backend(model)}."
 
 
-def prompts_of_segments(batch: "Packed") -> tuple[Tensor, Tensor, Tensor]:
-    """Return each segment's first token, its prompt's first token and its prompt's length, (S,)."""
+def segment_table(batch: "Packed") -> Tensor:
+    """Return the segments (S, 5): their first token and length, their prompt's, and the prefix's.
+
+    A response's keys are the prefix that all prompts share, its prompt and then itself.
+    """
     starts = F.pad(batch.lengths.cumsum(0), (1, 0))[:-1]
     none = starts.new_zeros(len(starts) - len(batch.prompt_index))  # prompts have no prompt
-    prompt_starts = torch.cat((none, starts[batch.prompt_index]))
-    return starts, prompt_starts, torch.cat((none, batch.lengths[batch.prompt_index]))
+    prompts = batch.prompt_index + (batch.shared > 0)
+    prompt_starts = torch.cat((none, starts[prompts]))
+    prompt_lengths = torch.cat((none, batch.lengths[prompts]))
+    prefix = starts.clamp(max=batch.shared)  # which itself, the first segment, has none
+    return torch.stack((starts, batch.lengths, prompt_starts, prompt_lengths, prefix), 1)
 
 
 def kv_indices(batch: "Packed") -> tuple[Tensor, Tensor]:
     """Return each segment's keys as indices (S, Tk) into the N tokens, and how many count (S,).
 
-    A response's keys are its prompt and then itself, so the queries are always the last keys.
+    Its own come last, so the queries are always the last keys.
     """
-    starts, prompt_starts, prompt_lengths = prompts_of_segments(batch)
-    n_keys = prompt_lengths + batch.lengths
+    starts, lengths, prompt_starts, prompt_lengths, prefix = segment_table(batch).unbind(1)
+    before = prefix + prompt_lengths
+    n_keys = before + lengths
     j = torch.arange(int(n_keys.max()), device=starts.device)
-    own = (starts - prompt_lengths)[:, None] + j
-    keys = torch.where(j < prompt_lengths[:, None], prompt_starts[:, None] + j, own)
+    of_prompt, own = (
+        (start - n)[:, None] + j for start, n in ((prompt_starts, prefix), (starts, before))
+    )
+    keys = torch.where(j < before[:, None], of_prompt, own)
+    keys = torch.where(j < prefix[:, None], j, keys)
     return keys.where(j < n_keys[:, None], 0), n_keys
 
 
 def kernel_attention(batch: "Packed", config: ModelConfig) -> Attend:
     """Attend by kernels.c, without padding."""
-    starts, prompt_starts, prompt_lengths = prompts_of_segments(batch)
-    segments = torch.stack((starts, batch.lengths, prompt_starts, prompt_lengths), 1)  # (S, 4)
-    max_keys = int((prompt_lengths + batch.lengths).max())
+    segments = segment_table(batch)
+    max_keys = int((segments[:, 1] + segments[:, 3] + segments[:, 4]).max())
 
     def attend(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         return kernels.packed_attention(qkv, rope, segments, config.num_key_value_heads, max_keys)
@@ -179,16 +188,17 @@ class KVCache:
         self.prompt_lengths[: self.P] = prompt_lengths
         self.t.fill_(-1)
 
-    def store_prompts(self, attend: Attend) -> Attend:
+    def store_prompts(self, batch: "Packed", attend: Attend) -> Attend:
         """Wrap the attention of the packed prompts so that it stores their keys and values."""
-        lengths = self.prompt_lengths[: self.P]
-        real = torch.arange(self.max_prompt_len, device=lengths.device) < lengths[:, None]
-        real = real.nonzero(as_tuple=True)
+        keys, n_keys = kv_indices(batch)
+        keys, n_keys = keys[-self.P :], n_keys[-self.P :, None]
+        real = torch.arange(keys.shape[1], device=keys.device) < n_keys  # (P, Tp)
+        keys, real = keys[real], real.nonzero(as_tuple=True)
 
         def attend_and_store(layer: int, qkv: Tensor, rope: Rope) -> Tensor:
             _, *keys_and_values = split_heads(qkv, rope, self.config)
             for stored, x in zip(self.prompt_kv[layer], keys_and_values):
-                stored[: self.P].transpose(1, 2)[real] = x
+                stored[: self.P].transpose(1, 2)[real] = x.index_select(0, keys)
             return attend(layer, qkv, rope)
 
         return attend_and_store

@@ -217,8 +217,9 @@ void attend(long P, long G, long H, long K, long Tp, long T, long t, const real 
     }
 }
 
-/* Attention in packed batches. Each row of `segments` (S, 4) says: first token, number of tokens, first token of its
- * prompt, number of its prompt's tokens (0 for a prompt itself). A segment's keys are its prompt and then itself. */
+/* Attention in packed batches. Each row of `segments` (S, 5) says: first token, number of tokens, first token of its
+ * prompt, number of its prompt's tokens (0 for a prompt itself), number of the batch's first tokens that come before
+ * both. These, its prompt and then itself are a segment's keys. */
 
 /* The products of TILE queries and BLOCK keys, or elements of a value, are summed in registers. */
 enum { BLOCK = HEAD_DIM % 64 == 0 ? 64 : HEAD_DIM % 32 == 0 ? 32 : HEAD_DIM % 16 == 0 ? 16 : HEAD_DIM, TILE = 6 * 64 / BLOCK };
@@ -258,14 +259,17 @@ static Scratch scratch_for(long max_keys) {
     return (Scratch){size, m, m, m + n, m + 2 * n, m + 3 * n, m + 6 * n, m + 6 * n + TILE * size, m + 4 * n, m + 5 * n};
 }
 
+static long keys_before(const long *segment) { return segment[3] + segment[4]; }
+
 static long token_of(const long *segment, long j) { /* which has its key number j */
-    return j < segment[3] ? segment[2] + j : segment[0] + j - segment[3];
+    if (j < segment[4]) return j;
+    return j < keys_before(segment) ? segment[2] + j - segment[4] : segment[0] + j - keys_before(segment);
 }
 
 static void collect(long H, long K, long k, const long *segment, const real *qkv, const float *cosines,
                     const float *sines, Scratch scratch) {
     enum { d = HEAD_DIM };
-    for (long j = 0; j < segment[3] + segment[1]; j++) {
+    for (long j = 0; j < keys_before(segment) + segment[1]; j++) {
         const long token = token_of(segment, j);
         const real *heads = qkv + token * (H + 2 * K) * d;
         rotate(heads + (H + k) * d, cosines + token * (d / 2), sines + token * (d / 2), 1, scratch.keys + j * d);
@@ -302,9 +306,9 @@ void packed(long S, long H, long K, long max_keys, const long *segments, const r
     const Scratch scratch = scratch_for(max_keys);
     long n, places[TILE];
     float queries[TILE * d], mixed[TILE * d];
-    for (long s = 0; s < S; s++, segments += 4)
+    for (long s = 0; s < S; s++, segments += 5)
         for (long k = 0; k < K; k++) {
-            const long before = segments[3] + 1 - segments[0]; /* a token's keys, less its number */
+            const long before = keys_before(segments) + 1 - segments[0]; /* a token's keys, less its number */
             collect(H, K, k, segments, qkv, cosines, sines, scratch);
             for (long first = 0; (n = tile_at(segments, first, H, K, k, places)) > 0; first += TILE) {
                 const long most = before + places[n - 1] / H;
@@ -356,9 +360,9 @@ void packed_backward(long N, long S, long H, long K, long max_keys, const long *
     long n, places[TILE];
     float queries[TILE * d], d_mixed[TILE * d] = {0}, d_queries[TILE * d];
     float *d_keys = zeros(N * K * d), *d_values = zeros(N * K * d);
-    for (long s = 0; s < S; s++, segments += 4)
+    for (long s = 0; s < S; s++, segments += 5)
         for (long k = 0; k < K; k++) {
-            const long before = segments[3] + 1 - segments[0];
+            const long before = keys_before(segments) + 1 - segments[0];
             collect(H, K, k, segments, qkv, cosines, sines, scratch);
             memset(scratch.d_keys, 0, 2 * size * d * sizeof(float)); /* and d_values, which follow */
             for (long first = 0; (n = tile_at(segments, first, H, K, k, places)) > 0; first += TILE) {
@@ -387,7 +391,7 @@ void packed_backward(long N, long S, long H, long K, long max_keys, const long *
                     rotate_back(d_queries + u * d, cosines + at, sines + at, d_qkv + (token * (H + 2 * K) + places[u] % H) * d);
                 }
             }
-            for (long j = 0; j < segments[3] + segments[1]; j++) {
+            for (long j = 0; j < keys_before(segments) + segments[1]; j++) {
                 const long at = (token_of(segments, j) * K + k) * d;
                 for (int e = 0; e < d; e++) {
                     d_keys[at + e] += scratch.d_keys[j * d + e];

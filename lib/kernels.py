@@ -246,6 +246,6 @@ class PackedAttention(torch.autograd.Function):
 def packed_attention(qkv: Tensor, rope: Rope, segments: Tensor, K: int, max_keys: int) -> Tensor:
     """Attend in a packed batch: see kernels.c.
 
-    qkv (N, H + 2 K, d), segments (S, 4) of at most `max_keys` keys -> (N, H * d)
+    qkv (N, H + 2 K, d), segments (S, 5) of at most `max_keys` keys -> (N, H * d)
     """
     return PackedAttention.apply(qkv, *rope, segments, K, max_keys)

@@ -21,6 +21,7 @@ from lib.transformer import Transformer
 
 Rows = list[list[int]]  # token lists
 MAX_LOGITS = 2**27  # that exist at a time
+LONG_PREFIX = 16  # tokens that all prompts share are worth a segment of their own from here on
 
 
 def pad(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -33,9 +34,10 @@ def pad(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]
 class Packed:
     """P prompts, then B responses, concatenated: N tokens in S = P + B segments.
 
-    A prompt's tokens attend within the prompt, a response's to its prompt and to itself. The last
-    token of a response predicts nothing, so it is a target only. With prompt [a b c],
-    responses [x y] and [z]:
+    A prompt's tokens attend within the prompt, a response's to its prompt and to itself. Where all
+    prompts begin alike, as chat templates do, a segment of these `shared` tokens comes first and
+    the prompts' have the rest. The last token of a response predicts nothing, so it is a target
+    only. With prompt [a b c], responses [x y] and [z]:
 
         tokens         a b c x      (z is predicted, never read)
         logit_indices  2 3 2        (c, x and c predict)
@@ -48,6 +50,16 @@ class Packed:
     prompt_index: Tensor  # (B,) the prompt of each response
     logit_indices: Tensor  # (M,) which token predicts each response token
     targets: Tensor  # (M,) the response tokens that are predicted, row by row
+    shared: int = 0  # tokens of the segment before the prompts', which all of them continue
+
+
+def shared_prefix(prompts: Tensor, lengths: Tensor) -> int:
+    """Return how many tokens all prompts (P, Tp) begin with, each having more; 0 if too few."""
+    if len(prompts) < 2 or prompts.shape[1] <= LONG_PREFIX:
+        return 0
+    alike = (prompts == prompts[0]).all(0).cumprod(0).sum()
+    shared = int(torch.minimum(alike, lengths.min() - 1))
+    return shared if shared >= LONG_PREFIX else 0
 
 
 def pack(
@@ -65,23 +77,30 @@ def pack(
     unless given. The last `scored` (B,) tokens of each response are targets, or all of them.
     """
     device, (P, Tp), (B, Tr) = prompts.device, prompts.shape, responses.shape
-    t = torch.arange(Tr, device=device)
-    prompt_mask = torch.arange(Tp, device=device) < prompt_lengths[:, None]  # (P, Tp)
+    shared = 0 if positions else shared_prefix(prompts, prompt_lengths)
+    t, tp = torch.arange(Tr, device=device), torch.arange(Tp, device=device)
+    prompt_mask = (tp >= shared) & (tp < prompt_lengths[:, None])  # (P, Tp)
     target_mask = t < response_lengths[:, None]  # (B, Tr)
     input_mask = t < response_lengths[:, None] - 1  # (B, Tr)
-    input_index = prompt_mask.sum() + (input_mask.flatten().cumsum(0) - 1).view(B, Tr)
+    n_before = shared + prompt_mask.sum()
+    input_index = n_before + (input_mask.flatten().cumsum(0) - 1).view(B, Tr)
     if positions is None:
-        prompt_positions = torch.arange(Tp, device=device).expand(P, Tp)
-        positions = prompt_positions, prompt_lengths[prompt_index][:, None] + t
+        positions = tp.expand(P, Tp), prompt_lengths[prompt_index][:, None] + t
     if scored is not None:
         target_mask &= t >= (response_lengths - scored)[:, None]
-    last_of_prompt = (prompt_lengths.cumsum(0) - 1)[prompt_index][:, None]  # (B, 1)
+    prefix = prompts[0, :shared], tp[:shared], prompt_lengths.new_tensor([shared] * (shared > 0))
+    tokens = torch.cat((prefix[0], prompts[prompt_mask], responses[input_mask]))
+    packed_positions = (prefix[1], positions[0][prompt_mask], positions[1][input_mask])
+    lengths = torch.cat((prefix[2], prompt_lengths - shared, response_lengths - 1))
+    last_of_prompt = last_tokens(prompt_lengths, shared)[prompt_index][:, None]  # (B, 1)
     predictors = torch.cat((last_of_prompt, input_index[:, :-1]), 1)  # (B, Tr)
-    tokens = torch.cat((prompts[prompt_mask], responses[input_mask]))
-    packed_positions = torch.cat((positions[0][prompt_mask], positions[1][input_mask]))
-    lengths = torch.cat((prompt_lengths, response_lengths - 1))
     targets = predictors[target_mask], responses[target_mask]
-    return Packed(tokens, packed_positions, lengths, prompt_index, *targets)
+    return Packed(tokens, torch.cat(packed_positions), lengths, prompt_index, *targets, shared)
+
+
+def last_tokens(prompt_lengths: Tensor, shared: int) -> Tensor:
+    """Return where the prompts' last tokens (P,) lie in a packed batch."""
+    return shared + (prompt_lengths - shared).cumsum(0) - 1
 
 
 def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:

@@ -304,7 +304,8 @@ def micro_batch(work: Work, models: Models, checkpointing: bool) -> tuple[Trace,
         kept = trace.live - before
         return logps.sum(), {}
 
-    batch = Packed(*map(fake, vars(batch).values()))
+    tensors = [fake(x) for x in vars(batch).values() if isinstance(x, Tensor)]
+    batch = Packed(*tensors, batch.shared)
     one_thread = torch.autograd.set_multithreading_enabled(False)  # another frees memory late
     with fake_mode, trace, one_thread:
         accumulate_gradients(master, policy, loss_fn, [batch, batch], World(0, 1, GPU))

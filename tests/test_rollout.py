@@ -90,12 +90,17 @@ PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3, 3, 3]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
-@pytest.mark.parametrize("group", [1, 3])
-def test_equals_sampling_one_sequence_at_a_time(model, backend, temperature, group):
-    """With ragged prompts, rows that stop at different times, and groups that leave the batch."""
-    rollout = Sampler(model, STOP, group, 12, temperature).sample(PROMPTS, keys(PROMPTS))
-    uniforms = uniforms_of(PROMPTS, group, 12)
-    expected = naive(model, PROMPTS, uniforms, group, 12, temperature)
+@pytest.mark.parametrize("group, prefix", [(1, []), (3, []), (3, [*range(12, 32)])])
+def test_equals_sampling_one_sequence_at_a_time(model, backend, temperature, group, prefix):
+    """With ragged prompts, rows that stop at different times, and groups that leave the batch.
+
+    What all prompts begin with is computed once for the batch.
+    """
+    prompts = [prefix + prompt for prompt in PROMPTS]
+    assert pack_prompts(*pad(prompts)).shared == len(prefix)
+    rollout = Sampler(model, STOP, group, 12, temperature).sample(prompts, keys(prompts))
+    uniforms = uniforms_of(prompts, group, 12)
+    expected = naive(model, prompts, uniforms, group, 12, temperature)
     assert torch.equal(rollout.tokens, expected.tokens)
     assert torch.equal(rollout.lengths, expected.lengths)
     assert torch.equal(rollout.stopped, expected.stopped)

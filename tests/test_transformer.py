@@ -129,15 +129,17 @@ def one_by_one(model, reference, prompts, responses, prompt_index, temperature):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_response_log_probs_equal_transformers(shape, tokenizer, temperature):
+@pytest.mark.parametrize("temperature, shared", [(0.7, 0), (1.0, 0), (0.7, 20)])
+def test_response_log_probs_equal_transformers(shape, tokenizer, temperature, shared):
     """Ragged prompts, groups of any size, a response of one token; and their gradients."""
     model = small_model(**shape)
     reference = twin(model, tokenizer)
-    prompts = random_rows(model.config.vocab_size, [4, 9, 1])
+    (prefix,) = random_rows(model.config.vocab_size, [shared], seed=3)
+    prompts = [prefix + rest for rest in random_rows(model.config.vocab_size, [4, 9, 1])]
     responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
     prompt_index = [0, 0, 2, 1, 2]
     batch = pack(*pad(prompts), *pad(responses), torch.tensor(prompt_index))
+    assert batch.shared == shared and len(batch.tokens) == shared + 14 + 14
     chunk = 4 * model.config.vocab_size
     log_probs, entropy = response_logps(model, batch, temperature, entropy=True, max_logits=chunk)
     expected = one_by_one(model, reference, prompts, responses, prompt_index, temperature)
