@@ -331,7 +331,7 @@ kernel, attention's softmax four; views and allocations are none. LoRA has rank 
 UPDATE = f"""
 An update's second micro-batch: log-probs with entropies, their gradient, and adding it to the
 first one's; without loss, reference and optimizer. It has as many tokens as lib/memory.py plans on
-{MEMORY:.0e} bytes. --fsdp shards over {GPUS} GPUs. A compiled region is taken to keep its inputs
+{{:.0e}} bytes. --fsdp shards over {GPUS} GPUs. A compiled region is taken to keep its inputs
 (real ones keep about a tenth less), and to be one kernel in the backward pass, too. KB kept: what
 the backward pass needs of a token; then what was planned.
 
@@ -366,7 +366,7 @@ def main(work: Work) -> None:
         rows.append(row | {"temporary GB": trace.peak / 1e9})
     print_table(rows)
 
-    print(UPDATE)
+    print(UPDATE.format(MEMORY))
     ways = ("all weights", work, whole, 1), ("LoRA", work, lora, 1), ("--fsdp", share, whole, GPUS)
     numbers = {}
     for (name, *way), checkpointing in product(ways, (False, True)):
