@@ -7,6 +7,8 @@ Triton or a C compiler these functions run as they stand here, as PyTorch's oper
 
 import functools
 import importlib.util
+import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.flags import warn
+
+ADVICE = r"\s*(Online softmax is disabled on the fly|TensorFloat32 tensor cores .* not enabled)"
 
 
 @functools.cache
@@ -32,6 +36,8 @@ def has_triton() -> bool:
 @functools.cache
 def compiled(function: Callable) -> Callable:
     """Compile a function for all sizes; PyTorch does so anew for gradients and other dtypes."""
+    warnings.filterwarnings("ignore", ADVICE, UserWarning)  # nothing that a user could follow
+    logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)  # what it says it raises
     return torch.compile(function, dynamic=True)
 
 

@@ -45,6 +45,8 @@ MEMORY, GPUS = 80e9, 8  # bytes of a GPU; processes with --fsdp
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 ROWS_OF = {"embedding", "gather", "index", "index_select", "searchsorted"}  # read rows of a tensor
 ROWS_INTO = {"index_add_", "index_copy_", "index_put_", "scatter_add_"}  # write rows
+COPY_FIRST = {"baddbmm", "masked_fill"}  # copy their first input, then work on the copy in place
+IN_REGION = {"joint_softmax": 4}  # kernels of a compiled region on an H100, where not one
 Models = tuple[Transformer, Transformer]  # master and policy
 fake_mode, generator = FakeTensorMode(), torch.Generator()
 
@@ -72,6 +74,8 @@ class Trace(dispatch.TorchDispatchMode):
         name, given = func.overloadpacket.__name__, tensors((args, kwargs))
         out = func(*args, **kwargs or {})
         new = self.add_memory(given, args[0] if out is None else out, func._schema.is_mutable)
+        if name in COPY_FIRST:
+            self.kernels.append(Kernel("copy_", size(given[0]) + size(out)))
         if new and "empty" not in name:  # neither views nor allocations are kernels
             self.kernels.append(Kernel(name, moved(name, given, new), self.flops_of(name, given)))
         return out
@@ -126,13 +130,17 @@ def moved(name: str, given: list[Tensor], new: list[Tensor]) -> int:
 
 
 def in_one_kernel(function: Callable, *args):
-    """Call a function as one kernel, which reads the tensors in `args` and writes its results."""
+    """Call a function as one kernel, which reads the tensors in `args` and writes its results.
+
+    Where it is several, each reads as much, and the last one writes.
+    """
     if not isinstance(dispatch._get_current_dispatch_mode(), Trace):  # nothing counts, or already
         return function(*args)
     with dispatch._pop_mode_temporarily() as trace:
-        out, given = function(*args), tensors(args)
-        n_bytes = sum(map(size, given + trace.add_memory(given, out)))
-        trace.kernels.append(Kernel(function.__name__, n_bytes))
+        out, given, name = function(*args), tensors(args), function.__name__
+        read, written = (sum(map(size, x)) for x in (given, trace.add_memory(given, out)))
+        trace.kernels += [Kernel(name, read)] * (IN_REGION.get(name, 1) - 1)
+        trace.kernels.append(Kernel(name, read + written))
     return out
 
 
@@ -161,7 +169,7 @@ class Region(torch.autograd.Function):
 
 
 def compiled(function: Callable) -> Callable:
-    """Stand in for torch.compile: the function becomes one kernel, and one in its backward pass."""
+    """Stand in for torch.compile: the function is in_one_kernel, and so is its backward pass."""
 
     def call(*args):
         n = len(tensors(args))  # which come first
@@ -318,12 +326,13 @@ DECODING = f"""A decoding step: prompts of {{0.prompt_len}} tokens, responses of
 temperature {TEMPERATURE}. ms: the sum over kernels of the longest of {1e6 * SMALLEST} us, bytes at
 {BANDWIDTH / 1e12} TB/s and FLOPs at {FLOPS / 1e12:.0f} TFLOP/s, rates of an H100 that are assumed.
 A kernel reads its inputs and writes its outputs once. A compiled region of lib/fused.py is one
-kernel; views and allocations are none. LoRA has rank {RANK}, dropout {DROPOUT}. flash: flash-attn.
+kernel, attention's softmax four; views and allocations are none. LoRA has rank {RANK}, dropout
+{DROPOUT}. flash: flash-attn.
 """
 UPDATE = f"""
 An update's second micro-batch: log-probs with entropies, their gradient, and adding it to the
 first one's; without loss, reference and optimizer. It has as many tokens as lib/memory.py plans on
-{MEMORY:.0e} bytes. --fsdp shards over {GPUS} GPUs. A compiled region is taken to keep its inputs
+{{:.0e}} bytes. --fsdp shards over {GPUS} GPUs. A compiled region is taken to keep its inputs
 (real ones keep about a tenth less), and to be one kernel in the backward pass, too. KB kept: what
 the backward pass needs of a token; then what was planned.
 
@@ -358,7 +367,7 @@ def main(work: Work) -> None:
         rows.append(row | {"temporary GB": trace.peak / 1e9})
     print_table(rows)
 
-    print(UPDATE)
+    print(UPDATE.format(MEMORY))
     ways = ("all weights", work, whole, 1), ("LoRA", work, lora, 1), ("--fsdp", share, whole, GPUS)
     numbers = {}
     for (name, *way), checkpointing in product(ways, (False, True)):

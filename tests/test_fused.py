@@ -1,5 +1,8 @@
 """Functions that a GPU compiles, and how tokens are sampled from large vocabularies."""
 
+import logging
+import warnings
+
 import pytest
 import torch
 
@@ -84,6 +87,19 @@ def test_a_compiler_that_does_not_work_is_not_used(monkeypatch, capsys):
     fused.has_triton.cache_clear()
     assert not fused.has_triton() and "no C compiler" in capsys.readouterr().err
     fused.has_triton.cache_clear()
+
+
+def test_compiling_silences_three_messages_and_no_other(monkeypatch):
+    online = "Online softmax is disabled on the fly since Inductor decides to"
+    tf32 = "TensorFloat32 tensor cores for matrix multiplication available but not enabled."
+    texts = f"\n{online}", f"no: {online}", tf32
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        fused.compiled(lambda: [warnings.warn(text, stacklevel=1) for text in texts])()
+    assert [str(warning.message) for warning in heard] == [texts[1]]
+    levels = [logging.getLogger(f"torch.utils._sympy.{x}").level for x in ("interp", "functions")]
+    assert levels == [logging.ERROR, logging.NOTSET]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -44,6 +44,8 @@ def test_kernels_bytes_and_flops(measured):
         ["index_copy_", 8 * 3 + 2 * 2 * 3 * 8, 0],
         ["add", 2 * (4 * 8 + 8 + 4 * 8), 0],  # a row that is expanded is read once
         ["fill_", 2 * 4 * 8, 0],
+        ["copy_", 2 * 2 * (2 * 3 * 5), 0],
+        ["baddbmm", 2 * (2 * 3 * 4 + 2 * 4 * 5 + 2 * 2 * 3 * 5), 2 * 2 * 3 * 4 * 5],
     ]
     assert measured["seconds"] == [2.5e-6, 1.0, 2.0]  # of the smallest kernel, by bytes, by FLOPs
 
@@ -60,6 +62,12 @@ def test_a_compiled_region_is_one_kernel(measured):
     assert measured["kept"] == 4 * 4
     assert measured["backward"] == [["gradients", 4 * (2 * 32 + 4 + 2 * 32), 0]]
     assert measured["gradient_error"] == 0
+
+
+def test_a_region_of_several_kernels_reads_as_often(measured):
+    """The region above, if it were three."""
+    read = 4 * 2 * 32
+    assert measured["several"] == [["region", n, 0] for n in (read, read, read + 4 * 4)]
 
 
 def test_flash_attention_is_one_kernel(measured):
@@ -136,12 +144,13 @@ def count(t, torch) -> dict:
         y = torch.nn.functional.linear(x, w)
         torch.mm(x, w.t(), out_dtype=torch.float32)
         y.addmm_(x, w.t())
-        torch.bmm(a, b)
+        product = torch.bmm(a, b)
         rows = table.index_select(0, index)
         out.index_copy_(0, index, rows)
         x + row.expand(4, 8)
         torch.empty(100, **at).view(10, 10)
         x.fill_(1)
+        torch.baddbmm(product, a, b)
     found = {"kernels": trace.kernels}
     kernels = t.Kernel("", 1), t.Kernel("", t.BANDWIDTH), t.Kernel("", 1, 2 * t.FLOPS)
     found["seconds"] = [kernel.seconds for kernel in kernels]
@@ -172,7 +181,10 @@ def count(t, torch) -> dict:
         found |= {"forward": list(trace.kernels), "kept": trace.live}
         trace.kernels.clear()
         torch.autograd.grad(z, (x, y), d_z)
-    return found | {"backward": trace.kernels}
+    t.IN_REGION["region"] = 3
+    with t.Trace() as several:
+        t.compiled(region)(x, y)
+    return found | {"backward": trace.kernels, "several": several.kernels}
 
 
 def count_flash(t, torch) -> list:
