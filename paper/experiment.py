@@ -351,6 +351,8 @@ def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict
 
 def curve_figure(rows: list[dict], panels: dict[str, list[Series]]):
     """Draw metrics of the logs, panels by title: a curve for each seed, in one colour."""
+    has_rows = {t: any(values(rows, "log", **x[2]) for x in xs) for t, xs in panels.items()}
+    panels = {title: curves for title, curves in panels.items() if has_rows[title]}
     figure, axes = new_figure(max(7, 4.5 * len(panels)), 4, 1, len(panels))
     for axis, (title, curves) in zip(axes, panels.items()):
         for color, (name, metric, labels) in enumerate(curves):
