@@ -95,56 +95,59 @@ void swiglu_backward(long n, long I, const real *gate_up, const real *d_out, rea
 
 /* The largest of x (n), or NaN if one of them is NaN or infinite. The compiler may assume neither, so this looks at
  * bits. Logits of -1e30 and below have a probability of zero. */
-static inline float largest(long n, const float *x) {
+static inline float largest(long n, const real *x) {
     float top = -1e30f;
     uint32_t bad = 0, nan = 0x7fc00000;
     for (long i = 0; i < n; i++) {
+        const float value = load(x[i]);
         uint32_t bits;
-        memcpy(&bits, x + i, 4);
+        memcpy(&bits, &value, 4);
         bad |= (bits << 1 > 0xff000000) | (bits == 0x7f800000);
-        top = __builtin_fmaxf(top, x[i]);
+        top = __builtin_fmaxf(top, value);
     }
     if (bad) memcpy(&top, &nan, 4);
     return top;
 }
 
 /* out (n, ceil(V / size)): log of the sum of e^(x / temperature) over blocks of `size` of logits x (n, V) */
-void block_logits(long n, long V, long size, float temperature, const float *x, float *out) {
+void block_logits(long n, long V, long size, float temperature, const real *x, float *out) {
     for (long i = 0; i < n; i++, x += V)
         for (long first = 0; first < V; first += size) {
             const long end = first + size < V ? first + size : V;
             const float top = largest(end - first, x + first);
             float sum = 0;
-            for (long j = first; j < end; j++) sum += exponential((x[j] - top) / temperature);
+            for (long j = first; j < end; j++) sum += exponential((load(x[j]) - top) / temperature);
             *out++ = top / temperature + __builtin_logf(sum);
         }
 }
 
 /* From logits x (n, V) the log-probs of targets (n) at a temperature, entropies (n), and tops and norms (n) of which
  * log p = (x - top) / temperature - norm */
-void token_logps(long n, long V, float temperature, const float *x, const long *targets, float *logps, float *entropies,
+void token_logps(long n, long V, float temperature, const real *x, const long *targets, float *logps, float *entropies,
                  float *tops, float *norms) {
     for (long i = 0; i < n; i++, x += V) {
         const float top = largest(V, x);
         float sum = 0, mean = 0;
         for (long j = 0; j < V; j++) {
-            float below = (x[j] - top) / temperature, e = exponential(below);
+            float below = (load(x[j]) - top) / temperature, e = exponential(below);
             sum += e;
             mean += e * __builtin_fmaxf(below, -1e4f);
         }
         tops[i] = top;
         norms[i] = __builtin_logf(sum);
-        logps[i] = (x[targets[i]] - top) / temperature - norms[i];
+        logps[i] = (load(x[targets[i]]) - top) / temperature - norms[i];
         entropies[i] = norms[i] - mean / sum;
     }
 }
 
-void token_logps_backward(long n, long V, float temperature, const float *x, const long *targets, const float *tops,
-                          const float *norms, const float *d_logps, float *d_x) {
+/* d_x (n, V), which may be x itself, from d_logps (n) */
+void token_logps_backward(long n, long V, float temperature, const real *x, const long *targets, const float *tops,
+                          const float *norms, const float *d_logps, real *d_x) {
     for (long i = 0; i < n; i++, x += V, d_x += V) {
         const float slope = d_logps[i] / temperature;
-        for (long j = 0; j < V; j++) d_x[j] = -slope * exponential((x[j] - tops[i]) / temperature - norms[i]);
-        d_x[targets[i]] += slope;
+        const float of_target = slope - slope * exponential((load(x[targets[i]]) - tops[i]) / temperature - norms[i]);
+        for (long j = 0; j < V; j++) d_x[j] = store(-slope * exponential((load(x[j]) - tops[i]) / temperature - norms[i]));
+        d_x[targets[i]] = store(of_target);
     }
 }
 
@@ -217,28 +220,53 @@ void attend(long P, long G, long H, long K, long Tp, long T, long t, const real 
 /* Attention in packed batches. Each row of `segments` (S, 4) says: first token, number of tokens, first token of its
  * prompt, number of its prompt's tokens (0 for a prompt itself). A segment's keys are its prompt and then itself. */
 
-enum { BLOCK = 64 }; /* keys whose scores are summed in registers */
+/* The products of TILE queries and BLOCK keys, or elements of a value, are summed in registers. */
+enum { BLOCK = HEAD_DIM % 64 == 0 ? 64 : HEAD_DIM % 32 == 0 ? 32 : HEAD_DIM % 16 == 0 ? 16 : HEAD_DIM, TILE = 6 * 64 / BLOCK };
 
 static void *zeros(long n) { return calloc(n, sizeof(float)); }
 
+/* sums (TILE, BLOCK) = x (TILE, n) times columns (n, BLOCK), whose rows lie so many numbers apart */
+static void multiply(long n, const float *x, long x_stride, const float *columns, long stride, float *sums, long sums_stride) {
+    float kept[TILE][BLOCK] = {0};
+    for (long i = 0; i < n; i++)
+        for (int q = 0; q < TILE; q++)
+            for (int j = 0; j < BLOCK; j++) kept[q][j] += x[q * x_stride + i] * columns[i * stride + j];
+    for (int q = 0; q < TILE; q++) memcpy(sums + q * sums_stride, kept[q], sizeof kept[q]);
+}
+
+/* products (TILE, size) of queries (TILE, d) and the first m of keys_t (d, size), up to a multiple of BLOCK */
+static void with_keys(long m, const float *queries, const float *keys_t, long size, float *products) {
+    for (long j = 0; j < m; j += BLOCK) multiply(HEAD_DIM, queries, HEAD_DIM, keys_t + j, size, products + j, size);
+}
+
+/* mixed (TILE, d) = weights (TILE, m) times values (m, d) */
+static void with_values(long m, const float *weights, long stride, const float *values, float *mixed) {
+    for (int c = 0; c < HEAD_DIM; c += BLOCK) multiply(m, weights, stride, values + c, HEAD_DIM, mixed + c, HEAD_DIM);
+}
+
 /* The keys, rotated, and values of a segment, up to `size` of them, a multiple of BLOCK: keys, values (size, d) and,
- * transposed, keys_t, values_t (d, size); and a number for each key, weights (size). */
+ * transposed, keys_t, values_t (d, size). Of a tile's queries (TILE, d): weights, slopes (TILE, size), a number for each
+ * key. Backward, gradients: d_keys, d_values (size, d). */
 typedef struct {
     long size;
-    float *memory, *keys, *values, *keys_t, *values_t, *weights;
+    float *memory, *keys, *values, *keys_t, *values_t, *weights, *slopes, *d_keys, *d_values;
 } Scratch;
 
 static Scratch scratch_for(long max_keys) {
     const long size = (max_keys + BLOCK - 1) / BLOCK * BLOCK, n = size * HEAD_DIM;
-    float *memory = zeros(4 * n + size);
-    return (Scratch){size, memory, memory, memory + n, memory + 2 * n, memory + 3 * n, memory + 4 * n};
+    float *m = zeros(6 * n + 2 * TILE * size);
+    return (Scratch){size, m, m, m + n, m + 2 * n, m + 3 * n, m + 6 * n, m + 6 * n + TILE * size, m + 4 * n, m + 5 * n};
+}
+
+static long token_of(const long *segment, long j) { /* which has its key number j */
+    return j < segment[3] ? segment[2] + j : segment[0] + j - segment[3];
 }
 
 static void collect(long H, long K, long k, const long *segment, const real *qkv, const float *cosines,
                     const float *sines, Scratch scratch) {
     enum { d = HEAD_DIM };
     for (long j = 0; j < segment[3] + segment[1]; j++) {
-        long token = j < segment[3] ? segment[2] + j : segment[0] + j - segment[3];
+        const long token = token_of(segment, j);
         const real *heads = qkv + token * (H + 2 * K) * d;
         rotate(heads + (H + k) * d, cosines + token * (d / 2), sines + token * (d / 2), 1, scratch.keys + j * d);
         for (int i = 0; i < d; i++) {
@@ -249,42 +277,52 @@ static void collect(long H, long K, long k, const long *segment, const real *qkv
     }
 }
 
-/* products (m) = x (d) times columns (d, size); may write up to the next multiple of BLOCK */
-static void multiply(long m, long size, const float *x, const float *columns, float *products) {
-    for (long first = 0; first < m; first += BLOCK) {
-        float sums[BLOCK];
-        for (int j = 0; j < BLOCK; j++) sums[j] = 0;
-        for (int i = 0; i < HEAD_DIM; i++)
-            for (int j = 0; j < BLOCK; j++) sums[j] += x[i] * columns[i * size + first + j];
-        memcpy(products + first, sums, sizeof sums);
+/* Rotate the n queries of a tile, zeros behind them: places (n) are token * H + head. */
+static void take_queries(long n, const long *places, long H, long K, const real *qkv, const float *cosines,
+                         const float *sines, float *queries) {
+    enum { d = HEAD_DIM };
+    memset(queries, 0, TILE * d * sizeof(float));
+    for (long u = 0; u < n; u++) {
+        const long token = places[u] / H, at = token * (d / 2);
+        rotate(qkv + (token * (H + 2 * K) + places[u] % H) * d, cosines + at, sines + at, 1 / __builtin_sqrtf(d), queries + u * d);
     }
+}
+
+/* Set the places of a tile's queries, those of `segment` and key head k from number `first` on; return how many. */
+static long tile_at(const long *segment, long first, long H, long K, long k, long *places) {
+    const long R = H / K, left = segment[1] * R - first, n = left < TILE ? left : TILE;
+    for (long u = 0; u < n; u++) places[u] = (segment[0] + (first + u) / R) * H + k * R + (first + u) % R;
+    return n;
 }
 
 /* out (N, H d); top and total (N, H), which the backward pass needs: the largest score and the sum of the exponentials */
 void packed(long S, long H, long K, long max_keys, const long *segments, const real *qkv, const float *cosines,
             const float *sines, real *out, float *top, float *total) {
     enum { d = HEAD_DIM };
-    const float scale = 1 / __builtin_sqrtf(d);
     const Scratch scratch = scratch_for(max_keys);
-    float *weights = scratch.weights;
+    long n, places[TILE];
+    float queries[TILE * d], mixed[TILE * d];
     for (long s = 0; s < S; s++, segments += 4)
         for (long k = 0; k < K; k++) {
+            const long before = segments[3] + 1 - segments[0]; /* a token's keys, less its number */
             collect(H, K, k, segments, qkv, cosines, sines, scratch);
-            for (long i = 0; i < segments[1]; i++)
-                for (long h = k * (H / K); h < (k + 1) * (H / K); h++) {
-                    const long token = segments[0] + i, m = segments[3] + i + 1, place = token * H + h;
-                    float q[d], mixed[d], largest = -1e30f, sum = 0;
-                    rotate(qkv + (token * (H + 2 * K) + h) * d, cosines + token * (d / 2), sines + token * (d / 2), scale, q);
-                    multiply(m, scratch.size, q, scratch.keys_t, weights);
+            for (long first = 0; (n = tile_at(segments, first, H, K, k, places)) > 0; first += TILE) {
+                const long most = before + places[n - 1] / H;
+                take_queries(n, places, H, K, qkv, cosines, sines, queries);
+                with_keys(most, queries, scratch.keys_t, scratch.size, scratch.weights);
+                for (long u = 0; u < n; u++) {
+                    const long m = before + places[u] / H;
+                    float *weights = scratch.weights + u * scratch.size, largest = -1e30f, sum = 0;
                     for (long j = 0; j < m; j++) largest = __builtin_fmaxf(largest, weights[j]);
                     for (long j = 0; j < m; j++) sum += weights[j] = exponential(weights[j] - largest);
-                    for (int c = 0; c < d; c++) mixed[c] = 0;
-                    for (long j = 0; j < m; j++)
-                        for (int c = 0; c < d; c++) mixed[c] += weights[j] * scratch.values[j * d + c];
-                    for (int c = 0; c < d; c++) out[place * d + c] = store(mixed[c] / sum);
-                    top[place] = largest;
-                    total[place] = sum;
+                    for (long j = m; j < most; j++) weights[j] = 0;
+                    top[places[u]] = largest;
+                    total[places[u]] = sum;
                 }
+                with_values(most, scratch.weights, scratch.size, scratch.values, mixed);
+                for (long u = 0; u < n; u++)
+                    for (int c = 0; c < d; c++) out[places[u] * d + c] = store(mixed[u * d + c] / total[places[u]]);
+            }
         }
     free(scratch.memory);
 }
@@ -297,43 +335,65 @@ static void rotate_back(const float *x, const float *cosines, const float *sines
     }
 }
 
+/* sums (m, d) += numbers (TILE, m), transposed, times rows (TILE, d) */
+static void add_products(long m, const float *numbers, long stride, const float *rows, float *sums) {
+    for (long j = 0; j < m; j++, sums += HEAD_DIM) {
+        float kept[HEAD_DIM];
+        memcpy(kept, sums, sizeof kept);
+        for (int u = 0; u < TILE; u++)
+            for (int e = 0; e < HEAD_DIM; e++) kept[e] += numbers[u * stride + j] * rows[u * HEAD_DIM + e];
+        memcpy(sums, kept, sizeof kept);
+    }
+}
+
 /* d_qkv (N, (H + 2 K) d) from d_out (N, H d) */
 void packed_backward(long N, long S, long H, long K, long max_keys, const long *segments, const real *qkv,
                      const float *cosines, const float *sines, const float *top, const float *total, const real *d_out,
                      real *d_qkv) {
     enum { d = HEAD_DIM };
-    const float scale = 1 / __builtin_sqrtf(d);
     const Scratch scratch = scratch_for(max_keys);
-    float *weights = scratch.weights, *slopes = zeros(scratch.size), *d_keys = zeros(N * K * d), *d_values = zeros(N * K * d);
+    const long size = scratch.size;
+    long n, places[TILE];
+    float queries[TILE * d], d_mixed[TILE * d] = {0}, d_queries[TILE * d];
+    float *d_keys = zeros(N * K * d), *d_values = zeros(N * K * d);
     for (long s = 0; s < S; s++, segments += 4)
         for (long k = 0; k < K; k++) {
+            const long before = segments[3] + 1 - segments[0];
             collect(H, K, k, segments, qkv, cosines, sines, scratch);
-            for (long i = 0; i < segments[1]; i++)
-                for (long h = k * (H / K); h < (k + 1) * (H / K); h++) {
-                    const long token = segments[0] + i, m = segments[3] + i + 1, place = token * H + h;
-                    const float *c = cosines + token * (d / 2), *sn = sines + token * (d / 2);
-                    float q[d], d_mixed[d], d_q[d], along = 0, share = 1 / total[place];
-                    rotate(qkv + (token * (H + 2 * K) + h) * d, c, sn, scale, q);
-                    for (int e = 0; e < d; e++) d_mixed[e] = load(d_out[place * d + e]), d_q[e] = 0;
-                    multiply(m, scratch.size, q, scratch.keys_t, weights);
-                    multiply(m, scratch.size, d_mixed, scratch.values_t, slopes);
+            memset(scratch.d_keys, 0, 2 * size * d * sizeof(float)); /* and d_values, which follow */
+            for (long first = 0; (n = tile_at(segments, first, H, K, k, places)) > 0; first += TILE) {
+                const long most = before + places[n - 1] / H;
+                take_queries(n, places, H, K, qkv, cosines, sines, queries);
+                for (long u = 0; u < n; u++)
+                    for (int e = 0; e < d; e++) d_mixed[u * d + e] = load(d_out[places[u] * d + e]);
+                with_keys(most, queries, scratch.keys_t, size, scratch.weights);
+                with_keys(most, d_mixed, scratch.values_t, size, scratch.slopes);
+                for (long u = 0; u < TILE; u++) {
+                    const long m = u < n ? before + places[u] / H : 0;
+                    float *weights = scratch.weights + u * size, *slopes = scratch.slopes + u * size, along = 0;
                     for (long j = 0; j < m; j++) {
-                        weights[j] = exponential(weights[j] - top[place]) * share;
+                        weights[j] = exponential(weights[j] - top[places[u]]) / total[places[u]];
                         along += weights[j] * slopes[j];
                     }
                     for (long j = 0; j < m; j++) slopes[j] = weights[j] * (slopes[j] - along);
-                    for (long j = 0; j < m; j++) {
-                        long from = j < segments[3] ? segments[2] + j : segments[0] + j - segments[3];
-                        float *d_key = d_keys + (from * K + k) * d, *d_value = d_values + (from * K + k) * d;
-                        for (int e = 0; e < d; e++) {
-                            d_q[e] += slopes[j] * scratch.keys[j * d + e];
-                            d_key[e] += slopes[j] * q[e];
-                            d_value[e] += weights[j] * d_mixed[e];
-                        }
-                    }
-                    for (int e = 0; e < d; e++) d_q[e] *= scale;
-                    rotate_back(d_q, c, sn, d_qkv + (token * (H + 2 * K) + h) * d);
+                    for (long j = m; j < most; j++) weights[j] = slopes[j] = 0;
                 }
+                with_values(most, scratch.slopes, size, scratch.keys, d_queries);
+                add_products(most, scratch.slopes, size, queries, scratch.d_keys);
+                add_products(most, scratch.weights, size, d_mixed, scratch.d_values);
+                for (long u = 0; u < n; u++) {
+                    const long token = places[u] / H, at = token * (d / 2);
+                    for (int e = 0; e < d; e++) d_queries[u * d + e] *= 1 / __builtin_sqrtf(d);
+                    rotate_back(d_queries + u * d, cosines + at, sines + at, d_qkv + (token * (H + 2 * K) + places[u] % H) * d);
+                }
+            }
+            for (long j = 0; j < segments[3] + segments[1]; j++) {
+                const long at = (token_of(segments, j) * K + k) * d;
+                for (int e = 0; e < d; e++) {
+                    d_keys[at + e] += scratch.d_keys[j * d + e];
+                    d_values[at + e] += scratch.d_values[j * d + e];
+                }
+            }
         }
     for (long token = 0; token < N; token++)
         for (long k = 0; k < K; k++) {
@@ -341,7 +401,7 @@ void packed_backward(long N, long S, long H, long K, long max_keys, const long *
             rotate_back(d_keys + (token * K + k) * d, cosines + token * (d / 2), sines + token * (d / 2), to);
             for (int e = 0; e < d; e++) to[K * d + e] = store(d_values[(token * K + k) * d + e]);
         }
-    free(scratch.memory), free(slopes), free(d_keys), free(d_values);
+    free(scratch.memory), free(d_keys), free(d_values);
 }
 
 #endif

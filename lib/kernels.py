@@ -175,7 +175,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:
     """Return what fused.block_logits does."""
     (n, V), logits = logits.shape, logits.contiguous()
-    out = logits.new_empty(n, -(-V // size))
+    out = torch.empty(n, -(-V // size))
     library(logits.dtype).block_logits(n, V, size, temperature, *pointers(logits, out))
     return out
 
@@ -184,8 +184,8 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Return log-probs (n,) of the targets (n,) by logits (n, V), and entropies (n,)."""
-        logps, entropies, tops, norms = (logits.new_empty(len(logits)) for _ in range(4))
         logits, targets = logits.contiguous(), targets.contiguous()
+        logps, entropies, tops, norms = (torch.empty(len(logits)) for _ in range(4))
         tensors = logits, targets, logps, entropies, tops, norms
         library(logits.dtype).token_logps(*logits.shape, temperature, *pointers(*tensors))
         ctx.save_for_backward(logits, targets, tops, norms)

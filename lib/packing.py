@@ -7,6 +7,7 @@ N tokens lie one after the other in one row; lib/attention.py masks what they mu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -169,8 +170,9 @@ def response_logps(
     gradient_of = weight.float() if weight.is_cuda and trained else None
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.logits(hidden, gradient_of)
-        if kernels.apply_to(logits):
+        by_kernel = kernels.apply_to(hidden)
+        logits = model.logits(hidden, gradient_of, in_fp32=not by_kernel)
+        if by_kernel:
             logps, entropies = kernels.token_logps(logits, targets, temperature)
             return logps, entropies if entropy else logps[:0]
         log_p = log_softmax(logits, temperature)
@@ -179,8 +181,34 @@ def response_logps(
         with torch.no_grad():  # last: the backward pass recomputes only what comes before
             return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps[:0]
 
+    def chunk_logps(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not trained and hidden.requires_grad:
+            return FrozenHead.apply(hidden, head, targets)
+        return checkpoint(head, hidden, targets, use_reentrant=False)
+
     chunk = max(1, max_logits // model.config.vocab_size)
     predictors = hidden.index_select(0, batch.logit_indices).split(chunk)
-    chunks = zip(predictors, batch.targets.split(chunk))
-    outputs = [checkpoint(head, h, t, use_reentrant=False) for h, t in chunks]
+    outputs = [chunk_logps(h, t) for h, t in zip(predictors, batch.targets.split(chunk))]
     return tuple(map(torch.cat, zip(*outputs)))
+
+
+class FrozenHead(torch.autograd.Function):
+    """Log-probs and entropies by a head that is not trained.
+
+    The gradient of a log-prob by its hidden state is a vector that only awaits a factor. So it is
+    computed at once, and the backward pass needs no logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Callable, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            logps, entropies = head(hidden, targets)
+            ctx.save_for_backward(*torch.autograd.grad(logps.sum(), hidden))
+        ctx.mark_non_differentiable(entropies)
+        return logps.detach(), entropies
+
+    @staticmethod
+    def backward(ctx, d_logps: Tensor, _) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors  # (n, D)
+        return (d_logps[:, None] * slopes).to(slopes.dtype), None, None

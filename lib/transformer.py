@@ -204,18 +204,22 @@ class Transformer(nn.Module):
         weight = self.lm_head.weight
         return weight[: self.n_logits] if self.n_logits < len(weight) else weight
 
-    def logits(self, hidden: Tensor, gradient_of: Tensor | None = None) -> Tensor:
-        """Return the logits (N, V) in fp32 of hidden states (N, D), V up to the last token allowed.
+    def logits(
+        self, hidden: Tensor, gradient_of: Tensor | None = None, in_fp32: bool = True
+    ) -> Tensor:
+        """Return the logits (N, V) of hidden states (N, D), V up to the last token allowed.
 
         What is not allowed gets a logit so low that its probability is zero and its p log p, too.
         `gradient_of` is what takes the gradient of 16-bit weights on a GPU: fused.LogitsInFp32.
+        They are in fp32; on the CPU, which rounds them to the weights' dtype, not unless asked.
         """
         weight, extra = self.head_weight(), self.extra_rows(len(hidden))
         if hidden.is_cuda and hidden.dtype != torch.float32:
             logits = fused.LogitsInFp32.apply(hidden, weight.detach(), gradient_of)
         else:
             rows = F.pad(hidden, (0, 0, 0, extra)) if extra else hidden
-            logits = kernels.linear(rows, weight)[: len(hidden)].float()
+            logits = kernels.linear(rows, weight)[: len(hidden)]
+            logits = logits.float() if in_fp32 else logits
         return logits.index_fill(1, self.gaps, -1e30) if len(self.gaps) else logits
 
 
