@@ -329,7 +329,6 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     A thread writes it while the next update runs; here the run waits for it if it ends, and ends if
     the thread has failed.
     """
-    say_how_long(run, update, signals.bar)
     (stopping,) = world.all_reduce(signals.caught)
     last, due = update + 1 == run.updates, is_saved(run, update) or stopping
     if run.saving and (due or run.saving.done()):
@@ -343,3 +342,4 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     if stopping and not last:
         warn(f"stopped and saved; --resume continues {run.folder}")
         raise SystemExit(128 + (signals.caught or signal.SIGTERM))  # another rank may have it
+    say_how_long(run, update, signals.bar)
