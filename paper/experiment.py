@@ -142,14 +142,14 @@ class Experiment:
         left = [run for run in runs if not run.finished()]
         heading = f"{self.name}: {len(left)} of {len(runs)} commands are left"
         print(heading, *left, sep="\n", flush=True)
-        for script in SCRIPTS:
-            with ThreadPoolExecutor(jobs) as pool:
-                of_script = [run for run in left if run.script == script]
-                try:
+        try:
+            for script in SCRIPTS:
+                with ThreadPoolExecutor(jobs) as pool:
+                    of_script = [run for run in left if run.script == script]
                     list(pool.map(lambda run: execute(run, environment, jobs == 1), of_script))
-                except KeyboardInterrupt:  # which a terminal sends to the commands, too
-                    warn("stopping when they have saved; the same command goes on from there")
-                    raise
+        except KeyboardInterrupt:  # a terminal sends it to the commands, too, which have saved now
+            warn("stopped; the same command goes on from here")
+            raise
 
     def report(self, rows: list[dict], table: str, verdicts: list[list], figure) -> None:
         """Print the table and the verdicts, and write them with the rows and the figure."""

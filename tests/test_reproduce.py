@@ -416,7 +416,7 @@ def test_ctrl_c_waits_for_what_runs_and_starts_nothing_more(tmp_path):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and (tmp_path / "saved").exists()
     (line,) = err.splitlines()
-    assert "the same command goes on from there" in line
+    assert "the same command goes on from here" in line
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
     heading, *commands = out.splitlines()
     assert "2 of 2 commands are left" in heading and len(commands) == 2
