@@ -69,7 +69,7 @@ class Run:
         for name, now in ({"laptop": "False"} | self.flags).items():
             then = str(meta.get(name, now))
             message = f"{self.output} was made with {flag_name(name)} {then}, not {now}"
-            require(then == now, f"{message}: move it away")
+            require(then == now or name == "out", f"{message}: move it away")
         resumed_start(self.output, meta)
         return bool(newest) and meta["update"] == meta["total"]
 

@@ -374,7 +374,8 @@ def test_a_laptop_evaluates_less_and_keeps_to_its_own_runs(tmp_path, monkeypatch
     for meta, mine, other in ((True, lab, paper), (False, paper, lab)):
         folder = sft.output / "step-3"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "training.json").write_text(json.dumps({"update": 3, "total": 3, "laptop": meta}))
+        made_by = {"update": 3, "total": 3, "laptop": meta, "out": "where it was moved from"}
+        (folder / "training.json").write_text(json.dumps(made_by))
         assert mine.sft("FB", 0).finished()
         line = refusal(other.sft("FB", 0).finished, capsys)
         assert f"made with --laptop {meta}, not {not meta}: move it away" in line
