@@ -56,7 +56,8 @@ class GrpoConfig:
     save_every: int = 25  # updates between checkpoints
     keep: int | None = None  # newest checkpoints that are kept, 0 for all [tiny 0, pretrained 2]
     eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
-    eval_problems: int = 256  # validation problems of an evaluation
+    eval_problems: int | None = None  # validation problems of an evaluation [256]
+    laptop: bool = False  # defaults for a pretrained model without a GPU; the start prints them
     keep_responses: int = 2  # groups kept in responses.jsonl at a save: so many of each split
     # Problems
     difficulty: Literal["easy", "hard", "extreme"] = "hard"  # 2-5, 6-9 or 6-15 steps
@@ -72,7 +73,7 @@ class GrpoConfig:
     reward: str = ""  # FILE.py:function, (row, response, correct) -> the reward, any float
     tagger: str = ""  # FILE.py:function, (row, response) -> the strategy of a response, any text
     # Sampling
-    prompts_per_update: int = 32  # problems per update, over all processes
+    prompts_per_update: int | None = None  # problems per update, over all processes [32]
     group_size: int = 8  # responses to each
     temperature: float | None = None  # of the sampling [tiny 1.0, pretrained 0.7]
     max_new_tokens: int = 0  # longest response [0: the longest solution and a little more]
@@ -98,7 +99,7 @@ class GrpoConfig:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     lora: int | None = None  # rank of LoRA adapters, 0: train all weights [tiny 0, pretrained 64]
     lora_alpha: int = 128  # adapters are scaled by this over their rank
-    lora_dropout: float = 0.05  # share of the adapters' inputs that is dropped in training
+    lora_dropout: float | None = None  # share of the adapters' inputs dropped in training [0.05]
     fsdp: bool = False  # shard weights, gradients and optimizer over all processes
 
 
@@ -106,6 +107,9 @@ TINY = {"examples": 0, "updates": 300, "lr": 3e-4, "beta": 0.0, "temperature": 1
 TINY |= {"lora": 0, "keep": 0}
 PRETRAINED = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "temperature": 0.7}
 PRETRAINED |= {"lora": 64, "keep": 2}  # the paper's
+USUAL = {"prompts_per_update": 32, "eval_problems": 256, "lora_dropout": 0.05}  # of either model
+LAPTOP = {"prompts_per_update": 8, "eval_problems": 128, "lora_dropout": 0.0}  # with --laptop
+LAPTOP |= {"updates": 70, "lr": 2e-4, "beta": 0.0}
 
 
 def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:
@@ -313,6 +317,7 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, object, list, int]:
     config.out = config.out or f"ckpt/grpo-{name}"
     folder = Path(config.out)
     resume_from = newest_checkpoint(folder) if config.resume else None
+    set_missing(config, LAPTOP if config.laptop else USUAL)  # before problems are drawn
     task, problems = load_problems(config, config.eval_problems)
     init = resume_from or train_sft.find_start(config)
     tokenizer, meta = training.find_tokenizer(config, task, init), load_meta(init) if init else {}
@@ -325,6 +330,7 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, object, list, int]:
     init = start or init or train_sft.train_start(config, world)
     where = (first_update, init, resume_from, task.words, world)
     run = training.load_run(config, "grpo", config.updates, *where)
+    training.print_laptop(config, LAPTOP, world)
     return run, task, problems, max_new_tokens
 
 

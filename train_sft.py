@@ -4,9 +4,8 @@
     python train_sft.py --strategy forward       # forward only: inversion must begin with a guess
     python train_sft.py --model Qwen/Qwen2.5-1.5B-Instruct --out ckpt/qwen  # the paper's recipe
 
-The loss is the mean of -log p over the tokens of the responses, the stop token included, prompts
-excluded. A tiny model (random at first) sees fresh problems at every update; a pretrained one sees
-`--examples` of them again in each epoch.
+The loss is the mean of -log p over the tokens of the responses, the stop token included. A tiny
+model (random at first) sees fresh problems at every update, a pretrained one a set in each epoch.
 """
 
 import math
@@ -44,7 +43,8 @@ class SftConfig:
     resume: bool = False  # continue the newest checkpoint of the run folder
     save_every: int = 400  # updates between checkpoints
     keep: int | None = None  # newest checkpoints that are kept, 0 for all [tiny 0, pretrained 2]
-    eval_every: int = 200  # updates between validations
+    eval_every: int | None = None  # updates between validations [200]
+    laptop: bool = False  # defaults for a pretrained model without a GPU; the start prints them
     # Problems
     strategy: Literal["forward", "backward", "mixed"] = "mixed"  # mixed: either for either type
     difficulty: Literal["easy", "hard", "extreme"] = "easy"  # 2-5, 6-9 or 6-15 steps
@@ -75,8 +75,10 @@ class SftConfig:
 
 
 TINY = {"examples": 0, "batch_size": 32, "lr": 3e-3, "position_gap": 130, "lora": 0, "keep": 0}
+TINY |= {"updates": 1600, "eval_every": 200}
 PRETRAINED = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "lora": 64}  # the paper's
-PRETRAINED |= {"position_gap": 0, "keep": 2}
+PRETRAINED |= {"epochs": 20, "eval_every": 200, "position_gap": 0, "keep": 2}
+LAPTOP = {"epochs": 4, "lr": 1e-3, "eval_every": 128}  # what --laptop changes of these
 
 
 def default_folder(config: SftConfig) -> Path:
@@ -88,9 +90,9 @@ def default_folder(config: SftConfig) -> Path:
 
 def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     """Fill in the defaults that depend on the model, and refuse impossible flags."""
-    set_missing(config, TINY if tiny else PRETRAINED)
-    if config.epochs is None and config.updates is None:
-        set_missing(config, {"updates": 1600} if tiny else {"epochs": 20})
+    defaults = TINY if tiny else PRETRAINED | (LAPTOP if config.laptop else {})
+    length = {"epochs": config.epochs, "updates": config.updates}  # one says it all
+    set_missing(config, defaults if set(length.values()) == {None} else defaults | length)
     config.out = config.out or str(default_folder(config))
     require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
     require(config.epochs is None or config.updates is None, "give --epochs or --updates, not both")
@@ -135,8 +137,7 @@ def sft_backward(run: Run, batches: list, config: SftConfig, world: World, updat
     model = run.master if is_fsdp(run.master) else run.policy
 
     def loss_fn(i: int, batch: Packed) -> tuple[Tensor, float]:
-        key = dropout_key(config, update, world.rank, i)
-        loss = loss_sum(model, batch, key) / n_tokens
+        loss = loss_sum(model, batch, dropout_key(config, update, world.rank, i)) / n_tokens
         return loss, loss.item()
 
     losses = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
@@ -213,6 +214,7 @@ def set_up(config: SftConfig, world: World) -> tuple[Run, object, list, int]:
     in_epochs = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
     where = (config.updates or in_epochs, first_update, init, resume_from, task.words, world)
     run = training.load_run(config, "sft", *where)
+    training.print_laptop(config, LAPTOP, world)
     return run, task, problems, max_new_tokens
 
 

@@ -28,6 +28,8 @@ from lib.responses import RESPONSES, response_rows
 from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 from lib.transformer import Transformer
 
+LONG = 600  # seconds: a run that will take longer says so
+
 
 @dataclass
 class Run:
@@ -63,6 +65,8 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
 
     `source` is the model's checkpoint, None for a new one. Return the longest response in tokens.
     """
+    tiny = "--laptop is for a pretrained model: the tiny one trains in minutes without it"
+    require(not (config.laptop and tokenizer.word_level), tiny)
     require_min(config, updates=1, save_every=1, keep=0, examples=0, warmup=0, max_new_tokens=0)
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
     require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
@@ -129,6 +133,13 @@ def load_run(
     return Run(*where, master, policy, optimizer, log, responses)
 
 
+def print_laptop(config, defaults: dict, world: World) -> None:
+    """Say as flags what has become of the defaults that --laptop changes."""
+    values = {flag_name(name): getattr(config, name) for name in defaults}
+    if config.laptop and world.is_master:
+        print("--laptop:", *(f"{flag} {x:g}" for flag, x in values.items() if x is not None))
+
+
 def initial_policy(run: Run) -> Transformer:
     """Return the policy before RL: the frozen base under the adapters, or the start reloaded."""
     if run.meta["lora"]:
@@ -152,6 +163,14 @@ class ProgressBar(tqdm):
             return super().display(*args, **kwargs)
         except OSError:
             self.disable, self.fp = True, open(os.devnull, "w")  # noqa: SIM115
+
+
+def say_how_long(run: Run, update: int, bar: tqdm) -> None:
+    """Say after two updates how long a long run will take, evaluations left out."""
+    seconds, left = bar.format_dict["elapsed"] / 2, run.updates - update - 1
+    if update == run.first_update + 1 and seconds * left > LONG:
+        minutes = f"{left} updates at {seconds:.1f} s: about {seconds * left / 60:.0f} minutes"
+        warn(f"{minutes}; Ctrl-C saves, --resume continues")
 
 
 def linear_decay(config, update: int, updates: int) -> float:
@@ -323,3 +342,4 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     if stopping and not last:
         warn(f"stopped and saved; --resume continues {run.folder}")
         raise SystemExit(128 + (signals.caught or signal.SIGTERM))  # another rank may have it
+    say_how_long(run, update, signals.bar)

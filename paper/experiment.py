@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 
 from data.finite_field import EVALUATION, INVERSION
 from lib.checkpoint import load_meta, newest_checkpoint
-from lib.flags import flag_name, read_json, require, user_errors, write_json
+from lib.flags import flag_name, read_json, require, user_errors, warn, write_json
 from lib.limits import core_limit
 from lib.plots import draw_smoothly, new_figure, save
 from lib.run_dir import read_log, resumed_start
@@ -35,8 +36,10 @@ class ReproduceConfig:
     experiment: list = field(default_factory=list)  # its name, or all
     scale: Literal["tiny"] = "tiny"  # the model made here from scratch, where no --model is named
     model: str = ""  # a pretrained model's folder or hub name, with the paper's recipe
+    laptop: bool = False  # train --model with --laptop, and evaluate it on 128 problems
+    only: str = ""  # B, F or FB: run its commands alone; rows of the others are kept
     seeds: int = 1  # runs of each cell, with seeds 0, 1, ...
-    jobs: int = 0  # commands side by side [0: one per core on the CPU, else one]
+    jobs: int = 0  # commands side by side [0: of the tiny model on the CPU one per core, else one]
     list: bool = False  # list the experiments
 
 
@@ -51,6 +54,7 @@ class Run:
 
     def command(self) -> list[str]:
         flags = [word for name, value in self.flags.items() for word in (flag_name(name), value)]
+        flags = [word for word in flags if word != "True"]  # --laptop takes no value
         return [self.script, *self.arguments, *flags]
 
     def __str__(self) -> str:
@@ -62,10 +66,10 @@ class Run:
             return self.output.exists() and self.output.read_text().endswith("\n}\n")  # not cut off
         newest = newest_checkpoint(self.output)
         meta = load_meta(newest) if newest else {}
-        for name, now in self.flags.items():
+        for name, now in ({"laptop": "False"} | self.flags).items():
             then = str(meta.get(name, now))
             message = f"{self.output} was made with {flag_name(name)} {then}, not {now}"
-            require(then == now, f"{message}: move it away")
+            require(then == now or name == "out", f"{message}: move it away")
         resumed_start(self.output, meta)
         return bool(newest) and meta["update"] == meta["total"]
 
@@ -95,6 +99,10 @@ class Experiment:
         model = Path(self.config.model).name
         return Path("paper/results") / (f"{self.name}-{model}" if model else self.name)
 
+    @property
+    def preset(self) -> dict:
+        return {"laptop": True} if self.config.laptop else {}
+
     def add(self, script: str, output: Path, *arguments: str, **flags) -> Run:
         """Return the run that writes `output`: one run serves all the cells that need it."""
         texts = {name: str(value) for name, value in flags.items()}
@@ -105,32 +113,43 @@ class Experiment:
         scale = Path(self.config.model).name or self.config.scale
         out = Path("ckpt/reproduce") / scale / name_of(f"sft-{model}-{seed}", flags)
         if self.config.model:
-            flags = {"model": self.config.model} | flags
+            flags = {"model": self.config.model} | self.preset | flags
         return self.add("train_sft.py", out, strategy=MODELS[model], seed=seed, **flags, out=out)
 
     def rl(self, init: Run, seed: int, **flags) -> Run:
         """Add RL from an SFT run."""
         out = init.output.with_name(name_of(f"{init.output.name}-rl", flags))
+        flags = self.preset | flags
         return self.add("train_grpo.py", out, init=init.output, seed=seed, **flags, out=out)
 
     def compare(self, before: Run, after: Run, **flags) -> Run:
         """Add an evaluation of both on the same validation problems, at RL's temperature."""
         if self.config.model:
             flags["temperature"] = 0.7
+        if self.config.laptop:
+            flags["problems"] = 128
         out = after.output / f"{name_of('compared', flags)}.json"
         return self.add("eval.py", out, str(before.output), str(after.output), **flags, json=out)
 
     def run(self) -> None:
-        """Do what has not been done: all SFT, then all RL, then all evaluations."""
+        """Say what has not been done, and do it: all SFT, then all RL, then all evaluations."""
         n_cores = core_limit()
-        jobs = self.config.jobs or (1 if torch.cuda.is_available() else n_cores)
+        large = self.config.model or torch.cuda.is_available()
+        jobs = self.config.jobs or (1 if large else n_cores)
         threads = str(max(1, n_cores // jobs))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-        for script in SCRIPTS:
-            of_script = [run for run in self.runs.values() if run.script == script]
-            unfinished = [run for run in of_script if not run.finished()]
-            with ThreadPoolExecutor(jobs) as pool:
-                list(pool.map(lambda run: execute(run, environment), unfinished))
+        runs = sorted(self.runs.values(), key=lambda run: SCRIPTS.index(run.script))
+        left = [run for run in runs if not run.finished()]
+        heading = f"{self.name}: {len(left)} of {len(runs)} commands are left"
+        print(heading, *left, sep="\n", flush=True)
+        try:
+            for script in SCRIPTS:
+                with ThreadPoolExecutor(jobs) as pool:
+                    of_script = [run for run in left if run.script == script]
+                    list(pool.map(lambda run: execute(run, environment, jobs == 1), of_script))
+        except KeyboardInterrupt:  # a terminal sends it to the commands, too, which have saved now
+            warn("stopped; the same command goes on from here")
+            raise
 
     def report(self, rows: list[dict], table: str, verdicts: list[list], figure) -> None:
         """Print the table and the verdicts, and write them with the rows and the figure."""
@@ -150,19 +169,26 @@ class Experiment:
         print(f"\n{text}\n{self.folder}")
 
 
-def execute(run: Run, environment: dict[str, str]) -> None:
-    """Run a command to its end, from its newest checkpoint if it was interrupted."""
+def execute(run: Run, environment: dict[str, str], alone: bool) -> None:
+    """Run a command to its end, from its newest checkpoint if it was interrupted.
+
+    One that runs alone shows its progress. Raises KeyboardInterrupt if Ctrl-C has ended it.
+    """
     resumed = run.output.suffix != ".json" and newest_checkpoint(run.output) is not None
     script, *rest = run.command()
     command = [sys.executable, ROOT / script, *rest, *(["--resume"] if resumed else [])]
     start = time.perf_counter()
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": None if alone else subprocess.PIPE}
+    process = subprocess.run(command, **pipes, text=True, env=environment)
     minutes = (time.perf_counter() - start) / 60
     if run.minutes_file.parent.exists():
         earlier = resumed and run.minutes_file.exists()
         before = float(run.minutes_file.read_text()) if earlier else 0.0
         run.minutes_file.write_text(f"{before + minutes:.2f}\n")
-    require(process.returncode == 0, f"{run} failed: {process.stderr.strip()[-400:]}")
+    if process.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
+        raise KeyboardInterrupt
+    reason = "" if alone else f": {process.stderr.strip()[-400:]}"
+    require(process.returncode == 0, f"{run} failed{reason}")
     print(f"{minutes:5.1f} min  {run}", flush=True)
 
 
@@ -216,13 +242,17 @@ class Plan:
     curves: dict | None = None  # draw curves of the logs, not bars of the table
     by_steps: tuple[str, ...] = ()  # or the accuracy of these stages by the number of steps
 
+    def measured(self, rows: list[dict]) -> list[Cell]:
+        """Return the cells that have rows; with --only others may have none."""
+        return [cell for cell in self.cells if values(rows, "seed", **cell.labels)]
+
     def table(self, rows: list[dict]) -> str:
         """Return means and ranges over the seeds as Markdown, then the paper's numbers."""
         headings = [*self.columns]
         of_paper = max(map(len, self.paper.values()), default=0)
         head = ["", *headings, *(f"paper: {heading}" for heading in headings[:of_paper])]
         lines = []
-        for cell in self.cells:
+        for cell in self.measured(rows):
             found = (values(rows, key, **cell.labels) for key in self.columns.values())
             paper = map(str, self.paper.get(cell.name, ()))
             lines.append([cell.name, *map(mean_and_range, found), *paper])
@@ -234,7 +264,7 @@ class Plan:
             return accuracy_by_steps(rows, self.by_steps)
         if self.curves:
             return curve_figure(rows, self.curves)
-        return bar_figure(rows, self.cells, list(self.columns.values()), self.paper)
+        return bar_figure(rows, self.measured(rows), list(self.columns.values()), self.paper)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -258,6 +288,9 @@ class Claim:
     text: str
     holds: Callable[..., bool]  # takes one seed's numbers
     numbers: list[Series]
+
+    def has_rows(self, rows: list[dict], seeds: int) -> bool:
+        return all(len(values(rows, key, **labels)) == seeds for _, key, labels in self.numbers)
 
     def verdict(self, rows: list[dict]) -> list:
         """Return the text, what was found, and for each seed whether the claim holds."""
@@ -318,6 +351,8 @@ def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict
 
 def curve_figure(rows: list[dict], panels: dict[str, list[Series]]):
     """Draw metrics of the logs, panels by title: a curve for each seed, in one colour."""
+    has_rows = {t: any(values(rows, "log", **x[2]) for x in xs) for t, xs in panels.items()}
+    panels = {title: curves for title, curves in panels.items() if has_rows[title]}
     figure, axes = new_figure(max(7, 4.5 * len(panels)), 4, 1, len(panels))
     for axis, (title, curves) in zip(axes, panels.items()):
         for color, (name, metric, labels) in enumerate(curves):

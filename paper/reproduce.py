@@ -4,10 +4,12 @@
     python -m paper.reproduce table1                # one seed
     python -m paper.reproduce table1 --seeds 3
     python -m paper.reproduce table1 --model models/smollm2
+    python -m paper.reproduce table1 --model models/smollm2 --laptop --only FB    # on a laptop
 
 Every number comes from a command that is printed below the table. Finished commands are not run
-again, and an interrupted one resumes. On the CPU as many run side by side as there are cores, one
-thread each. Runs lie in ckpt/reproduce, results in paper/results/NAME (.json, .md and .png).
+again, and one that Ctrl-C has interrupted resumes. Commands of the tiny model run side by side on
+the CPU, one thread each; those of another have all cores, one after the other. Runs lie in
+ckpt/reproduce, results in paper/results/NAME or NAME-MODEL (.json, .md and .png).
 
 Each experiment is a `Plan`. Its cells say what to train and evaluate, and every cell gives one row
 of numbers for each seed. The table, the verdicts and the figure are made of these rows.
@@ -15,6 +17,7 @@ of numbers for each seed. The table, the verdicts and the figure are made of the
 
 import math
 from collections.abc import Callable
+from itertools import product
 from statistics import fmean
 
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION
@@ -337,21 +340,27 @@ EXPERIMENTS["losses"] = Plan(
 def reproduce(name: str, config: ReproduceConfig) -> None:
     """Run an experiment's commands, read their rows and report."""
     plan, experiment = EXPERIMENTS[name], Experiment(name, config)
+    others = Experiment(name, config)  # runs of other models than --only: none of them is started
     planned, rows, drawn = [], [], []
-    for cell in plan.cells:
-        for seed in range(config.seeds):
-            flags = cell.sft if config.model else cell.sft_tiny | cell.sft
-            sft = experiment.sft(cell.model, seed, **flags)
-            rl, evaluation = experiment.rl(sft, seed, **cell.rl), None
-            if cell.evaluation is not None:
-                evaluation = experiment.compare(sft, rl, **cell.evaluation)
-            planned.append((cell, seed, sft, rl, evaluation))
+    for cell, seed in product(plan.cells, range(config.seeds)):
+        chosen = experiment if config.only in ("", cell.model) else others
+        flags = cell.sft if config.model else cell.sft_tiny | cell.sft
+        sft = chosen.sft(cell.model, seed, **flags)
+        rl, evaluation = chosen.rl(sft, seed, **cell.rl), None
+        if cell.evaluation is not None:
+            evaluation = chosen.compare(sft, rl, **cell.evaluation)
+        planned.append((cell, seed, sft, rl, evaluation))
+    require(bool(experiment.runs), f"{name} trains no model {config.only}")
     experiment.run()
     for cell, seed, sft, rl, evaluation in planned:
+        if rl.output in others.runs and not (evaluation or rl).finished():
+            continue
+        experiment.runs |= {run.output: run for run in (sft, rl, evaluation) if run}
         row, log = cell.row(seed, sft, evaluation), rl.log()
         rows.append(row | (plan.measure(cell, log) if plan.measure else {}))
         drawn.append(rows[-1] | {"log": log})
-    verdicts = [claim.verdict(rows) for claim in plan.claims]
+    claims = [claim for claim in plan.claims if claim.has_rows(rows, config.seeds)]
+    verdicts = [claim.verdict(rows) for claim in claims]
     experiment.report(rows, plan.table(rows), verdicts, plan.draw(drawn))
 
 
@@ -374,6 +383,8 @@ def main(config: ReproduceConfig) -> None:
         known = f"there are {', '.join(EXPERIMENTS)} and all"
         require(name in EXPERIMENTS, f"there is no experiment {name!r}; {known}")
     require_min(config, seeds=1, jobs=0)
+    require(config.only in ("", *MODELS), f"--only {config.only}: there are {', '.join(MODELS)}")
+    require(bool(config.model) or not config.laptop, "--laptop needs a --model")
     for name in names:
         reproduce(name, config)
 

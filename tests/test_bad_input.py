@@ -20,7 +20,7 @@ from lib import plots
 from lib.distributed import init_distributed
 from lib.flags import parse_flags
 from lib.run_dir import save_checkpoint
-from paper import bench, reproduce
+from paper import bench, forgetting, reproduce
 
 SCRIPTS = {
     "sft": (train_sft, train_sft.SftConfig, None),
@@ -29,6 +29,7 @@ SCRIPTS = {
     "bench": (bench, bench.BenchConfig, None),
     "plot": (plots, plots.PlotConfig, "runs"),
     "reproduce": (reproduce, reproduce.ReproduceConfig, "experiment"),
+    "forgetting": (forgetting, forgetting.ForgettingConfig, "runs"),
 }
 ROOT = Path(train_sft.__file__).parent
 COMMANDS = {

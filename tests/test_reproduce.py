@@ -1,15 +1,19 @@
 """Tables and verdicts of the experiments on made-up results; finished commands do not run again."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import response
+from conftest import refusal, response
 
 from data.finite_field import EVALUATION, INVERSION, MATCHING_STRATEGY
 from eval import rollout_metrics, summarise
-from lib.flags import parse_flags, write_json
+from lib.flags import parse_flags, read_json, write_json
 from paper import experiment, reproduce
 from paper.experiment import Experiment, ReproduceConfig, verdict_table
 from paper.reproduce import EXPERIMENTS, main
@@ -340,6 +344,85 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     assert stop.value.code == 2 and "out of luck" in capsys.readouterr().err
 
 
+def test_one_model_alone_and_then_the_others(tmp_path, monkeypatch, capsys):
+    """Rows are those of all that is finished, and claims without their rows are left out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    for models in (["FB"], ["FB", "F"], ["FB", "F", "B"]):
+        main(ReproduceConfig(["table1"], model="some/model", laptop=True, only=models[-1]))
+        folder = Path("paper/results/table1-model")
+        result, text = read_json(folder / "table1.json"), (folder / "table1.md").read_text()
+        assert {row["model"] for row in result["rows"]} == set(models)
+        assert len(result["rows"]) == 3 * len(models) and text in capsys.readouterr().out
+        assert text.count("\npython train_sft.py ") == len(models)
+        claims = [claim for claim, *_ in result["claims"]]
+        assert sum("F improves" in claim for claim in claims) == ("F" in models)
+        assert any("best of the nine" in claim for claim in claims) == (len(models) == 3)
+        assert any("selection" in claim for claim in claims)
+
+
+def test_a_laptop_evaluates_less_and_keeps_to_its_own_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lab = Experiment("x", ReproduceConfig(model="some/model", laptop=True))
+    sft = lab.sft("FB", 0)
+    rl = lab.rl(sft, 0, difficulty="hard")
+    assert sft.command()[5:9] == ["--model", "some/model", "--laptop", "--out"]
+    assert rl.command()[3:7] == ["--seed", "0", "--laptop", "--difficulty"]
+    comparison = str(lab.compare(sft, rl))
+    assert "--problems 128" in comparison and "--laptop" not in comparison
+    paper = Experiment("x", ReproduceConfig(model="some/model"))
+    for meta, mine, other in ((True, lab, paper), (False, paper, lab)):
+        folder = sft.output / "step-3"
+        folder.mkdir(parents=True, exist_ok=True)
+        made_by = {"update": 3, "total": 3, "laptop": meta, "out": "where it was moved from"}
+        (folder / "training.json").write_text(json.dumps(made_by))
+        assert mine.sft("FB", 0).finished()
+        line = refusal(other.sft("FB", 0).finished, capsys)
+        assert f"made with --laptop {meta}, not {not meta}: move it away" in line
+
+
+STOPPABLE = """
+import signal, sys, time
+from pathlib import Path
+def save(*_):
+    time.sleep(0.3)
+    Path("saved").touch()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+Path("calls").open("a").write(" ".join(sys.argv[1:]) + "\\n")
+time.sleep(60)
+"""
+EVENING = """
+from pathlib import Path
+from lib.flags import quiet_pipes
+from paper import experiment
+experiment.ROOT = Path.cwd()
+lab = experiment.Experiment("x", experiment.ReproduceConfig(model="some/model"))
+lab.sft("F", 0), lab.sft("B", 0)
+with quiet_pipes():
+    lab.run()
+"""
+
+
+def test_ctrl_c_waits_for_what_runs_and_starts_nothing_more(tmp_path):
+    (tmp_path / "train_sft.py").write_text(STOPPABLE)
+    environment = os.environ | {"PYTHONPATH": str(Path(experiment.__file__).parent.parent)}
+    options = {"cwd": tmp_path, "env": environment, "start_new_session": True, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", EVENING], **options, **pipes)
+    while not (tmp_path / "calls").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and (tmp_path / "saved").exists()
+    (line,) = err.splitlines()
+    assert "the same command goes on from here" in line
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1
+    heading, *commands = out.splitlines()
+    assert "2 of 2 commands are left" in heading and len(commands) == 2
+
+
 def test_list_and_refusals(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--list"])
@@ -350,6 +433,9 @@ def test_list_and_refusals(tmp_path, monkeypatch, capsys):
         ([], "name an experiment"),
         (["table9"], "table9"),
         (["table1", "--seeds", "0"], "--seeds"),
+        (["table1", "--only", "G"], "--only G: there are B, F, FB"),
+        (["extreme", "--only", "F"], "extreme trains no model F"),
+        (["table1", "--laptop"], "--laptop needs a --model"),
     ):
         monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
         with pytest.raises(SystemExit) as stop:

@@ -276,7 +276,7 @@ class Interrupted:
     """A progress bar that lets this process catch a SIGTERM in the update before `end`."""
 
     def __init__(self, end: int):
-        self.end = end
+        self.end, self.format_dict = end, {"elapsed": 0.0}
 
     def __call__(self, updates, **_):
         self.updates = updates

@@ -1,6 +1,7 @@
 """The GRPO loss: each test is a bug that a public trainer has had."""
 
 import dataclasses
+import json
 import os
 import random
 from types import SimpleNamespace
@@ -15,11 +16,12 @@ from data.finite_field import Problem, Task
 from eval import rollout_metrics
 from lib.diagnose import diagnose
 from lib.distributed import World, init_distributed
-from lib.flags import parse_flags
+from lib.flags import parse_flags, set_missing
 from lib.packing import micro_batches, pack, pad, response_logps
 from rollout import Rollout, Sampler
 from strategies import score_rollout
 from train_grpo import (
+    USUAL,
     GrpoConfig,
     draw_problems,
     fill_defaults,
@@ -318,10 +320,24 @@ def test_defaults_follow_the_model():
     names = ("updates", "lr", "beta", "temperature", "examples", "lora")
     assert [getattr(tiny, name) for name in names] == [300, 3e-4, 0.0, 1.0, 0, 0]
     assert [getattr(paper, name) for name in names] == [500, 1e-5, 0.05, 0.7, 1024, 64]
+    set_missing(paper, USUAL)
     assert (paper.prompts_per_update, paper.group_size, paper.save_every) == (32, 8, 25)
-    assert (paper.lora_alpha, paper.lora_dropout) == (128, 0.05)
+    assert (paper.lora_alpha, paper.lora_dropout, paper.eval_problems) == (128, 0.05, 256)
     given = fill_defaults(GrpoConfig(lora=0, beta=0.0, lr=1e-3), tiny=False)
     assert (given.lora, given.beta, given.lr, given.temperature) == (0, 0.0, 1e-3, 0.7)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_laptop_has_defaults_of_its_own(tmp_path, pretrained, capsys):
+    """They train, are printed and recorded; what is given stands."""
+    flags = {"init": str(pretrained), "out": str(tmp_path / "run"), "updates": 1, "group_size": 2}
+    flags |= {"eval_problems": 2, "steps": "1-2", "field": 3, "max_new_tokens": 8, "lora": 2}
+    train_grpo.main(GrpoConfig(laptop=True, **flags), ONE)
+    line = "--laptop: --prompts-per-update 8 --eval-problems 2 --lora-dropout 0 --updates 1 "
+    assert line + "--lr 0.0002 --beta 0\n" in capsys.readouterr().out
+    meta = json.loads((tmp_path / "run/step-1/training.json").read_text())
+    names = ("laptop", "prompts_per_update", "lora_dropout", "lr", "beta", "temperature")
+    assert [meta[name] for name in names] == [True, 8, 0.0, 2e-4, 0.0, 0.7]
 
 
 def test_problems_are_fresh_or_come_round():

@@ -1,18 +1,23 @@
 """SFT: which tokens count, which problems come, position gaps, and exact resume."""
 
 import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import same_weights, small_model
+from conftest import refusal, same_weights, small_model
 
+import train_grpo
 from data.finite_field import Problem, Task, is_validation
+from lib import training
 from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.packing import random_position_gaps
 from lib.run_dir import read_log
 from lib.training import cosine_decay
+from train_grpo import GrpoConfig
 from train_sft import (
     SftConfig,
     draw_examples,
@@ -147,6 +152,48 @@ def test_paper_defaults_for_a_pretrained_model():
     config = fill_defaults(SftConfig(model="somewhere"), tiny=False)
     assert (config.examples, config.epochs, config.batch_size, config.lr) == (2048, 20, 16, 2e-4)
     assert config.updates is None and config.position_gap == 0
+
+
+def test_a_laptop_has_defaults_of_its_own():
+    config = fill_defaults(SftConfig(model="somewhere", laptop=True), tiny=False)
+    assert (config.epochs, config.lr, config.eval_every, config.lora) == (4, 1e-3, 128, 64)
+    given = SftConfig(model="somewhere", laptop=True, updates=2, lr=5e-4)
+    config = fill_defaults(given, tiny=False)
+    assert (config.epochs, config.updates, config.lr, config.eval_every) == (None, 2, 5e-4, 128)
+
+
+def test_a_laptops_run_says_what_it_does_and_resumes(tmp_path, pretrained, monkeypatch, capsys):
+    """It says how long it will take after two updates, and goes on with the same flag alone."""
+    flags = {"model": str(pretrained), "out": str(tmp_path / "run"), "steps": "1-2", "updates": 4}
+    flags |= {"field": 3, "batch_size": 2, "max_new_tokens": 8, "lora": 2, "save_every": 2}
+    main(SftConfig(laptop=True, **flags), ONE)
+    out, err = capsys.readouterr()
+    assert "\n--laptop: --lr 0.001 --eval-every 128\n" in out and "Ctrl-C" not in err
+    shutil.rmtree(tmp_path / "run" / "step-4")
+    other = refusal(lambda: main(SftConfig(resume=True, **flags), ONE), capsys)
+    assert "was started with --laptop True, not without" in other
+    monkeypatch.setattr(training, "LONG", -1)  # seconds
+    main(SftConfig(laptop=True, resume=True, **flags), ONE)
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 4
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "Ctrl-C" in x)
+    assert re.search(r"0 updates at \d+\.\d s: about 0 minutes; Ctrl-C saves, --resume cont", line)
+
+
+def test_the_time_that_is_left_is_that_of_two_updates(capsys):
+    run, bar = SimpleNamespace(first_update=100, updates=512), SimpleNamespace()
+    bar.format_dict = {"elapsed": 11.0}
+    for update in (100, 101, 102):
+        training.say_how_long(run, update, bar)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "410 updates at 5.5 s: about 38 minutes;" in line
+
+
+@pytest.mark.parametrize("script", ["sft", "grpo"])
+def test_a_laptops_defaults_are_refused_for_the_tiny_model(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config, run = {"sft": (SftConfig, main), "grpo": (GrpoConfig, train_grpo.main)}[script]
+    assert "a pretrained model" in refusal(lambda: run(config(laptop=True), ONE), capsys)
+    assert not any(tmp_path.iterdir())
 
 
 def test_training_goes_on_from_a_given_checkpoint(tmp_path):
