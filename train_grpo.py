@@ -109,7 +109,7 @@ PRETRAINED = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "tempe
 PRETRAINED |= {"lora": 64, "keep": 2}  # the paper's
 USUAL = {"prompts_per_update": 32, "eval_problems": 256, "lora_dropout": 0.05}  # of either model
 LAPTOP = {"prompts_per_update": 8, "eval_problems": 128, "lora_dropout": 0.0}  # with --laptop
-LAPTOP |= {"updates": 70, "lr": 2e-4, "beta": 0.0}
+LAPTOP |= {"updates": 40, "lr": 2e-4, "beta": 0.0}
 
 
 def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:

@@ -33,7 +33,16 @@ from data.finite_field import MATCHING_STRATEGY, Task, vocabulary
 from lib import checkpoint
 from lib.distributed import World, distributed
 from lib.flags import parse_flags, require, require_min, require_writable, user_errors, write_json
-from lib.policy import DTYPES, detect_dtype, fastest, make_policy, sync_weights
+from lib.lora import add_lora, without_adapters
+from lib.policy import (
+    DTYPES,
+    cast_matmuls,
+    detect_dtype,
+    fastest,
+    make_policy,
+    sync_weights,
+    trainable_parameters,
+)
 from lib.tokenizer import word_tokenizer
 from lib.transformer import ModelConfig, Transformer, hf_weights
 from rollout import Rollout, Sampler
@@ -59,6 +68,8 @@ class Work:
     group: int  # responses to each prompt
     prompt_len: int
     new_tokens: int  # the length of every response
+    shared: int = 0  # tokens that all prompts begin with
+    lora: int = 0  # rank of adapters, over weights that are frozen then
 
     @property
     def tokens(self) -> int:
@@ -72,13 +83,16 @@ class Work:
         return shape.num_hidden_layers * layer + shape.vocab_size * D
 
     def __str__(self) -> str:
-        return f"{self.prompts} x {self.group}, prompt {self.prompt_len}, {self.new_tokens} new"
+        shared = f" ({self.shared} shared)" * (self.shared > 0)
+        sizes = f"prompt {self.prompt_len}{shared}, {self.new_tokens} new"
+        return f"{self.prompts} x {self.group}, {sizes}" + f", LoRA {self.lora}" * (self.lora > 0)
 
 
 WORDS = word_tokenizer(vocabulary(11))
 TINY = Work(replace(checkpoint.TINY, vocab_size=len(WORDS)), 32, 8, 45, 80)
 SMALL = Work(ModelConfig(64, 32, 48, 2), 2, 2, 5, 6)
-SMOLLM2 = Work(ModelConfig(49152, 576, 1536, 30, 9, 3), 8, 8, 45, 64)  # 135M
+# SmolLM2-135M with problems of 2-5 steps: most of a prompt is chat template and explanation.
+SMOLLM2 = Work(ModelConfig(49152, 576, 1536, 30, 9, 3), 8, 8, 113, 56, shared=75, lora=64)
 QWEN = Work(ModelConfig(151936, 1536, 8960, 28, 12, 2), 32, 8, 128, 256)  # Qwen2.5-1.5B
 
 
@@ -117,19 +131,28 @@ class Ours:
 
     def __init__(self, work: Work, machine: Machine, beta: float = 0.0):
         self.work, self.world, device = work, machine.world, machine.world.device
-        self.config = GrpoConfig(beta=beta, temperature=1.0)
+        self.config = GrpoConfig(beta=beta, temperature=1.0, lora=work.lora, lora_dropout=0.0)
         torch.manual_seed(0)
         with device:
             self.master = Transformer(work.shape)
         for weight in self.master.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.02)
-        self.policy = make_policy(self.master, machine.precision)
-        self.reference = make_policy(self.master, machine.precision) if beta else None
+        if work.lora:
+            cast_matmuls(self.master, DTYPES[machine.precision])
+            generator = torch.Generator().manual_seed(0)
+            self.master = add_lora(self.master, work.lora, 2 * work.lora, 0.0, generator)
+        self.policy, reference = make_policy(self.master, machine.precision), None
+        if beta:
+            start = without_adapters(self.master) if work.lora else self.master
+            reference = make_policy(start, machine.precision)
+        self.reference = reference
         self.sampler = Sampler(self.policy, [], work.group, work.new_tokens)
-        self.optimizer = torch.optim.AdamW(self.master.parameters(), lr=1e-5, fused=True)
-        shape = (work.prompts, work.prompt_len)
-        self.prompts = torch.randint(3, work.shape.vocab_size, shape).tolist()
+        trained = trainable_parameters(self.master)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        prompts = torch.randint(3, work.shape.vocab_size, (work.prompts, work.prompt_len))
+        prompts[:, : work.shared] = prompts[0, : work.shared]
+        self.prompts = prompts.tolist()
         self.rewards = (torch.arange(work.group, device=device) % 2.0).repeat(work.prompts, 1)
 
     def rollout(self) -> Rollout:
@@ -198,6 +221,11 @@ def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
     options |= {"report_to": [], "disable_tqdm": True, "logging_steps": 1000}
     with tempfile.TemporaryDirectory() as folder:  # TRL loads policy and reference from it
         peer_model(ours, WORDS.inner.eos_token_id).save_pretrained(folder)
+        if work.lora:
+            from peft import LoraConfig
+
+            sizes = {"r": work.lora, "lora_alpha": 2 * work.lora, "lora_dropout": 0.0}
+            data["peft_config"] = LoraConfig(**sizes, target_modules="all-linear")
         GRPOTrainer(folder, args=GRPOConfig(folder, **options), callbacks=[Clock()], **data).train()
     return min(seconds[1:])
 
@@ -225,14 +253,18 @@ def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
 
 
 def update_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
-    ours, rounds, peer = Ours(work, machine, beta=0.05), machine.rounds, None
-    (seconds,) = fastest(rounds, ours.update)
-    if importlib.util.find_spec("trl"):
-        # TRL computes in our precision; a small model also in fp32, which may be faster.
-        precisions = {machine.precision} | ({"fp32"} if work.shape.hidden_size < 512 else set())
-        peer = min(trl_update_seconds(ours, precision, rounds) for precision in precisions)
-        seconds = min(seconds, *fastest(rounds, ours.update, warmup=0))
-    yield name, f"GRPO update in {machine.precision}, KL 0.05, {work}; TRL", seconds, peer, None
+    rounds = machine.rounds
+    for beta in (0.05, 0.0) if work.lora else (0.05,):
+        ours, peer = Ours(work, machine, beta), None
+        (seconds,) = fastest(rounds, ours.update)
+        if importlib.util.find_spec("trl"):
+            # TRL computes in our precision; a small model also in fp32, which may be faster.
+            small = {"fp32"} if work.shape.hidden_size < 512 else set()
+            precisions = {machine.precision} | small
+            peer = min(trl_update_seconds(ours, precision, rounds) for precision in precisions)
+            seconds = min(seconds, *fastest(rounds, ours.update, warmup=0))
+        what = f"GRPO update in {machine.precision}, KL {beta}, {work}; TRL"
+        yield name + "-no-kl" * (beta == 0), what, seconds, peer, None
 
 
 def training_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
@@ -250,6 +282,7 @@ ROWS = {
     "cpu-tiny-rollout": (rollout_rows, TINY),
     "cpu-tiny-update": (update_rows, TINY),
     "cpu-tiny-training": (training_rows, TINY),
+    "cpu-smollm2-rollout": (rollout_rows, SMOLLM2),
     "cpu-smollm2-update": (update_rows, SMOLLM2),
 }
 HEADER = """| row | what | ours, s | peer, s | ratio | of the limit |
