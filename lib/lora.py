@@ -40,11 +40,13 @@ class Adapter(nn.Module):
         """Return A (rank, in) and B (out, rank) of each of the checkpoint's matrices."""
         return list(zip(self.a.chunk(len(self.sizes)), self.b.split(self.sizes)))
 
+    @torch.no_grad()
     def scaled_block(self) -> Tensor:
         """Return alpha / rank * B of all matrices as one block-diagonal one (matrices * rank, out).
 
-        CUDA graphs read it where it is, so it is made anew in place; each rollout begins with a
-        prefill, which runs outside the graphs and comes by here.
+        One product with it, zeros included, takes less than one for each matrix and putting these
+        together. CUDA graphs read it where it is, so it is made anew in place; each rollout begins
+        with a prefill, which runs outside the graphs and comes by here.
         """
         if self.stale:
             block = (self.scale * torch.block_diag(*self.b.split(self.sizes))).t().contiguous()
@@ -53,20 +55,36 @@ class Adapter(nn.Module):
         return self.block
 
     def forward(self, x: Tensor, out: Tensor, dropout_key: int | None) -> Tensor:
-        """Add the adapter's product with x (N, in) to out (N, out), in place without gradients.
+        """Add the adapter's product with x (N, in) to out (N, out), in place.
 
         Dropout depends on the key alone, so it can be recomputed.
         """
-        if not torch.is_grad_enabled() and dropout_key is None:
-            return out.addmm_(F.linear(x, self.a), self.scaled_block())
-        scale = self.scale
+        kept = 1.0
         if self.dropout and dropout_key is not None:
             generator = torch.Generator(x.device).manual_seed(dropout_key + self.number)
             x = x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout)
-            scale = scale / (1 - self.dropout)
-        low = (scale * F.linear(x, self.a)).chunk(len(self.sizes), -1)  # (N, rank) each
-        parts = [F.linear(part, b) for part, b in zip(low, self.b.split(self.sizes))]
-        return out + torch.cat(parts, -1)
+            kept -= self.dropout
+        return AddProduct.apply(out, x, self.a, self.b, self.scaled_block(), 1 / kept, self)
+
+
+class AddProduct(torch.autograd.Function):
+    """out (N, out) += factor * x A' block, in place: nothing of its size is copied."""
+
+    @staticmethod
+    def forward(ctx, out, x, a, b, block: Tensor, factor: float, adapter: Adapter) -> Tensor:
+        low = F.linear(x, a) if factor == 1 else factor * F.linear(x, a)  # (N, matrices * rank)
+        ctx.save_for_backward(x, a, block, low)
+        ctx.factor, ctx.adapter = factor, adapter
+        ctx.mark_dirty(out)
+        return out.addmm_(low, block)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, block, low = ctx.saved_tensors
+        d_low, adapter = ctx.factor * (d_out @ block.t()), ctx.adapter
+        pairs = zip(d_out.split(adapter.sizes, -1), low.split(adapter.rank, -1))
+        d_b = adapter.scale * torch.cat([d_part.t() @ low_part for d_part, low_part in pairs])
+        return d_out, d_low @ a, d_low.t() @ x, d_b, None, None, None
 
 
 def adapted(model: Transformer) -> dict[str, Linear]:

@@ -305,6 +305,8 @@ def micro_batch(work: Work, models: Models, checkpointing: bool) -> tuple[Trace,
     def loss_fn(i: int, batch: Packed) -> tuple[Tensor, dict]:
         nonlocal kept
         if i == 0:  # stands for the first micro-batch: all weights get a gradient
+            for linear in adapted(policy).values():
+                linear.adapter.scaled_block()  # which the rollout has made
             return sum((2 * w).sum() for w in trainable_parameters(policy)), {}
         before, trace.peak = trace.live, trace.live
         trace.kernels.clear()
