@@ -272,7 +272,7 @@ class KVCache:
         on_prompt, on_response = fused.joint_softmax(*scores, d**-0.5, G, q.dtype)
         mixed = torch.bmm(on_prompt.flatten(0, 1), prompt_v)
         mixed = mixed.view(P, K, G, R, d).transpose(1, 2).reshape(B * K, R, d)
-        return torch.baddbmm(mixed, on_response.flatten(0, 1), response_v).view(B, H * d)
+        return mixed.baddbmm_(on_response.flatten(0, 1), response_v).view(B, H * d)
 
     def attend_by_flash(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         """Attend by flash-attn to prompt and response, and join the softmaxes by their sums."""

@@ -44,7 +44,7 @@ def still_to_come(run, world: World) -> int:
         n_bytes += 4 * trained  # the gradient in one piece, to be summed over the processes
     if run.policy.lm_head.weight.requires_grad:  # in fp32, with a chunk's gradient and their sum
         n_bytes += 12 * run.policy.lm_head.weight.numel()
-    return n_bytes + 5 * 4 * MAX_LOGITS  # logits, log-probs, entropies and their gradients
+    return n_bytes + 5 * 4 * MAX_LOGITS["cuda"]  # logits, log-probs, entropies and their gradients
 
 
 def activation_bytes(

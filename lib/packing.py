@@ -20,7 +20,7 @@ from lib.attention import packed_attention
 from lib.transformer import Transformer
 
 Rows = list[list[int]]  # token lists
-MAX_LOGITS = 2**27  # that exist at a time
+MAX_LOGITS = {"cuda": 2**27, "cpu": 2**24}  # that exist at a time
 LONG_PREFIX = 16  # tokens that all prompts share are worth a segment of their own from here on
 
 
@@ -175,12 +175,12 @@ def response_logps(
     temperature: float = 1.0,
     entropy: bool = False,
     dropout_key: int | None = None,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs (M,) of the response tokens, and their entropies (M,) if asked for.
 
-    `temperature` is the sampler's. Entropies carry no gradient. At most `max_logits` logits exist
-    at a time, recomputed in the backward pass, so memory does not grow with tokens x vocabulary.
+    `temperature` is the sampler's. Entropies carry no gradient. At most `max_logits` logits (0:
+    MAX_LOGITS) exist at a time, so that memory does not grow with tokens x vocabulary.
     """
     attend = packed_attention(batch, model)
     hidden = model(batch.tokens, batch.positions, attend, dropout_key)  # (N, D)
@@ -205,6 +205,7 @@ def response_logps(
             return FrozenHead.apply(hidden, head, targets)
         return checkpoint(head, hidden, targets, use_reentrant=False)
 
+    max_logits = max_logits or MAX_LOGITS[hidden.device.type]
     chunk = max(1, max_logits // model.config.vocab_size)
     predictors = hidden.index_select(0, batch.logit_indices).split(chunk)
     outputs = [chunk_logps(h, t) for h, t in zip(predictors, batch.targets.split(chunk))]

@@ -285,6 +285,7 @@ def pack_groups(work: Work) -> tuple[Packed, int]:
     """Pack all groups, with data; also return their number of pairs of a query and a key."""
     P, Tp, T, G = work.prompts, work.prompt_len, work.new_tokens, work.group
     prompts, responses = (torch.zeros(n, dtype=torch.long) for n in ((P, Tp), (P * G, T)))
+    prompts[:, 0] = torch.arange(P)  # none begins like another
     lengths, index = torch.full((P * G,), T), torch.arange(P * G) // G
     batch = pack(prompts, torch.full((P,), Tp), responses, lengths, index)
     return batch, P * (Tp * (Tp + 1) // 2 + G * ((T - 1) * Tp + T * (T - 1) // 2))
