@@ -36,8 +36,8 @@ def has_triton() -> bool:
 @functools.cache
 def compiled(function: Callable) -> Callable:
     """Compile a function for all sizes; PyTorch does so anew for gradients and other dtypes."""
-    warnings.filterwarnings("ignore", ADVICE, UserWarning)  # nothing that a user could follow
-    logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)  # what it says it raises
+    warnings.filterwarnings("ignore", ADVICE, UserWarning)  # for good: no user could follow these
+    logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)  # it raises errors, too
     return torch.compile(function, dynamic=True)
 
 

@@ -140,14 +140,14 @@ void token_logps(long n, long V, float temperature, const real *x, const long *t
     }
 }
 
-/* d_x (n, V), which may be x itself, from d_logps (n) */
+/* d_x (n, V) from d_logps (n) */
 void token_logps_backward(long n, long V, float temperature, const real *x, const long *targets, const float *tops,
                           const float *norms, const float *d_logps, real *d_x) {
     for (long i = 0; i < n; i++, x += V, d_x += V) {
         const float slope = d_logps[i] / temperature;
-        const float of_target = slope - slope * exponential((load(x[targets[i]]) - tops[i]) / temperature - norms[i]);
         for (long j = 0; j < V; j++) d_x[j] = store(-slope * exponential((load(x[j]) - tops[i]) / temperature - norms[i]));
-        d_x[targets[i]] = store(of_target);
+        const float of_target = exponential((load(x[targets[i]]) - tops[i]) / temperature - norms[i]);
+        d_x[targets[i]] = store(slope - slope * of_target);
     }
 }
 
@@ -223,6 +223,7 @@ void attend(long P, long G, long H, long K, long Tp, long T, long t, const real 
 
 /* The products of TILE queries and BLOCK keys, or elements of a value, are summed in registers. */
 enum { BLOCK = HEAD_DIM % 64 == 0 ? 64 : HEAD_DIM % 32 == 0 ? 32 : HEAD_DIM % 16 == 0 ? 16 : HEAD_DIM, TILE = 6 * 64 / BLOCK };
+_Static_assert(TILE > 0, "a head is too large");
 
 static void *zeros(long n) { return calloc(n, sizeof(float)); }
 
@@ -307,7 +308,7 @@ void packed(long S, long H, long K, long max_keys, const long *segments, const r
     long n, places[TILE];
     float queries[TILE * d], mixed[TILE * d];
     for (long s = 0; s < S; s++, segments += 5)
-        for (long k = 0; k < K; k++) {
+        for (long k = 0; k < K && segments[1]; k++) {
             const long before = keys_before(segments) + 1 - segments[0]; /* a token's keys, less its number */
             collect(H, K, k, segments, qkv, cosines, sines, scratch);
             for (long first = 0; (n = tile_at(segments, first, H, K, k, places)) > 0; first += TILE) {
@@ -361,7 +362,7 @@ void packed_backward(long N, long S, long H, long K, long max_keys, const long *
     float queries[TILE * d], d_mixed[TILE * d] = {0}, d_queries[TILE * d];
     float *d_keys = zeros(N * K * d), *d_values = zeros(N * K * d);
     for (long s = 0; s < S; s++, segments += 5)
-        for (long k = 0; k < K; k++) {
+        for (long k = 0; k < K && segments[1]; k++) {
             const long before = keys_before(segments) + 1 - segments[0];
             collect(H, K, k, segments, qkv, cosines, sines, scratch);
             memset(scratch.d_keys, 0, 2 * size * d * sizeof(float)); /* and d_values, which follow */

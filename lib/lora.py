@@ -10,6 +10,7 @@ A checkpoint holds the adapters in PEFT's format, for `peft` to load and for run
 """
 
 import math
+import threading
 from copy import deepcopy
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lib.rng import rng
 from lib.transformer import Linear, Transformer, part_names
 
 WEIGHTS = "adapter_model.safetensors"
+one_block = threading.Lock()  # the first of several threads makes a block, the others wait
 
 
 class Adapter(nn.Module):
@@ -48,10 +50,11 @@ class Adapter(nn.Module):
         together. CUDA graphs read it where it is, so it is made anew in place; each rollout begins
         with a prefill, which runs outside the graphs and comes by here.
         """
-        if self.stale:
-            block = (self.scale * torch.block_diag(*self.b.split(self.sizes))).t().contiguous()
-            self.block = block if self.block is None else self.block.copy_(block)
-            self.stale = False  # last: another thread must not read it too early
+        with one_block:
+            if self.stale:
+                block = (self.scale * torch.block_diag(*self.b.split(self.sizes))).t().contiguous()
+                self.block = block if self.block is None else self.block.copy_(block)
+                self.stale = False
         return self.block
 
     def forward(self, x: Tensor, out: Tensor, dropout_key: int | None) -> Tensor:
@@ -84,7 +87,8 @@ class AddProduct(torch.autograd.Function):
         d_low, adapter = ctx.factor * (d_out @ block.t()), ctx.adapter
         pairs = zip(d_out.split(adapter.sizes, -1), low.split(adapter.rank, -1))
         d_b = adapter.scale * torch.cat([d_part.t() @ low_part for d_part, low_part in pairs])
-        return d_out, d_low @ a, d_low.t() @ x, d_b, None, None, None
+        d_x = d_low @ a if ctx.needs_input_grad[1] else None
+        return d_out, d_x, d_low.t() @ x, d_b, None, None, None
 
 
 def adapted(model: Transformer) -> dict[str, Linear]:

@@ -82,7 +82,7 @@ def micro_batch_tokens(run, world: World, keys_per_token: float = 1.5) -> int:
     if config.micro_batch_tokens or world.device.type == "cpu":
         return config.micro_batch_tokens or 2048  # as many as its caches hold
     free = 0.9 * free_bytes(world.device) - still_to_come(run, world)
-    adapters = config.lora or 0, config.lora_dropout > 0
+    adapters = config.lora or 0, bool(config.lora_dropout)
     kept = *adapters, config.gradient_checkpointing, keys_per_token
     n_bytes = activation_bytes(run.policy.config, *kept)
     if run.policy.dtype == torch.float32:

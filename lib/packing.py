@@ -32,11 +32,11 @@ def pad(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]
 
 @dataclass
 class Packed:
-    """P prompts, then B responses, concatenated: N tokens in S = P + B segments.
+    """P prompts, then B responses, concatenated: N tokens in S segments.
 
     A prompt's tokens attend within the prompt, a response's to its prompt and to itself. Where all
-    prompts begin alike, as chat templates do, a segment of these `shared` tokens comes first and
-    the prompts' have the rest. The last token of a response predicts nothing, so it is a target
+    prompts begin alike, as chat templates do, one more segment of these `shared` tokens comes first
+    and the prompts' have the rest. The last token of a response predicts nothing, so it is a target
     only. With prompt [a b c], responses [x y] and [z]:
 
         tokens         a b c x      (z is predicted, never read)
@@ -149,6 +149,7 @@ def micro_batches(
     """Split the groups `active` into runs of at most `budget` tokens: return their indices.
 
     prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
+    What all prompts begin with counts for each.
     Where the budget allows, runs are of like size, and as many for each of the workers.
     """
     costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
@@ -193,12 +194,12 @@ def response_logps(
         logits = model.logits(hidden, gradient_of, in_fp32=not by_kernel)
         if by_kernel:
             logps, entropies = kernels.token_logps(logits, targets, temperature)
-            return logps, entropies if entropy else logps[:0]
+            return logps, entropies if entropy else entropies[:0]
         log_p = log_softmax(logits, temperature)
         del logits  # as large as log_p
         logps = log_p.gather(1, targets[:, None])[:, 0]
         with torch.no_grad():  # last: the backward pass recomputes only what comes before
-            return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps[:0]
+            return logps, -(log_p.exp() * log_p).sum(-1) if entropy else logps.detach()[:0]
 
     def chunk_logps(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if not trained and hidden.requires_grad:
@@ -207,6 +208,7 @@ def response_logps(
 
     max_logits = max_logits or MAX_LOGITS[hidden.device.type]
     chunk = max(1, max_logits // model.config.vocab_size)
+    chunk -= chunk % 64 if chunk > 256 else 0  # which need no extra rows
     predictors = hidden.index_select(0, batch.logit_indices).split(chunk)
     outputs = [chunk_logps(h, t) for h, t in zip(predictors, batch.targets.split(chunk))]
     return tuple(map(torch.cat, zip(*outputs)))

@@ -49,6 +49,7 @@ class Run:
     responses: run_dir.JsonLines | None  # on rank 0, in GRPO
     reference: Transformer | None = None  # the start, for a KL term
     saving: Future | None = None  # on rank 0: the checkpoint that a thread writes
+    first_seconds: float = 0.0  # what the first update of this process took
     nonfinite: int = 0  # updates in a row whose loss or gradient was not finite
     warned: set = field(default_factory=set)  # what the last row of the log was warned of
 
@@ -166,8 +167,14 @@ class ProgressBar(tqdm):
 
 
 def say_how_long(run: Run, update: int, bar: tqdm) -> None:
-    """Say after two updates how long a long run will take, evaluations left out."""
-    seconds, left = bar.format_dict["elapsed"] / 2, run.updates - update - 1
+    """Say after the second update how long a long run will take, without its evaluations.
+
+    The first one also compiles.
+    """
+    if update == run.first_update:
+        run.first_seconds = bar.format_dict["elapsed"]
+    seconds = bar.format_dict["elapsed"] - run.first_seconds
+    left = run.updates - update - 1
     if update == run.first_update + 1 and seconds * left > LONG:
         minutes = f"{left} updates at {seconds:.1f} s: about {seconds * left / 60:.0f} minutes"
         warn(f"{minutes}; Ctrl-C saves, --resume continues")

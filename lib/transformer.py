@@ -211,7 +211,7 @@ class Transformer(nn.Module):
 
         What is not allowed gets a logit so low that its probability is zero and its p log p, too.
         `gradient_of` is what takes the gradient of 16-bit weights on a GPU: fused.LogitsInFp32.
-        They are in fp32; on the CPU, which rounds them to the weights' dtype, not unless asked.
+        They are in fp32; with in_fp32=False on the CPU in the weights' dtype, as computed.
         """
         weight, extra = self.head_weight(), self.extra_rows(len(hidden))
         if hidden.is_cuda and hidden.dtype != torch.float32:

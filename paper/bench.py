@@ -247,7 +247,9 @@ def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
             (seconds,) = fastest(rounds, ours.rollout, warmup=2)
         else:
             seconds, *of_peers = fastest(rounds, ours.rollout, *peers)
-        what = f"rollout in {machine.precision}, {work}; transformers generate, {cache} cache"
+        alone = " without adapters" * (work.lora > 0)
+        peer = f"transformers generate{alone}, {cache} cache"
+        what = f"rollout in {machine.precision}, {work}; {peer}"
         name = name if cache == "dynamic" else f"{name}-static"
         yield name, what + better, seconds, min(of_peers), machine.decode_seconds(work)
 

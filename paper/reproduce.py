@@ -351,9 +351,10 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
             evaluation = chosen.compare(sft, rl, **cell.evaluation)
         planned.append((cell, seed, sft, rl, evaluation))
     require(bool(experiment.runs), f"{name} trains no model {config.only}")
+    left_out = {path for path, run in others.runs.items() if not run.finished()}
     experiment.run()
     for cell, seed, sft, rl, evaluation in planned:
-        if rl.output in others.runs and not (evaluation or rl).finished():
+        if (evaluation or rl).output in left_out:
             continue
         experiment.runs |= {run.output: run for run in (sft, rl, evaluation) if run}
         row, log = cell.row(seed, sft, evaluation), rl.log()

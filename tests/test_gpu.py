@@ -49,7 +49,7 @@ def update(device: torch.device, precision: str, lora: bool = False, model_type:
     backward(run, rollout, groups, 0, world)
     gradient = torch.cat([w.grad.flatten().cpu() for w in trainable_parameters(model)])
     packed, sampled, _ = rollout.pack(groups)
-    trained, _ = response_logps(policy, packed)  # with gradients: LoRA has another path without
+    trained, _ = response_logps(policy, packed)
     return rollout, (trained - sampled).detach().cpu(), gradient
 
 

@@ -179,10 +179,10 @@ def test_a_laptops_run_says_what_it_does_and_resumes(tmp_path, pretrained, monke
     assert re.search(r"0 updates at \d+\.\d s: about 0 minutes; Ctrl-C saves, --resume cont", line)
 
 
-def test_the_time_that_is_left_is_that_of_two_updates(capsys):
+def test_the_time_that_is_left_goes_by_the_second_update(capsys):
     run, bar = SimpleNamespace(first_update=100, updates=512), SimpleNamespace()
-    bar.format_dict = {"elapsed": 11.0}
-    for update in (100, 101, 102):
+    for update, elapsed in ((100, 30.0), (101, 35.5), (102, 41.0)):
+        bar.format_dict = {"elapsed": elapsed}
         training.say_how_long(run, update, bar)
     (line,) = capsys.readouterr().err.splitlines()
     assert "410 updates at 5.5 s: about 38 minutes;" in line

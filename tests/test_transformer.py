@@ -170,6 +170,27 @@ def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("precision, bound", [("fp32", 1e-5), ("bf16", 0.02)])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_frozen_heads_gradient_is_that_of_a_trained_one(precision, bound, compiler, monkeypatch):
+    """It is worked out in the forward pass, in several chunks, and waits for the loss's factors."""
+    if not compiler:
+        monkeypatch.setattr("lib.kernels.available", lambda: False)
+    batch = pack(*pad([[3, 4, 5]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 0]))
+    results = []
+    for trained in (False, True):
+        model = make_policy(small_model(tie_word_embeddings=False), precision)
+        model.lm_head.weight.requires_grad_(trained)
+        chunk = 3 * model.config.vocab_size
+        logps, entropies = response_logps(model, batch, 0.7, entropy=True, max_logits=chunk)
+        assert not entropies.requires_grad
+        (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
+        gradients = [w.grad.flatten() for w in model.model.parameters()]
+        results.append((logps.detach(), entropies, torch.cat([g.float() for g in gradients])))
+    for ours, expected in zip(*results):
+        assert (ours - expected).norm() <= bound * expected.norm() and expected.norm() > 0
+
+
 def test_logits_are_never_all_there():
     """Bug: logits kept for the backward pass (trl #3678). Memory ignores the vocabulary."""
     kept, largest = {}, {}
@@ -228,8 +249,8 @@ def test_the_policy_in_bf16(model):
     assert make_policy(model, "fp32") is model
 
 
-@pytest.mark.parametrize("which", ["flash-attn's", "PyTorch's"])
-def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
+@pytest.mark.parametrize("which, shared", [("flash-attn's", 20), ("PyTorch's", 0)])
+def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which, shared):
     """The kernels need a GPU; a stand-in does what their documentation says, segment by segment."""
 
     def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
@@ -254,9 +275,11 @@ def test_varlen_kernels_are_given_the_right_segments(model, monkeypatch, which):
         "lib.attention.flash_attn_varlen_func", kernel if which == "flash-attn's" else None
     )
     monkeypatch.setattr("lib.attention.torch_varlen", lambda: (kernel, torchs_options))
-    prompts = random_rows(model.config.vocab_size, [4, 9, 1])
+    (prefix,) = random_rows(model.config.vocab_size, [shared], seed=3)
+    prompts = [prefix + rest for rest in random_rows(model.config.vocab_size, [4, 9, 1])]
     responses = random_rows(model.config.vocab_size, [5, 1, 8, 2, 3], seed=2)
     batch = pack(*pad(prompts), *pad(responses), torch.tensor([0, 0, 2, 1, 2]))
+    assert batch.shared == shared
     with torch.no_grad():
         attends = (f(batch, model.config) for f in (padded_attention, varlen_attention))
         padded, varlen = (model(batch.tokens, batch.positions, attend) for attend in attends)
