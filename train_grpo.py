@@ -95,7 +95,7 @@ class GrpoConfig:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
     # Memory and precision
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; weights stay fp32
-    micro_batch_tokens: int = 0  # tokens of a pass [0: as many as fit on a GPU, 2048 on the CPU]
+    micro_batch_tokens: int = 0  # tokens of a pass [0: as many as fit a GPU; on the CPU up to 2048]
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     lora: int | None = None  # rank of LoRA adapters, 0: train all weights [tiny 0, pretrained 64]
     lora_alpha: int = 128  # adapters are scaled by this over their rank

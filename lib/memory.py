@@ -14,6 +14,8 @@ from lib.packing import MAX_LOGITS
 from lib.policy import trainable_parameters
 from lib.transformer import ModelConfig
 
+CPU_BYTES = 0.8e9  # that a micro-batch keeps there for its backward pass, in 16 bits
+
 
 def free_bytes(device: torch.device) -> int:
     """Return how much may still be allocated: of a GPU, or of a thread's share of the machine.
@@ -79,12 +81,14 @@ def keys_per_token(prompt_lengths: Tensor, response_lengths: Tensor) -> float:
 def micro_batch_tokens(run, world: World, keys_per_token: float = 1.5) -> int:
     """Return how many tokens a forward and backward pass of GRPO may take."""
     config = run.config
-    if config.micro_batch_tokens or world.device.type == "cpu":
-        return config.micro_batch_tokens or 2048  # as many as its caches hold
-    free = 0.9 * free_bytes(world.device) - still_to_come(run, world)
+    if config.micro_batch_tokens:
+        return config.micro_batch_tokens
     adapters = config.lora or 0, bool(config.lora_dropout)
     kept = *adapters, config.gradient_checkpointing, keys_per_token
     n_bytes = activation_bytes(run.policy.config, *kept)
+    if world.device.type == "cpu":  # as many as its caches hold, and 0.8 GB for each thread
+        return max(256, min(2048, int(CPU_BYTES / n_bytes)))
+    free = 0.9 * free_bytes(world.device) - still_to_come(run, world)
     if run.policy.dtype == torch.float32:
         n_bytes *= 3  # twice as large, and attention by PyTorch keeps its padding and its scores
     elif not fused.has_triton():

@@ -96,7 +96,8 @@ def test_grpo_improves_and_reports(sft, tmp_path, capsys, monkeypatch):
     assert all(expected <= row.keys() for row in rows)
 
     metrics = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert metrics["difference"]["overall"]["pass@1"] > 0
+    before, after = (metrics[side]["overall"]["match_rate"] for side in ("before", "after"))
+    assert after > before + 0.2  # pass@1 of these few problems is known to 20 points only
     for plot in ("evaluation.png", "training.png"):
         assert (tmp_path / "run" / plot).stat().st_size > 10_000
     out = capsys.readouterr().out
