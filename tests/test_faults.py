@@ -36,7 +36,7 @@ ENVIRONMENT = os.environ | {
 def start(tmp_path_factory) -> Path:
     """A model for GRPO to start from, half trained."""
     folder = tmp_path_factory.mktemp("start")
-    wait(begin(SFT.replace("80", "150").replace("every=1", "every=150"), folder), 0)
+    wait(begin(SFT.replace("240", "150").replace("every=1", "every=150"), folder), 0)
     return folder
 
 
@@ -184,7 +184,7 @@ def test_a_full_disk(tmp_path):
 def test_a_process_that_dies_ends_the_others(number, tmp_path):
     """Killed: within a minute, its rank reported. On SIGTERM all save and leave together."""
     process = begin(
-        SFT.replace("80", "100000").replace("save-every=1", "save-every=50"), tmp_path / "run", 2
+        SFT.replace("240", "100000").replace("save-every=1", "save-every=50"), tmp_path / "run", 2
     )
     while size(tmp_path / "run" / "metrics.jsonl") < 2000:
         assert process.poll() is None, process.communicate()
@@ -230,7 +230,7 @@ def two_hosts():
 
 def test_two_hosts(two_hosts, start, tmp_path):
     """torchrun --nnodes 2 gives the curve of one process, for 1 and for 2 processes a host."""
-    flags = [*GRPO.replace("60", "4").split()[1:], f"--init={start}"]
+    flags = [*GRPO.replace("140", "4").split()[1:], f"--init={start}"]
     wait(begin(f"train_grpo.py {' '.join(flags)}", tmp_path / "one"), 0)
     for each in (1, 2):
         launched = []
@@ -252,8 +252,8 @@ def test_two_hosts(two_hosts, start, tmp_path):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_number_of_processes_leaves_the_curve_as_it_is(processes, start, tmp_path):
     for stage, command in (
-        ("sft", SFT.replace("80", "12")),
-        ("rl", f"{GRPO} --init={start}".replace("60", "6")),
+        ("sft", SFT.replace("240", "12")),
+        ("rl", GRPO.replace("140", "6") + f" --init={start}"),
     ):
         runs = [tmp_path / f"{stage}-{name}" for name in ("one", "many")]
         wait(begin(command, runs[0]), 0)
