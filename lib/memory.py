@@ -1,7 +1,7 @@
 """What the sampler's cache and the trainer's micro-batches may take of a GPU's memory.
 
 The cache takes at most half of what is free when all has been set aside that training will still
-allocate. What is then left is for activations. On the CPU both have fixed sizes.
+allocate. What is then left is for activations. On the CPU neither depends on what is free.
 """
 
 import torch
