@@ -3,24 +3,28 @@
     python eval.py                                       # the newest run in ckpt/ beside its start
     python eval.py ckpt/grpo-hard-gf11                   # a run's newest checkpoint alone
     python eval.py ckpt/sft-mixed-gf11 ckpt/forward      # two, on the same problems
+    python eval.py --samples 256 --problems 128 --plot curves.png    # pass@k to 256
+    python eval.py --force both      # accuracy of each strategy, whatever the policy prefers
 
 pass@1 is the share of sampled responses that are right, averaged over problems; pass@k is the
-unbiased estimate of Chen et al. (arXiv 2107.03374, equation 1). Intervals are 95%, over problems:
-Wilson's for a pass rate, which is conservative for several samples a problem; for a paired
-difference Bonett and Price's (2012) adjusted interval, non-zero even if every problem changes by
-the same amount; for the parts of the gain a bootstrap. paper/README.md explains the split.
+unbiased estimate of Chen et al. (arXiv 2107.03374, equation 1); verified@k counts the right ones
+that hold no wrong line and no guess. Intervals are 95%, over problems: Wilson's for a pass rate,
+conservative for several samples a problem; for a paired difference Bonett and Price's (2012)
+adjusted interval, non-zero even if every problem changes by the same amount; for the parts of the
+gain a bootstrap. paper/README.md explains the split, lib/openings.py what --force measures.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-import numpy as np
+from tqdm import tqdm
 
 from data import load_problems
+from data.finite_field import BACKWARD, FORWARD
+from lib import openings
 from lib.checkpoint import choose_dtype, load_meta, load_model, read_config
 from lib.distributed import World, distributed
 from lib.flags import (
@@ -32,16 +36,17 @@ from lib.flags import (
     warn,
     write_json,
 )
+from lib.gain import CAUSES, decompose_gain
 from lib.policy import DTYPES
-from lib.responses import NONE, Response, response_rows, show
+from lib.responses import NONE, Response, Scored, by_number, response_rows, show
 from lib.run_dir import choose_checkpoints
-from lib.stats import contributions, paired_interval, pass_at_k, wilson
-from lib.tables import comparison_table, table
+from lib.stats import paired_interval, pass_at_k, wilson
+from lib.tables import comparison_table, openings_table, split_table, table
 from lib.tokenizer import Tokenizer
 from rollout import Sampler
-from strategies import ARITHMETIC, GUESS, STRATEGIES, lines_of, score_rollout
+from strategies import STRATEGIES, lines_of, score_rollout
 
-Scored = list[list[Response]]  # for each problem its responses
+AT_ONCE = 8192  # responses that are sampled and scored in a call
 
 
 @dataclass
@@ -63,21 +68,41 @@ class EvalConfig:
     max_new_tokens: int = 0  # longest response [0: the longest solution's; with --data as trained]
     seed: int = 0  # of the problems and of the sampling
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as in training, or measured
+    # Interventions
+    force: Literal["none", "forward", "backward", "both"] = "none"  # sample also after its opening
+    given: int = 0  # parts of a composition whose faultless solution stands before the response
     # Output
     json: str = ""  # write the metrics to this file
     plot: str = ""  # draw accuracy and strategies to this PNG
     show: int = 0  # print the responses to so many problems
 
 
-def evaluate(sampler: Sampler, tokenizer: Tokenizer, problems: list, seed: int) -> Scored:
-    """Sample and score a group of responses to each problem."""
-    if not problems:
-        return []
-    keys = [(seed, "evaluation sampling", i) for i in range(len(problems))]
-    with user_errors():  # a prompt too long for the model
-        rollout = sampler.sample([tokenizer.prompt(problem) for problem in problems], keys)
-    score_rollout(rollout, problems, tokenizer)
-    return rollout.scored
+def evaluate(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: list,
+    seed: int,
+    begun: list[str] | None = None,
+    purpose: str = "evaluation sampling",
+    bar: tqdm | None = None,
+) -> Scored:
+    """Sample and score a group of responses to each problem, which go on from the texts `begun`.
+
+    `purpose` names the random stream; `bar` counts the responses.
+    """
+    scored: Scored = []
+    tokens = [tokenizer.solution(text)[:-1] for text in begun or [""] * len(problems)]
+    for first in range(0, len(problems), n := max(1, AT_ONCE // sampler.group_size)):
+        some, before = problems[first : first + n], tokens[first : first + n]
+        prompts = [tokenizer.prompt(problem) + of_one for problem, of_one in zip(some, before)]
+        keys = [(seed, purpose, first + i) for i in range(len(some))]
+        with user_errors():  # a prompt too long for the model
+            rollout = sampler.sample(prompts, keys)
+        score_rollout(rollout, some, tokenizer, before)
+        scored += rollout.scored
+        if bar is not None:
+            bar.update(len(some) * sampler.group_size)
+    return scored
 
 
 # ------------------------------------------------------------------------------------------------
@@ -100,15 +125,24 @@ def accuracy(responses: list[Response]) -> float | None:
     return pass_rate(responses) if responses else None
 
 
+def right_counts(scored: Scored) -> dict[str, list[int]]:
+    """Return how many responses to each problem are right, and of the paper's task verified."""
+    counts = {"pass": [sum(r.correct for r in group) for group in scored]}
+    if scored[0][0].matches is not None:
+        counts["verified"] = [sum(r.verified for r in group) for group in scored]
+    return counts
+
+
 def metrics_of(scored: Scored) -> dict:
     """Return all metrics of some problems' responses."""
     responses = [r for group in scored for r in group]
-    samples, mean = len(scored[0]), fmean(map(pass_rate, scored))
-    metrics = {"pass@1": mean, "ci95": wilson(mean, len(scored)), "problems": len(scored)}
-    metrics["samples"] = samples
-    right = [sum(r.correct for r in group) for group in scored]
-    for k in (2**i for i in range(1, samples.bit_length())):
-        metrics[f"pass@{k}"] = fmean(pass_at_k(samples, c, k) for c in right)
+    metrics: dict = {"problems": len(scored), "samples": len(scored[0]), "intervals": {}}
+    for what, counts in right_counts(scored).items():
+        for k in (2**i for i in range(metrics["samples"].bit_length())):
+            mean = fmean(pass_at_k(metrics["samples"], right, k) for right in counts)
+            metrics[f"{what}@{k}"] = mean
+            metrics["intervals"][f"{what}@{k}"] = wilson(mean, len(scored))
+    metrics["ci95"] = metrics["intervals"]["pass@1"]
     strategies = Counter(r.strategy for r in responses)
     metrics |= {f"{s}_share": strategies[s] / len(responses) for s in strategies_of(responses)}
     matching = [r for r in responses if r.matches]
@@ -124,12 +158,6 @@ def group_by(scored: Scored, key: str) -> dict[str, Scored]:
     """Group problems by an attribute that all responses to one share, sorted; skip empty ones."""
     values = sorted({getattr(group[0], key) for group in scored} - {""}, key=by_number)
     return {v: [group for group in scored if getattr(group[0], key) == v] for v in values}
-
-
-def by_number(text: str) -> list:
-    """Return a key by which "9 steps" comes before "10 steps"."""
-    words = re.split(r"([0-9]+)", text)  # text and numbers in turn
-    return [int(word) if i % 2 else word for i, word in enumerate(words)]
 
 
 def summarise(scored: Scored) -> dict:
@@ -157,11 +185,13 @@ def rollout_metrics(scored: Scored) -> dict[str, float | None]:
     responses = [r for group in scored for r in group]
     overall, strategies = metrics_of(scored), strategies_of(responses)
     metrics = {"reward": fmean(r.reward for r in responses), "accuracy": overall["pass@1"]}
+    metrics["verified"] = overall.get("verified@1")
     metrics["frac_truncated"] = fmean(not r.stopped for r in responses)
     metrics |= {f"{strategy}/all": overall[f"{strategy}_share"] for strategy in strategies}
     for kind, groups in group_by(scored, "kind").items():
         of_kind = metrics_of(groups)
         metrics[f"accuracy/{kind}"] = of_kind["pass@1"]
+        metrics[f"verified/{kind}"] = of_kind.get("verified@1")
         for key in ("accuracy_given_match", "match_rate"):
             metrics[f"{key}/{kind}"] = of_kind[key]
         for strategy in strategies:
@@ -187,8 +217,15 @@ def paired_difference(before: Scored, after: Scored) -> dict:
 
 
 def compare(before: Scored, after: Scored) -> dict:
-    """Return paired differences overall, by type and by difficulty."""
+    """Return paired differences overall, by type and by difficulty.
+
+    `solved` and `lost` count problems with a right response only after, or only before.
+    """
     differences: dict = {"overall": paired_difference(before, after)}
+    counts = (list(right_counts(scored).values())[-1] for scored in (before, after))
+    pairs = [(bool(a), bool(b)) for a, b in zip(*counts)]
+    differences["overall"] |= {"solved": pairs.count((False, True))}
+    differences["overall"] |= {"lost": pairs.count((True, False))}
     for name, key in (("by_type", "kind"), ("by_difficulty", "difficulty")):
         a, b = group_by(before, key), group_by(after, key)
         differences[name] = {value: paired_difference(a[value], b[value]) for value in a}
@@ -196,67 +233,19 @@ def compare(before: Scored, after: Scored) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
-# Why accuracy changed: selection among strategies, or improvement at executing them
-
-CAUSES = ("arithmetic", "procedure", "guess")
-OUTCOMES = ("right", *CAUSES)
+# The command
 
 
-def count_outcomes(scored: Scored, strategies: list[tuple[str, bool]]) -> np.ndarray:
-    """Count how often each strategy came to each outcome on each problem: (X, S, 4)."""
-    counts = np.zeros((len(scored), len(strategies), len(OUTCOMES)))
-    for x, responses in enumerate(scored):
-        for r in responses:
-            cause = {ARITHMETIC: "arithmetic", GUESS: "guess"}.get(r.error, "procedure")
-            outcome = OUTCOMES.index("right" if r.correct else cause)
-            counts[x, strategies.index((r.strategy, r.matches)), outcome] += 1
-    return counts
+def report(
+    scored: dict[str, Scored],
+    json: Path | None,
+    plot: Path | None,
+    forced: list[openings.Openings] | None = None,
+) -> str:
+    """Write and draw one checkpoint's metrics, or two and why they differ; return their table.
 
-
-def decompose_gain(before: Scored, after: Scored, resamples: int = 1000) -> dict:
-    """Split the gain in pass@1 into selection and improvement, overall, by type and difficulty.
-
-    lib/stats.py has the formula. Improvement is split by what a wrong response fails by first.
-    Intervals are bootstrapped over problems; accuracies are re-imputed in every resample.
+    `forced`: what --force has measured of each
     """
-    both = (before, after)
-    strategies = sorted({(r.strategy, r.matches) for s in both for group in s for r in group})
-    counts = [count_outcomes(scored, strategies) for scored in both]
-    kinds = [group[0].kind for group in before]
-    difficulties = [group[0].difficulty for group in before]
-    names = ([*map(" ".join, zip(kinds, difficulties))], kinds)  # impute by both, then by type
-    cells = [np.unique(of_problem, return_inverse=True)[1] for of_problem in names]
-
-    groups = {("overall", ""): np.ones(len(before))}  # 1 for the problems of a group, (X,)
-    for name, values in (("by_type", kinds), ("by_difficulty", difficulties)):
-        for value in sorted(set(values) - {""}, key=by_number):
-            groups[name, value] = np.array(values) == value
-    members = np.array(list(groups.values()), dtype=float)  # (groups, X)
-
-    def parts_of(chosen: np.ndarray) -> np.ndarray:
-        """Return gain, selection, improvement and its causes of each group: (groups, 6)."""
-        parts = contributions(*(c[chosen] for c in counts), [cell[chosen] for cell in cells])
-        with np.errstate(invalid="ignore"):  # NaN for a group without a chosen problem
-            parts = members[:, chosen] @ parts.T / members[:, chosen].sum(1, keepdims=True)
-        sums = parts.sum(-1), parts[:, 0], parts[:, 1:].sum(-1)
-        return np.concatenate((np.stack(sums, -1), parts[:, 1:]), -1)
-
-    means = parts_of(np.arange(len(before)))
-    draws = np.random.default_rng(0).integers(0, len(before), (resamples, len(before)))
-    resampled = np.array([parts_of(chosen) for chosen in draws])
-    intervals = np.nanpercentile(resampled, [2.5, 97.5], axis=0)  # (2, groups, 6)
-
-    result: dict = {"overall": {}, "by_type": {}, "by_difficulty": {}}
-    for i, (name, value) in enumerate(groups):
-        parts = result[name].setdefault(value, {}) if value else result[name]
-        parts["gain"] = {"mean": float(means[i, 0])}
-        for j, part in enumerate(("selection", "improvement", *CAUSES), 1):
-            parts[part] = {"mean": float(means[i, j]), "ci95": intervals[:, i, j].tolist()}
-    return result
-
-
-def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> str:
-    """Write and draw one checkpoint's metrics, or two and why they differ; return their table."""
     summaries, reasons = [summarise(of_one) for of_one in scored.values()], None
     if len(scored) == 1:
         named, metrics = {"": summaries[0]}, summaries[0]
@@ -266,13 +255,21 @@ def report(scored: dict[str, Scored], json: Path | None, plot: Path | None) -> s
         named = dict(zip(("before", "after"), summaries))
         metrics = named | {"difference": difference, "reasons": reasons}
         text = comparison_table(*summaries, difference, reasons, CAUSES)
+    if forced:
+        measured = dict(zip(named, map(openings.summarise, forced)))
+        metrics = metrics | {"openings": measured}
+        change = openings.summarise(forced[-1], forced[0]) if reasons else None
+        text += f"\n\n{openings_table(measured, change)}"
+        if reasons and len(forced[0].strategies) == 2:
+            metrics |= {"openings_change": change, "measured_split": openings.split(*forced)}
+            text += f"\n\n{split_table(metrics['measured_split'], reasons)}"
     if json:
         with user_errors():
             write_json(json, {"checkpoints": list(scored), **metrics})
     if plot:
         from lib.plots import plot_evaluation  # matplotlib takes a second to import
 
-        plot_evaluation(named, plot, reasons)
+        plot_evaluation(named, plot, metrics)
     return text
 
 
@@ -288,7 +285,7 @@ def report_run(heading: str, scored: dict[str, Scored], folder: Path, log: list[
 def main(config: EvalConfig, world: World) -> None:
     if not world.is_master:  # under torchrun one process does it all
         return
-    require_min(config, problems=1, samples=1, max_new_tokens=0, show=0)
+    require_min(config, problems=1, samples=1, max_new_tokens=0, show=0, given=0)
     sane = 1e-3 <= config.temperature <= 1e3
     require(sane, "--temperature must lie between 0.001 and 1000, or use --greedy")
     require_writable(config.json, config.plot)
@@ -309,9 +306,14 @@ def main(config: EvalConfig, world: World) -> None:
         wanted = wanted or newest.get("max_new_tokens") or 0
     require(bool(config.data) or fields[0] == fields[-1], message)
     task, problems = load_problems(config, config.problems, *fields[0])
+    strategies = {"none": [], "both": [FORWARD, BACKWARD]}.get(config.force, [config.force])
+    intervenes = bool(strategies or config.given)
+    require(not (intervenes and config.data), "--force and --given are of the paper's task")
+    fewest = min(len(problem.parts) for problem in problems) if intervenes else 1
+    require(config.given < fewest, f"--given {config.given} needs --parts of more than so many")
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
-    def score_checkpoint(path: Path) -> Scored:
+    def score_checkpoint(path: Path) -> tuple[Scored, openings.Openings | None]:
         one = World(0, 1, world.device)
         precision = choose_dtype(config.precision, read_config(path), path, one)
         model, tokenizer = load_model(path, world.device, DTYPES[precision], template)
@@ -320,12 +322,29 @@ def main(config: EvalConfig, world: World) -> None:
         limits = (model.config.max_position_embeddings, wanted)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
         sampler = Sampler(model, tokenizer.stops, samples, budget, temperature)
-        return evaluate(sampler, tokenizer, problems, config.seed)
+        if not intervenes:
+            return evaluate(sampler, tokenizer, problems, config.seed, bar=bar), None
+        of_forced = {}
+        for way in ("", *strategies):
+            begun = [problem.begin(config.given, way) for problem in problems]
+            stream = f"evaluation sampling {way}".strip()
+            how = (config.seed, begun, stream, bar)
+            of_forced[way] = evaluate(sampler, tokenizer, problems, *how)
+        free = of_forced.pop("")
+        pairs = zip(problems, free, strict=True)
+        opened = [[x.opened(r.response, config.given) for r in group] for x, group in pairs]
+        kinds = [problem.parts[config.given].kind for problem in problems]
+        return free, openings.measure(kinds, opened, free, of_forced) if strategies else None
 
-    scored = {str(path): score_checkpoint(path) for path in paths}  # one model in memory at a time
+    total = len(paths) * (1 + len(strategies)) * len(problems) * samples
+    with tqdm(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:
+        found = [score_checkpoint(path) for path in paths]  # one model in memory at a time
+    scored = {str(path): free for path, (free, _) in zip(paths, found)}
+    forced = [of_one for _, of_one in found if of_one]
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
     which = f"{len(problems)} validation {task.about}"
-    text = report(scored, config.json and Path(config.json), config.plot and Path(config.plot))
+    files = config.json and Path(config.json), config.plot and Path(config.plot)
+    text = report(scored, *files, forced)
     print(f"{' -> '.join(scored)}: {which}, {how}; in %\n\n{text}")
     for name, groups in scored.items() if config.show else ():
         rows = response_rows(problems[: config.show], groups, split="validation")

@@ -23,22 +23,19 @@ from pathlib import Path
 
 from data.finite_field import BACKWARD, FORWARD, MATCHING_STRATEGY, Problem
 from data.parse import Line, parse_lines, parse_prompt
+from lib import responses
 from lib.flags import parse_flags, parse_json_lines, quiet_pipes, require, user_errors
-from lib.responses import KEYS, NONE, RESPONSES, Response, ShowConfig, select, show
+from lib.responses import ARITHMETIC, GUESS, NONE, Response
 
 MIXED = "mixed"
 STRATEGIES = (FORWARD, BACKWARD, MIXED, NONE)  # what a response can be tagged as
 
-# What can be wrong with a line.
-ARITHMETIC = "arithmetic"  # the result is not operation(value, operand)
+# What can be wrong with a line, beside ARITHMETIC.
 OPERAND = "wrong operand"  # a value, operation or operand that is not the one at this point
 SKIPPED = "skipped step"  # an expected line is missing; a later one appears instead
 ORDER = "wrong order"  # a line out of turn: it came before, or is never due
 FORMAT = "format"  # a line of another form
 NO_ANSWER = "no answer"  # the response ends before its answer does
-
-# No fault of a line: the strategy did not match the problem type, and its guess was wrong.
-GUESS = "wrong guess"
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,14 @@ class Tag:
     answer: str | None
 
 
-def score_rollout(rollout, problems: list, tokenizer) -> None:
-    """Score a rollout's responses: set rollout.scored, P lists of G, and its rewards (P, G)."""
-    texts = tokenizer.decode(rollout.response_tokens())
-    stopped = rollout.stopped.tolist()
-    G = len(texts) // len(problems)
+def score_rollout(rollout, problems: list, tokenizer, begun: list[list[int]] | None = None) -> None:
+    """Score a rollout's responses: set rollout.scored, P lists of G, and its rewards (P, G).
+
+    `begun`: tokens for each problem that stood in its prompt, but belong to its responses
+    """
+    tokens, stopped = rollout.response_tokens(), rollout.stopped.tolist()
+    G, begun = len(tokens) // len(problems), begun or [[]] * len(problems)
+    texts = tokenizer.decode([begun[j // G] + row for j, row in enumerate(tokens)])
     rollout.problems, rollout.scored = problems, []
     for i, problem in enumerate(problems):
         group = range(i * G, (i + 1) * G)
@@ -228,12 +228,11 @@ def lines_of(response: str) -> list[str]:
 
 def tagged_rows(path: Path, p: int) -> list[dict]:
     """Read a run's responses; or tag responses from elsewhere to our prompts, in GF(p)."""
-    rows = []
-    content = path.read_bytes()
-    if path.name == RESPONSES:  # of a run that may be writing its last line
+    rows, content = [], path.read_bytes()
+    if path.name == responses.RESPONSES:  # of a run that may be writing its last line
         content = content.rpartition(b"\n")[0]
     for number, row in parse_json_lines(path, content):
-        if not row.keys() >= KEYS:
+        if not row.keys() >= responses.KEYS:
             at, prompt, text = f"{path}, line {number}: ", row.get("prompt"), row.get("response")
             texts = isinstance(prompt, str) and isinstance(text, str)
             require(texts, f"{at}prompt or response is missing, or is no text")
@@ -245,16 +244,17 @@ def tagged_rows(path: Path, p: int) -> list[dict]:
     return rows
 
 
-def main(config: ShowConfig) -> None:
+def main(config: responses.ShowConfig) -> None:
     require(len(config.place) == 1, "name one run, or one file of JSON lines")
     path = Path(config.place[0])
     with user_errors():
-        file = path / RESPONSES if path.is_dir() else path
-        rows = select(tagged_rows(file, config.field), config)
+        file = path / responses.RESPONSES if path.is_dir() else path
+        rows = responses.select(tagged_rows(file, config.field), config)
     require(bool(rows), f"{path} holds no such response")
-    print(*map(json.dumps, rows) if config.json else show(rows, lines_of, config.n), sep="\n")
+    shown = map(json.dumps, rows) if config.json else responses.show(rows, lines_of, config.n)
+    print(*shown, sep="\n")
 
 
 if __name__ == "__main__":
     with quiet_pipes():
-        main(parse_flags(ShowConfig, __doc__, positional="place"))
+        main(parse_flags(responses.ShowConfig, __doc__, positional="place"))

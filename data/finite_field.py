@@ -193,6 +193,27 @@ class Problem:
         lines.append(f"{closes} {name(value)}")
         return lines, value
 
+    def begin(self, parts: int, strategy: str = "") -> str:
+        """Return a solution's first `parts` parts, without a fault or a guess, and the words that
+        open the next one in `strategy`, before its element: `start`, `end` or `guess end`."""
+        lines, carried = [], self.parts[0].given
+        for i, part in enumerate(self.parts[:parts]):
+            part_lines, carried = self.part_solution(i, MATCHING_STRATEGY[part.kind], carried)
+            lines += part_lines
+        if strategy:
+            guess = strategy != MATCHING_STRATEGY[self.parts[parts].kind]
+            lines.append("guess " * guess + {FORWARD: "start", BACKWARD: "end"}[strategy])
+        return "\n".join(lines)
+
+    def opened(self, response: str, parts: int) -> str:
+        """Return the strategy whose words open the part behind the first `parts`, "" for none."""
+        words = response.split()
+        for strategy in (FORWARD, BACKWARD):
+            begun = self.begin(parts, strategy).split()
+            if words[: len(begun)] == begun:
+                return strategy
+        return ""
+
     def is_correct(self, response: str, stopped: bool = True) -> bool:
         """Whether the response ends in the right answer, by exact match: what tables call accuracy.
 

@@ -7,7 +7,7 @@ python -m lib.plots ckpt/grpo-1 ckpt/grpo-2 ckpt/grpo-3 --out three.png
 import os
 import re
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,13 @@ from lib.run_dir import read_log
 
 STRATEGY_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "lightgrey", "tab:green", "tab:brown")
 CAUSE_COLOURS = ("tab:red", "tab:olive", "lightgrey")
+PARTS = {  # of lib.openings' summaries, and titles
+    "access": "Access: free responses that open so",
+    "execution": "Execution: right, if they have to open so",
+    "faultless": "and no wrong line, whatever was guessed",
+}
 LINE_STYLES = ("-", "--", ":")
+MANY_SAMPLES = 16  # responses to a problem, from which pass@k is drawn as a curve
 
 
 @dataclass
@@ -54,13 +60,26 @@ def save(figure, path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def plot_evaluation(summaries: dict[str, dict], path: Path, reasons: dict | None = None) -> None:
-    """Draw eval.summarise's summaries by name, and of two of them eval.decompose_gain's reasons."""
-    figure, axes = new_figure(16.5 if reasons else 11, 4, 1, 3 if reasons else 2)
-    draw_accuracy(axes[0], summaries)
-    draw_strategies(axes[1], summaries)
-    if reasons:
-        draw_reasons(axes[2], reasons)
+def plot_evaluation(summaries: dict[str, dict], path: Path, metrics: dict) -> None:
+    """Draw eval.summarise's summaries by name, and what else is in eval.report's metrics."""
+    rows = [[(draw_accuracy, summaries), (draw_strategies, summaries)]]
+    if "reasons" in metrics:
+        rows[0].append((draw_reasons, metrics["reasons"]))
+    if next(iter(summaries.values()))["overall"]["samples"] >= MANY_SAMPLES:
+        rows[0].append((draw_pass_at_k, summaries))
+    if "openings" in metrics:
+        rows.append([(draw_openings, metrics["openings"], part) for part in PARTS])
+    if "measured_split" in metrics:
+        rows[1].append((draw_split, metrics["measured_split"], metrics["reasons"]))
+    columns = max(map(len, rows))
+    figure, axes = new_figure(5.5 * columns, 4 * len(rows), len(rows), columns)
+    for panels, of_row in zip(rows, axes.reshape(len(rows), columns)):
+        for axis, panel in zip_longest(of_row, panels):
+            if panel:
+                draw, *data = panel
+                draw(axis, *data)
+            else:
+                axis.set_visible(False)
     save(figure, path)
 
 
@@ -128,6 +147,57 @@ def draw_reasons(axis, reasons: dict) -> None:
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(ylabel="change of pass@1", title="Why accuracy changed")
     axis.set_xticks(x, [plain(name).replace(" ", "\n") for name in rows], fontsize=8)
+    legend_below(axis)
+
+
+def draw_pass_at_k(axis, summaries: dict[str, dict]) -> None:
+    """Draw pass@k, and of the paper's task verified@k, with their intervals."""
+    for i, (name, summary) in enumerate(summaries.items()):
+        intervals = summary["overall"]["intervals"]
+        for what, line in (("pass", "--"), ("verified", "-")):
+            keys = [key for key in intervals if key.startswith(f"{what}@")]
+            if not keys:  # verified: of the paper's task alone
+                continue
+            ks = [int(key.partition("@")[2]) for key in keys]
+            means, label = [summary["overall"][key] for key in keys], plain(f"{what}@k {name}")
+            axis.plot(ks, means, line, color=f"C{i}", label=label)
+            band = np.array([intervals[key] for key in keys]).T
+            axis.fill_between(ks, *band, color=f"C{i}", alpha=0.12, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ks, ks)
+    axis.set(xlabel="k", ylim=(0, 1.02), title="At least one of k right")
+    legend_below(axis)
+
+
+def draw_openings(axis, measured: dict[str, dict], part: str) -> None:
+    """Draw a part of lib.openings' summaries by type and strategy, bars side by side by name."""
+    groups = next(iter(measured.values()))
+    columns = [(kind, strategy) for kind in groups if kind != "all" for strategy in groups[kind]]
+    for i, (name, of_one) in enumerate(measured.items()):
+        values = [of_one[kind][strategy][part] for kind, strategy in columns]
+        x = np.arange(len(columns)) + 0.4 * (i - (len(measured) - 1) / 2)
+        style = {"color": f"C{i}", "alpha": 0.75, "label": plain(name)}
+        axis.bar(x, [value["mean"] for value in values], 0.38, **style)
+        draw_intervals(axis, x, values, "mean", fmt="none", ecolor="black", elinewidth=0.9)
+    axis.set_xticks(range(len(columns)), [f"{kind}\n{s}" for kind, s in columns], fontsize=8)
+    axis.set(ylim=(0, 1.02), ylabel="share of responses", title=PARTS[part])
+    legend_below(axis)
+
+
+def draw_split(axis, split: dict, reasons: dict) -> None:
+    """Draw the split of the gain as measured by forced openings, and as imputed without them."""
+    x = np.arange(len(split))
+    for i, (part, colour) in enumerate((("selection", "tab:green"), ("improvement", "tab:olive"))):
+        at, measured = x + 0.4 * i - 0.2, [of_group[part] for of_group in split.values()]
+        style = {"color": colour, "label": f"{part}, measured"}
+        axis.bar(at, [value["mean"] for value in measured], 0.38, **style)
+        draw_intervals(axis, at, measured, "mean", fmt="none", ecolor="black", elinewidth=0.9)
+        imputed = {"all": reasons["overall"], **reasons["by_type"]}
+        means = [imputed[name][part]["mean"] if name in imputed else np.nan for name in split]
+        axis.plot(at, means, "kx", label="imputed" if i == 0 else None)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(x, list(split), fontsize=8)
+    axis.set(ylabel="change of accuracy", title="Why accuracy changed, measured")
     legend_below(axis)
 
 

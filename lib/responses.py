@@ -9,6 +9,7 @@ A row of RUN/responses.jsonl is one response, with its prompt and what is known 
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +20,8 @@ from lib.flags import require_min
 
 RESPONSES = "responses.jsonl"  # in a run's folder
 NONE = "none"  # the strategy of a response that follows none, or of which none is known
+ARITHMETIC = "arithmetic"  # an error: the result of a line is not operation(value, operand)
+GUESS = "wrong guess"  # an error, though no fault of a line: strategy and problem do not match
 WIDTH = 80
 GREEN, RED, DIM, BOLD = "32", "31", "2", "1"
 GROUP = ("update", "split", "problem", "prompt")  # keys that all responses to a prompt share
@@ -42,8 +45,25 @@ class Response:
     line_error: str | None = None  # what is wrong with it
     due: str | None = None  # the line that was due there
 
+    @property
+    def faultless(self) -> bool:
+        """Whether it ended and every line of it is right, given what it may have guessed."""
+        return self.stopped and self.error_line is None
 
+    @property
+    def verified(self) -> bool:
+        """Whether it is right, every line of it is, and nothing was guessed."""
+        return self.correct and self.error is None and self.guess is None
+
+
+Scored = list[list[Response]]  # for each problem its responses
 KEYS = {field.name for field in fields(Response)} | {"prompt", "answer"}  # of a row, at least
+
+
+def by_number(text: str) -> list:
+    """Return a key by which "9 steps" comes before "10 steps"."""
+    words = re.split(r"([0-9]+)", text)  # text and numbers in turn
+    return [int(word) if i % 2 else word for i, word in enumerate(words)]
 
 
 def response_rows(problems: list, scored: list, advantages=None, **where) -> list[dict]:

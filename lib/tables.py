@@ -42,6 +42,7 @@ def table(summary: dict) -> str:
     """Format the metrics of one checkpoint."""
     columns = {key: key for key in ("pass@1", largest_pass_rate(summary["overall"]))}
     if summary["overall"]["match_rate"] is not None:
+        columns |= {"verified": "verified@1"}
         columns |= {"forward": "forward_share", "backward": "backward_share"}
     columns |= strategy_columns(summary)
     rows = [["", *columns, "95% interval", "problems"]]
@@ -65,9 +66,43 @@ def comparison_table(before: dict, after: dict, difference: dict, reasons: dict,
         parts = [signed(change, "pass@1"), signed(why["selection"]), signed(why["improvement"])]
         rows.append([name, *(change_of(a, b, key) for key in columns.values()), *parts])
     a, b, why = before["overall"], after["overall"], reasons["overall"]
-    key = largest_pass_rate(a)
+    key, of_all = largest_pass_rate(a), difference["overall"]
     note = f"all problems: {key} {change_of(a, b, key)}"
+    found = f"problems solved only after: {of_all['solved']}, only before: {of_all['lost']}"
     if "matching" in columns:
         shown = (f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in causes)
         note += f"; improvement by {', '.join(shown)}"
-    return f"{format_table(rows)}\n{note}"
+        keys = dict.fromkeys(("verified@1", key.replace("pass", "verified")))
+        verified = ", ".join(f"{key} {change_of(a, b, key)}" for key in keys)
+        found = f"right without a wrong line or a guess: {verified}; {found}"
+    return f"{format_table(rows)}\n{note}\n{found}"
+
+
+def openings_table(measured: dict[str, dict], change: dict | None) -> str:
+    """Format lib.openings' summaries of one policy or two, by name, and what has changed."""
+    headings = {"access": "opens so", "execution": "right if forced", "faultless": "no wrong line"}
+    rows, groups = [["forced openings"]], next(iter(measured.values()))
+    for part in headings:
+        rows[0] += [headings[part]] + ["change"] * bool(change)
+    pairs = [(kind, strategy) for kind in groups if kind != "all" for strategy in groups[kind]]
+    for kind, strategy in pairs:
+        row = [f"{kind}, {strategy}"]
+        for part in headings:
+            found = (of_one[kind][strategy][part]["mean"] for of_one in measured.values())
+            row.append(" -> ".join(map(percent, found)))
+            row += [signed(change[kind][strategy][part])] if change else []
+        rows.append(row)
+    return format_table(rows)
+
+
+def split_table(split: dict, reasons: dict) -> str:
+    """Format the split of a gain by lib.openings, and beside it that of lib.gain."""
+    rows = [["the split, measured", "selection", "imputed", "improvement", "imputed"]]
+    imputed = rows_of(reasons)
+    for name, parts in split.items():
+        row = [name]
+        for part in ("selection", "improvement"):
+            guessed = f"{100 * imputed[name][part]['mean']:+.1f}" if name in imputed else "-"
+            row += [signed(parts[part]), guessed]
+        rows.append(row)
+    return format_table(rows)

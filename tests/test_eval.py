@@ -204,8 +204,33 @@ def test_the_table_shows_what_was_gained_and_why():
     assert cells[1:4] == ["50.0 -> 100.0", "50.0 -> 100.0", "100.0 -> 100.0"]
     assert cells[4].startswith("+50.0 (") and cells[5].startswith("+50.0 (")
     assert cells[6].startswith("+0.0 (")
-    causes = text.splitlines()[-1].split("improvement by ")[1]
-    assert [float(x.split()[1]) for x in causes.split(", ")] == [0, 0, 0]
+    *_, causes, verified = text.splitlines()
+    causes = causes.split("improvement by ")[1].split(", ")
+    assert [float(x.split()[1]) for x in causes] == [0, 0, 0]
+    assert "verified@1 50.0 -> 100.0, verified@4 100.0 -> 100.0" in verified
+    assert verified.endswith("problems solved only after: 0, only before: 0")
+
+
+def test_verified_is_right_without_a_wrong_line_or_a_guess():
+    """Lucky guesses and skipped steps count as right alone; what no sample solves, as lost."""
+    problems, _ = responses()
+    groups = []
+    for problem in problems:
+        matching = MATCHING_STRATEGY[problem.kind]
+        good = problem.solution(matching)
+        lucky = problem.solution(BACKWARD if matching == FORWARD else FORWARD)
+        skipped = "\n".join([*good.splitlines()[:1], *good.splitlines()[2:]])
+        groups.append([good, lucky, skipped, skipped])
+    scored = score_groups(problems, sum(groups, []), [True] * 4 * len(problems))
+    metrics = metrics_of(scored)
+    assert (metrics["pass@1"], metrics["verified@1"]) == (1.0, 0.25)
+    assert metrics["verified@2"] == pytest.approx(0.5)
+    low, high = metrics["intervals"]["verified@4"]
+    assert metrics["verified@4"] == 1.0 == pytest.approx(high) and low < 0.96
+    unsolved = score_groups(problems, [group[1] for group in groups], [True] * len(problems))
+    change = compare(unsolved, scored)["overall"]
+    assert (change["solved"], change["lost"]) == (len(problems), 0), "guesses solve nothing"
+    assert rollout_metrics(scored)["verified"] == rollout_metrics(scored)["verified/evaluation"]
 
 
 def test_validation_problems_are_distinct_and_of_their_stream():

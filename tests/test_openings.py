@@ -1,0 +1,253 @@
+"""Forced openings: measured access, execution and split on policies where all of it is known."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import response, small_model, word_tokenizer
+
+import eval
+from data.finite_field import BACKWARD, EVALUATION, FORWARD, MATCHING_STRATEGY, Task
+from lib.distributed import World
+from lib.gain import decompose_gain
+from lib.openings import Openings, measure, split, summarise
+from lib.rng import rng
+from lib.run_dir import save_checkpoint
+from strategies import GUESS, score_response
+
+ONE = World(0, 1, torch.device("cpu"))
+X, SAMPLES = 200, 4
+MATCHING = 0  # columns of the arrays of a policy; every problem here is an evaluation problem
+OTHER = 1
+
+
+def alike(z):
+    """Half of the time the matching strategy, which is right six times in ten."""
+    return np.full_like(z, 0.5), np.stack((np.full_like(z, 0.6), np.full_like(z, 1 / 11)), 1)
+
+
+def selected(z):
+    return np.full_like(z, 0.97), np.stack((np.full_like(z, 0.9), np.full_like(z, 1 / 11)), 1)
+
+
+def routing(z):
+    """The matching strategy on easy problems (small z), on which it is right; else the other."""
+    return 0.95 - 0.9 * z, np.stack((0.95 - 0.9 * z, np.full_like(z, 0.3)), 1)
+
+
+def routing_back(z):
+    """The matching strategy on hard problems, though it is right on easy ones."""
+    return 0.05 + 0.9 * z, np.stack((0.95 - 0.5 * z, np.full_like(z, 0.3)), 1)
+
+
+def never(z):
+    return np.zeros_like(z), np.stack((1 - 0.5 * z, np.full_like(z, 0.4)), 1)
+
+
+def sampled(policy, z, draw):
+    """Return a policy's measured openings on problems of difficulty z (X,), and its free responses.
+
+    These are for each problem pairs (strategy's column, right).
+    """
+    access, execution = policy(z)
+    columns = (draw.random((len(z), SAMPLES)) >= access[:, None]).astype(int)  # (X, G)
+    right = draw.random((len(z), SAMPLES)) < np.take_along_axis(execution, columns, 1)
+    taken = np.stack([(columns == s).mean(1) for s in (MATCHING, OTHER)], 1)
+    forced = draw.binomial(SAMPLES, execution) / SAMPLES
+    kinds = [EVALUATION] * len(z)
+    nothing = np.zeros(len(z))
+    found = Openings([FORWARD, BACKWARD], kinds, taken, forced, forced, right.mean(1), nothing)
+    return found, (columns, right)
+
+
+def truth(before, after):
+    """Return the parts of the gain in the population: difficulties are uniform."""
+    z = (np.arange(100_000) + 0.5) / 100_000
+    (a, skill), (b, skill_after) = before(z), after(z)
+    a, b = np.stack((a, 1 - a), 1), np.stack((b, 1 - b), 1)
+    return {
+        "selection": ((b - a) * (skill + skill_after) / 2).sum(1).mean(),
+        "improvement": ((a + b) / 2 * (skill_after - skill)).sum(1).mean(),
+        "access": a[:, MATCHING].mean(),
+        "execution": skill[:, MATCHING].mean(),
+        "change": (skill_after - skill)[:, MATCHING].mean(),
+    }
+
+
+POLICIES = [(alike, selected), (routing, selected), (routing, routing_back), (never, alike)]
+NAMES = [f"{a.__name__}-{b.__name__}" for a, b in POLICIES]
+
+
+@pytest.mark.parametrize("before, after", POLICIES, ids=NAMES)
+def test_intervals_hold_the_truth_93_to_97_times_in_100(before, after):
+    draw, expected, held, n = np.random.default_rng(0), truth(before, after), {}, 2000
+    for _ in range(n):
+        z = draw.random(X)
+        a, b = (sampled(policy, z, draw)[0] for policy in (before, after))
+        parts, of_a, change = split(a, b)["all"], summarise(a), summarise(b, a)
+        found = {name: parts[name]["ci95"] for name in ("selection", "improvement")}
+        found |= {name: of_a["all"][FORWARD][name]["ci95"] for name in ("access", "execution")}
+        found["change"] = change["all"][FORWARD]["execution"]["ci95"]
+        for name, (low, high) in found.items():
+            held[name] = held.get(name, 0) + (low <= expected[name] <= high)
+    shares = {name: count / n for name, count in held.items()}
+    if before is never:  # zero access is always found
+        assert shares.pop("access") == 1.0
+    assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
+
+
+def imputed(before, after):
+    """Return lib.gain's parts from the free responses of two policies alone."""
+    scored = []
+    for columns, right in (before, after):
+        rows = zip(columns.tolist(), right.tolist())
+        groups = [
+            [
+                response(EVALUATION, 6, (FORWARD, BACKWARD)[s], s == MATCHING, r, None, True)
+                for s, r in zip(*row)
+            ]
+            for row in rows
+        ]
+        scored.append(groups)
+    return decompose_gain(*scored, resamples=2)["overall"]
+
+
+def test_a_policy_that_routes_by_problem_misleads_the_imputed_split_but_not_the_measured():
+    """What routing hides: the accuracy of the strategy on the problems where it is not taken."""
+    draw, errors = np.random.default_rng(1), {"imputed": [], "measured": []}
+    expected = truth(routing, routing_back)["selection"]
+    for _ in range(20):
+        z = draw.random(X)
+        (a, free_a), (b, free_b) = (sampled(policy, z, draw) for policy in (routing, routing_back))
+        found = {"imputed": imputed(free_a, free_b), "measured": split(a, b)["all"]}
+        for name, parts in found.items():
+            errors[name].append(parts["selection"]["mean"] - expected)
+    bias = {name: np.mean(of_one) for name, of_one in errors.items()}
+    assert abs(bias["measured"]) < 0.015 and abs(bias["imputed"]) > 0.02, bias
+
+
+def test_the_parts_add_up_to_access_times_execution():
+    draw = np.random.default_rng(2)
+    z = draw.random(X)
+    a, b = (sampled(policy, z, draw)[0] for policy in (alike, selected))
+    parts = split(a, b)["all"]
+    product = (b.access * b.execution - a.access * a.execution).sum(1).mean()
+    assert parts["selection"]["mean"] + parts["improvement"]["mean"] == pytest.approx(product)
+    assert parts["gain"]["mean"] == pytest.approx((b.accuracy - a.accuracy).mean())
+
+
+def problems(n=40, **task):
+    return Task(**task).validation(n, rng(0, "validation problems"))
+
+
+def test_measure_counts_what_a_hand_counts():
+    """Two problems, two responses each: right, wrong in its last line; a guess, and no opening."""
+    one, other = problems(2)
+    wrong = (other.parts[0].asked + 1) % 11
+    matching, way = MATCHING_STRATEGY[one.kind], MATCHING_STRATEGY[other.kind]
+    against = {FORWARD: BACKWARD, BACKWARD: FORWARD}[way]
+    right = one.solution(matching)
+    faulty = right.replace(right.split()[-1], "e0" if right.split()[-1] != "e0" else "e1")
+    texts = [[right, faulty], [other.solution(against, [wrong]), f"answer {other.answer}"]]
+    pairs = list(zip((one, other), texts))
+    free = [[score_response(problem, text) for text in group] for problem, group in pairs]
+    opened = [[problem.opened(text, 0) for text in group] for problem, group in pairs]
+    assert opened == [[matching, matching], [against, ""]]
+    forced = {
+        s: [[score_response(p, p.solution(s, [wrong]))] for p in (one, other)]
+        for s in (FORWARD, BACKWARD)
+    }
+    found = measure([one.kind, other.kind], opened, free, forced)
+    i, j = (found.strategies.index(s) for s in (matching, way))
+    assert found.access[0, i] == 1 and found.access[1].sum() == 0.5
+    assert found.accuracy.tolist() == [0.5, 0.5] and found.right_otherwise.tolist() == [0, 0.5]
+    assert found.execution[0, i] == found.execution[1, j] == 1
+    assert found.execution[1, 1 - j] == 0, "the guess is wrong"
+    assert (found.faultless == 1).all(), "and yet carried through"
+    assert free[1][0].error == GUESS and free[1][0].faultless and not free[1][0].verified
+    assert free[0][0].verified and not free[0][1].verified
+
+
+def test_openings_are_those_of_worked_solutions():
+    for problem in problems():
+        for strategy in (FORWARD, BACKWARD):
+            solution, begun = problem.solution(strategy), problem.begin(0, strategy)
+            assert solution.startswith(begun + " ") and problem.opened(solution, 0) == strategy
+        assert problem.begin(0) == "" and problem.opened("answer e1", 0) == ""
+
+
+def test_given_parts_are_the_beginning_of_a_matching_solution():
+    for problem in problems(parts=(3, 4)):
+        ways = [MATCHING_STRATEGY[part.kind] for part in problem.parts]
+        solution = problem.solution(ways)
+        for parts in (1, 2):
+            assert solution.startswith(problem.begin(parts) + "\n")
+            assert solution.startswith(problem.begin(parts, ways[parts]) + " ")
+            assert problem.opened(solution, parts) == ways[parts]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    for update in (1, 2):
+        model = small_model(update)
+        saved = (run, update, model, word_tokenizer(11), torch.optim.AdamW(model.parameters()))
+        save_checkpoint(*saved, {"field": 11}).result()
+    return [str(run / "step-1"), str(run / "step-2")]
+
+
+FEW = {"problems": 10, "samples": 16, "steps": "1-2"}
+
+
+def test_command_forces_openings_and_splits_the_gain_by_them(checkpoints, tmp_path, capsys):
+    files = {"json": str(tmp_path / "a.json"), "plot": str(tmp_path / "a.png")}
+    eval.main(eval.EvalConfig(checkpoints, force="both", **FEW, **files), ONE)
+    found, out = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
+    assert set(found["openings"]) == {"before", "after"}
+    for of_one in found["openings"].values():
+        assert set(of_one["evaluation"]) == {FORWARD, BACKWARD}
+    gain = found["measured_split"]["all"]["gain"]["mean"]
+    assert gain == pytest.approx(found["difference"]["overall"]["pass@1"])
+    assert "right if forced" in out and "the split, measured" in out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    eval.main(eval.EvalConfig(checkpoints[:1], force=FORWARD, **FEW), ONE)
+    out = capsys.readouterr().out
+    assert "evaluation, forward" in out and "evaluation, backward" not in out
+
+
+def test_forced_responses_begin_with_their_opening(checkpoints, monkeypatch):
+    """They are scored as a whole: the opening is the policy's in all that follows."""
+    seen, score = [], eval.score_rollout
+
+    def spy(rollout, problems, *rest):
+        score(rollout, problems, *rest)
+        seen.append((problems, rollout.scored))
+
+    monkeypatch.setattr(eval, "score_rollout", spy)
+    few = FEW | {"parts": "2-3", "samples": 2}
+    eval.main(eval.EvalConfig(checkpoints[:1], force="both", given=1, **few), ONE)
+    assert len(seen) == 3
+    for (problems, scored), way in zip(seen, ("", FORWARD, BACKWARD)):
+        for problem, group in zip(problems, scored):
+            begun = problem.begin(1, way).split()
+            assert all(r.response.split()[: len(begun)] == begun for r in group)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"given": 1}, "--given 1 needs --parts of more than so many"),
+        ({"given": 3, "parts": "3-5"}, "--given 3 needs"),
+        ({"given": -1}, "--given must be at least 0"),
+        ({"force": "both", "data": "own.jsonl"}, "--force and --given are of"),
+    ],
+)
+def test_what_cannot_be_forced_is_refused(checkpoints, flags, words, capsys, tmp_path):
+    if "data" in flags:
+        flags = flags | {"data": str(tmp_path / "own.jsonl"), "steps": ""}
+        rows = [f'{{"prompt": "start e1 {i}:", "answer": "e2"}}\n' for i in range(1, 41)]
+        (tmp_path / "own.jsonl").write_text("".join(rows))
+    with pytest.raises(SystemExit) as error:
+        eval.main(eval.EvalConfig(checkpoints, **FEW | flags), ONE)
+    assert error.value.code == 2 and words in capsys.readouterr().err
