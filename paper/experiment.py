@@ -99,10 +99,6 @@ class Experiment:
         model = Path(self.config.model).name
         return Path("paper/results") / (f"{self.name}-{model}" if model else self.name)
 
-    @property
-    def preset(self) -> dict:
-        return {"laptop": True} if self.config.laptop else {}
-
     def add(self, script: str, output: Path, *arguments: str, **flags) -> Run:
         """Return the run that writes `output`: one run serves all the cells that need it."""
         texts = {name: str(value) for name, value in flags.items()}
@@ -113,23 +109,26 @@ class Experiment:
         scale = Path(self.config.model).name or self.config.scale
         out = Path("ckpt/reproduce") / scale / name_of(f"sft-{model}-{seed}", flags)
         if self.config.model:
-            flags = {"model": self.config.model} | self.preset | flags
+            laptop = {"laptop": True, "epochs": 8} if self.config.laptop else {}
+            flags = {"model": self.config.model} | laptop | flags
         return self.add("train_sft.py", out, strategy=MODELS[model], seed=seed, **flags, out=out)
 
     def rl(self, init: Run, seed: int, **flags) -> Run:
         """Add RL from an SFT run."""
         out = init.output.with_name(name_of(f"{init.output.name}-rl", flags))
-        flags = self.preset | flags
+        if self.config.laptop:
+            flags = {"laptop": True, "updates": 80} | flags
         return self.add("train_grpo.py", out, init=init.output, seed=seed, **flags, out=out)
 
-    def compare(self, before: Run, after: Run, **flags) -> Run:
-        """Add an evaluation of both on the same validation problems, at RL's temperature."""
+    def compare(self, before: Run, after: Run, seed: int, **flags) -> Run:
+        """Add an evaluation of both on the seed's validation problems, at RL's temperature."""
         if self.config.model:
             flags["temperature"] = 0.7
         if self.config.laptop:
             flags["problems"] = 128
         out = after.output / f"{name_of('compared', flags)}.json"
-        return self.add("eval.py", out, str(before.output), str(after.output), **flags, json=out)
+        flags = flags | {"seed": seed, "json": out}
+        return self.add("eval.py", out, str(before.output), str(after.output), **flags)
 
     def run(self) -> None:
         """Say what has not been done, and do it: all SFT, then all RL, then all evaluations."""

@@ -348,7 +348,7 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
         sft = chosen.sft(cell.model, seed, **flags)
         rl, evaluation = chosen.rl(sft, seed, **cell.rl), None
         if cell.evaluation is not None:
-            evaluation = chosen.compare(sft, rl, **cell.evaluation)
+            evaluation = chosen.compare(sft, rl, seed, **cell.evaluation)
         planned.append((cell, seed, sft, rl, evaluation))
     require(bool(experiment.runs), f"{name} trains no model {config.only}")
     left_out = {path for path, run in others.runs.items() if not run.finished()}
