@@ -50,6 +50,7 @@ class SftConfig:
     difficulty: Literal["easy", "hard", "extreme"] = "easy"  # 2-5, 6-9 or 6-15 steps
     steps: str = ""  # such as 3-7, instead of --difficulty
     parts: str = "1"  # parts of a problem, such as 1-2: two or more make a composition
+    window: int = 0  # parts in a solution; those before stand solved in the prompt [0: all]
     field: int = 11  # number of elements of the field, a prime
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or shown ones
     examples: int | None = None  # distinct problems, 0: always fresh ones [tiny 0, pretrained 2048]
@@ -95,6 +96,7 @@ def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     set_missing(config, defaults if set(length.values()) == {None} else defaults | length)
     config.out = config.out or str(default_folder(config))
     require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
+    require_min(config, window=0)
     require(config.epochs is None or config.updates is None, "give --epochs or --updates, not both")
     require(config.epochs is None or config.examples > 0, "--epochs needs a number of --examples")
     require(tiny or config.position_gap == 0, "--position-gap needs the tiny model's tokenizer")
@@ -115,10 +117,18 @@ def draw_examples(config: SftConfig, task, update: int) -> list[tuple[object, st
     return examples
 
 
-def make_batch(tokenizer: Tokenizer, examples: list, device, position_gap=0, keys=None) -> Packed:
-    """Pack problems and solutions; with `position_gap`, at random positions drawn by `keys`."""
-    prompts = [tokenizer.prompt(problem) for problem, _ in examples]
-    solutions = [tokenizer.solution(solution) for _, solution in examples]
+def make_batch(
+    tokenizer: Tokenizer, examples: list, device, position_gap=0, keys=None, window=0
+) -> Packed:
+    """Pack problems and solutions; with `position_gap`, at random positions drawn by `keys`.
+
+    With a `window`, a solution holds so many parts; those before it belong to the prompt.
+    """
+    prompts, solutions = [], []
+    for problem, solution in examples:
+        solved = problem.begin(max(0, len(problem.parts) - window)) if window else ""
+        prompts.append(tokenizer.prompt(problem) + tokenizer.solution(solved)[:-1])
+        solutions.append(tokenizer.solution(solution.removeprefix(solved)))
     if not position_gap:
         return pack_examples(prompts, solutions, device)
     starts = torch.tensor(tokenizer.line_starts())
@@ -149,7 +159,7 @@ def validate(run: Run, config: SftConfig, task, problems: list, max_new_tokens: 
     """Return the loss on validation solutions, and accuracy of one sampled response each."""
     stream = rng(config.seed, "validation strategies")
     examples = [(problem, task.solution(problem, config.strategy, stream)) for problem in problems]
-    batch = make_batch(run.tokenizer, examples, run.policy.device)
+    batch = make_batch(run.tokenizer, examples, run.policy.device, window=config.window)
     loss = loss_sum(run.policy, batch).item() / len(batch.targets)
     sampler = Sampler(run.policy, run.tokenizer.stops, 1, max_new_tokens)
     metrics = eval.metrics_of(eval.evaluate(sampler, run.tokenizer, problems, config.seed))
@@ -173,7 +183,7 @@ def main(config: SftConfig, world: World) -> Path:
         for indices in mine.tensor_split(min(n_batches, len(mine))):
             chosen = [examples[i] for i in indices]
             gaps = config.position_gap, [(config.seed, "gaps", update, int(i)) for i in indices]
-            batches.append(make_batch(run.tokenizer, chosen, world.device, *gaps))
+            batches.append(make_batch(run.tokenizer, chosen, world.device, *gaps, config.window))
 
         # 2. Compute the loss and its gradient
         loss, n_tokens = sft_backward(run, batches, config, world, update)

@@ -17,7 +17,8 @@ problem.where                               file and line, for messages
 
 from lib.flags import flag_name, require, user_errors
 
-OF_THE_PAPER = ("difficulty", "steps", "parts", "field", "relabel", "evaluation_share", "strategy")
+OF_THE_PAPER = ("difficulty", "steps", "parts", "field", "relabel", "evaluation_share")
+OF_THE_PAPER += ("strategy", "window")
 
 
 @user_errors()

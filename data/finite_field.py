@@ -236,6 +236,7 @@ class Task:
     relabel: str = "fixed"  # fixed: one hidden renaming; shown: a new one in each prompt
     evaluation_share: float = 0.5  # share of evaluation among the parts
     parts: tuple[int, int] = (1, 1)  # fewest and most parts; two or more make a composition
+    window: int = 0  # last parts that a solution for SFT teaches, 0: all
 
     def __post_init__(self):
         make_field(self.p)
@@ -263,7 +264,8 @@ class Task:
         """Return the task that a script's flags describe, in the field that it or they name."""
         steps = parse_range(config.steps) if config.steps else DIFFICULTY[config.difficulty]
         share, parts = getattr(config, "evaluation_share", 0.5), parse_range(config.parts)
-        return Task(steps, p or config.field, relabel or config.relabel, share, parts)
+        window = getattr(config, "window", 0)
+        return Task(steps, p or config.field, relabel or config.relabel, share, parts, window)
 
     @property
     def words(self) -> list[str]:
@@ -301,10 +303,14 @@ class Task:
         return list(distinct.values())
 
     def solution(self, problem: Problem, strategy: str, rng: random.Random) -> str:
-        """Return a worked solution; for "mixed" each part takes either strategy with even odds."""
-        n = len(problem.parts)
-        mixed = strategy == "mixed"
+        """Return a worked solution; for "mixed" each part takes either strategy with even odds.
+
+        Parts before the window match.
+        """
+        n, mixed = len(problem.parts), strategy == "mixed"
         ways = [rng.choice((FORWARD, BACKWARD)) if mixed else strategy for _ in range(n)]
+        before = problem.parts[: max(0, n - self.window)] if self.window else ()
+        ways[: len(before)] = [MATCHING_STRATEGY[part.kind] for part in before]
         return problem.solution(ways)
 
 
