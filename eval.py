@@ -15,7 +15,7 @@ gain a bootstrap. paper/README.md explains the split, lib/openings.py what --for
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -82,23 +82,20 @@ def evaluate(
     tokenizer: Tokenizer,
     problems: list,
     seed: int,
-    begun: list[str] | None = None,
     purpose: str = "evaluation sampling",
     bar: tqdm | None = None,
 ) -> Scored:
-    """Sample and score a group of responses to each problem, which go on from the texts `begun`.
+    """Sample and score a group of responses to each problem.
 
     `purpose` names the random stream; `bar` counts the responses.
     """
     scored: Scored = []
-    tokens = [tokenizer.solution(text)[:-1] for text in begun or [""] * len(problems)]
     for first in range(0, len(problems), n := max(1, AT_ONCE // sampler.group_size)):
-        some, before = problems[first : first + n], tokens[first : first + n]
-        prompts = [tokenizer.prompt(problem) + of_one for problem, of_one in zip(some, before)]
+        some = problems[first : first + n]
         keys = [(seed, purpose, first + i) for i in range(len(some))]
         with user_errors():  # a prompt too long for the model
-            rollout = sampler.sample(prompts, keys)
-        score_rollout(rollout, some, tokenizer, before)
+            rollout = sampler.sample([tokenizer.prompt(problem) for problem in some], keys)
+        score_rollout(rollout, some, tokenizer)
         scored += rollout.scored
         if bar is not None:
             bar.update(len(some) * sampler.group_size)
@@ -326,10 +323,9 @@ def main(config: EvalConfig, world: World) -> None:
             return evaluate(sampler, tokenizer, problems, config.seed, bar=bar), None
         of_forced = {}
         for way in ("", *strategies):
-            begun = [problem.begin(config.given, way) for problem in problems]
-            stream = f"evaluation sampling {way}".strip()
-            how = (config.seed, begun, stream, bar)
-            of_forced[way] = evaluate(sampler, tokenizer, problems, *how)
+            begun = [replace(x, begun=x.begin(config.given, way)) for x in problems]
+            how = (config.seed, f"evaluation sampling {way}".strip(), bar)
+            of_forced[way] = evaluate(sampler, tokenizer, begun, *how)
         free = of_forced.pop("")
         pairs = zip(problems, free, strict=True)
         opened = [[x.opened(r.response, config.given) for r in group] for x, group in pairs]

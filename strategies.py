@@ -57,13 +57,10 @@ class Tag:
     answer: str | None
 
 
-def score_rollout(rollout, problems: list, tokenizer, begun: list[list[int]] | None = None) -> None:
-    """Score a rollout's responses: set rollout.scored, P lists of G, and its rewards (P, G).
-
-    `begun`: tokens for each problem that stood in its prompt, but belong to its responses
-    """
+def score_rollout(rollout, problems: list, tokenizer) -> None:
+    """Score a rollout's responses: set rollout.scored, P lists of G, and its rewards (P, G)."""
     tokens, stopped = rollout.response_tokens(), rollout.stopped.tolist()
-    G, begun = len(tokens) // len(problems), begun or [[]] * len(problems)
+    G, begun = len(tokens) // len(problems), [tokenizer.begun(problem) for problem in problems]
     texts = tokenizer.decode([begun[j // G] + row for j, row in enumerate(tokens)])
     rollout.problems, rollout.scored = problems, []
     for i, problem in enumerate(problems):

@@ -29,7 +29,6 @@ from lib.rng import epoch_indices, rng, torch_rng
 from lib.run_dir import changed_flags, open_run
 from lib.tables import percent
 from lib.tokenizer import Tokenizer
-from lib.training import Run
 from lib.transformer import Transformer
 from rollout import Sampler
 
@@ -96,7 +95,6 @@ def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     set_missing(config, defaults if set(length.values()) == {None} else defaults | length)
     config.out = config.out or str(default_folder(config))
     require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
-    require_min(config, window=0)
     require(config.epochs is None or config.updates is None, "give --epochs or --updates, not both")
     require(config.epochs is None or config.examples > 0, "--epochs needs a number of --examples")
     require(tiny or config.position_gap == 0, "--position-gap needs the tiny model's tokenizer")
@@ -117,18 +115,10 @@ def draw_examples(config: SftConfig, task, update: int) -> list[tuple[object, st
     return examples
 
 
-def make_batch(
-    tokenizer: Tokenizer, examples: list, device, position_gap=0, keys=None, window=0
-) -> Packed:
-    """Pack problems and solutions; with `position_gap`, at random positions drawn by `keys`.
-
-    With a `window`, a solution holds so many parts; those before it belong to the prompt.
-    """
-    prompts, solutions = [], []
-    for problem, solution in examples:
-        solved = problem.begin(max(0, len(problem.parts) - window)) if window else ""
-        prompts.append(tokenizer.prompt(problem) + tokenizer.solution(solved)[:-1])
-        solutions.append(tokenizer.solution(solution.removeprefix(solved)))
+def make_batch(tokenizer: Tokenizer, examples: list, device, position_gap=0, keys=None) -> Packed:
+    """Pack problems and solutions; with `position_gap`, at random positions drawn by `keys`."""
+    prompts = [tokenizer.prompt(problem) for problem, _ in examples]
+    solutions = [tokenizer.solution(solution) for _, solution in examples]
     if not position_gap:
         return pack_examples(prompts, solutions, device)
     starts = torch.tensor(tokenizer.line_starts())
@@ -141,13 +131,13 @@ def loss_sum(model: Transformer, batch: Packed, dropout_key: int | None = None) 
     return -response_logps(model, batch, dropout_key=dropout_key)[0].sum()
 
 
-def sft_backward(run: Run, batches: list, config: SftConfig, world: World, update: int) -> tuple:
+def sft_backward(run: training.Run, batches: list, world: World, update: int) -> tuple:
     """Accumulate this rank's gradient into run.master. Return the global loss and its tokens."""
     (n_tokens,) = world.all_reduce(sum(len(batch.targets) for batch in batches))
     model = run.master if is_fsdp(run.master) else run.policy
 
     def loss_fn(i: int, batch: Packed) -> tuple[Tensor, float]:
-        loss = loss_sum(model, batch, dropout_key(config, update, world.rank, i)) / n_tokens
+        loss = loss_sum(model, batch, dropout_key(run.config, update, world.rank, i)) / n_tokens
         return loss, loss.item()
 
     losses = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
@@ -155,14 +145,14 @@ def sft_backward(run: Run, batches: list, config: SftConfig, world: World, updat
 
 
 @torch.no_grad()
-def validate(run: Run, config: SftConfig, task, problems: list, max_new_tokens: int) -> dict:
+def validate(run: training.Run, task, problems: list, max_new_tokens: int) -> dict:
     """Return the loss on validation solutions, and accuracy of one sampled response each."""
-    stream = rng(config.seed, "validation strategies")
-    examples = [(problem, task.solution(problem, config.strategy, stream)) for problem in problems]
-    batch = make_batch(run.tokenizer, examples, run.policy.device, window=config.window)
+    stream = rng(run.config.seed, "validation strategies")
+    examples = [(x, task.solution(x, run.config.strategy, stream)) for x in problems]
+    batch = make_batch(run.tokenizer, examples, run.policy.device)
     loss = loss_sum(run.policy, batch).item() / len(batch.targets)
     sampler = Sampler(run.policy, run.tokenizer.stops, 1, max_new_tokens)
-    metrics = eval.metrics_of(eval.evaluate(sampler, run.tokenizer, problems, config.seed))
+    metrics = eval.metrics_of(eval.evaluate(sampler, run.tokenizer, problems, run.config.seed))
     accuracies = {"accuracy": "pass@1", "accuracy_given_match": "accuracy_given_match"}
     return {"validation_loss": loss} | {name: metrics[key] for name, key in accuracies.items()}
 
@@ -183,10 +173,10 @@ def main(config: SftConfig, world: World) -> Path:
         for indices in mine.tensor_split(min(n_batches, len(mine))):
             chosen = [examples[i] for i in indices]
             gaps = config.position_gap, [(config.seed, "gaps", update, int(i)) for i in indices]
-            batches.append(make_batch(run.tokenizer, chosen, world.device, *gaps, config.window))
+            batches.append(make_batch(run.tokenizer, chosen, world.device, *gaps))
 
         # 2. Compute the loss and its gradient
-        loss, n_tokens = sft_backward(run, batches, config, world, update)
+        loss, n_tokens = sft_backward(run, batches, world, update)
 
         # 3. Step and log
         lr = training.cosine_decay(config, update, run.updates)
@@ -195,7 +185,7 @@ def main(config: SftConfig, world: World) -> Path:
         row["tokens_per_second"] = n_tokens / (time.perf_counter() - start)
         if world.is_master:
             if (update + 1) % config.eval_every == 0 or update + 1 == run.updates:
-                row |= validate(run, config, task, problems, max_new_tokens)
+                row |= validate(run, task, problems, max_new_tokens)
                 accuracy = {"right": percent(row["accuracy"])}
                 accuracy["right if matching"] = percent(row["accuracy_given_match"])
             run.log.write(row)
@@ -204,7 +194,7 @@ def main(config: SftConfig, world: World) -> Path:
     return run.folder / f"step-{run.updates}"
 
 
-def set_up(config: SftConfig, world: World) -> tuple[Run, object, list, int]:
+def set_up(config: SftConfig, world: World) -> tuple[training.Run, object, list, int]:
     """Check everything before any work, fill in the config's defaults, and load the run.
 
     Return it, the task, its validation problems, and the longest response in tokens.

@@ -111,6 +111,7 @@ class Problem:
     parts: tuple[Part, ...]
     first_label: int
     shown: bool = False  # whether the prompt lists the names of the elements
+    begun: str = ""  # the beginning of the response, where that is given
     system = where = ""  # of other tasks
 
     @property
@@ -236,7 +237,7 @@ class Task:
     relabel: str = "fixed"  # fixed: one hidden renaming; shown: a new one in each prompt
     evaluation_share: float = 0.5  # share of evaluation among the parts
     parts: tuple[int, int] = (1, 1)  # fewest and most parts; two or more make a composition
-    window: int = 0  # last parts that a solution for SFT teaches, 0: all
+    window: int = 0  # parts that are left to solve, the last ones; 0: all
 
     def __post_init__(self):
         make_field(self.p)
@@ -248,6 +249,8 @@ class Task:
             raise ValueError(f"{parts} parts of {steps} steps need more than {MAX_LABEL} labels")
         if not 0 <= share <= 1:
             raise ValueError(f"the evaluation share must lie between 0 and 1; {share} does not")
+        if self.window < 0:
+            raise ValueError("the window must be 0, for all parts, or more")
         if self.relabel not in ("fixed", "shown"):
             raise ValueError(f"relabel must be fixed or shown, not {self.relabel!r}")
 
@@ -290,7 +293,8 @@ class Task:
             first_label = rng.randint(1, MAX_LABEL - labels + 1)
             problem = Problem(field, tuple(parts), first_label, self.relabel == "shown")
             if is_validation(problem) == (split == "validation"):
-                return problem
+                solved = max(0, len(parts) - self.window) if self.window else 0
+                return replace(problem, begun=problem.begin(solved))
         raise ValueError(f"this task has no {split} problems, or hardly any")
 
     def validation(self, n: int, rng: random.Random) -> list[Problem]:
@@ -303,15 +307,15 @@ class Task:
         return list(distinct.values())
 
     def solution(self, problem: Problem, strategy: str, rng: random.Random) -> str:
-        """Return a worked solution; for "mixed" each part takes either strategy with even odds.
+        """Return a worked solution, or the rest of a begun one.
 
-        Parts before the window match.
+        For "mixed" each part takes either strategy with even odds.
         """
         n, mixed = len(problem.parts), strategy == "mixed"
         ways = [rng.choice((FORWARD, BACKWARD)) if mixed else strategy for _ in range(n)]
-        before = problem.parts[: max(0, n - self.window)] if self.window else ()
-        ways[: len(before)] = [MATCHING_STRATEGY[part.kind] for part in before]
-        return problem.solution(ways)
+        solved = max(0, n - self.window) if self.window else 0
+        ways[:solved] = [MATCHING_STRATEGY[part.kind] for part in problem.parts[:solved]]
+        return problem.solution(ways).removeprefix(problem.begun)
 
 
 def make_part(field: Field, kind: str, steps: list[tuple[str, int]], known: int) -> Part:

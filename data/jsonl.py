@@ -118,7 +118,7 @@ class Problem:
     difficulty: str
     answer: str
     system: str
-    explanation = ""
+    explanation = begun = ""
 
     def prompt(self) -> str:
         return self.row["prompt"]

@@ -48,7 +48,13 @@ class Tokenizer:
         return isinstance(self.inner.backend_tokenizer.model, models.WordLevel)
 
     def prompt(self, problem) -> list[int]:
-        """Return the tokens of a problem's prompt."""
+        """Return the tokens of a problem's prompt, and of the response as far as that is begun."""
+        return self.question(problem) + self.begun(problem)
+
+    def begun(self, problem) -> list[int]:
+        return self.solution(problem.begun)[:-1]
+
+    def question(self, problem) -> list[int]:
         messages = self.messages(problem)
         if self.inner.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages)

@@ -101,7 +101,8 @@ def kl_per_token(before, model, tokenizer, flags: SftConfig, task, problems: lis
 
 def answers(model, tokenizer) -> dict[str, str]:
     """Return the greedy answers by question, with dots where the token limit cut one off."""
-    asked = [SimpleNamespace(prompt=lambda q=q: q, explanation="", system="") for q in QUESTIONS]
+    plain = {"explanation": "", "system": "", "begun": ""}
+    asked = [SimpleNamespace(prompt=lambda q=q: q, **plain) for q in QUESTIONS]
     sampler = Sampler(model, tokenizer.stops, 1, 40, temperature=0)
     rollout = sampler.sample([*map(tokenizer.prompt, asked)], [(i,) for i in range(len(asked))])
     texts = zip(tokenizer.decode(rollout.response_tokens()), rollout.stopped.tolist())

@@ -397,6 +397,9 @@ class Texts:
     def __init__(self, texts: list[str]):
         self.texts = texts
 
+    def begun(self, problem) -> list[int]:
+        return []
+
     def decode(self, rows: list[list[int]]) -> list[str]:
         return [self.texts[row[0]] for row in rows]
 

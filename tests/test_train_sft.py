@@ -10,13 +10,15 @@ import torch
 from conftest import refusal, same_weights, small_model
 
 import train_grpo
-from data.finite_field import Problem, Task, is_validation
+from data.finite_field import MATCHING_STRATEGY, Problem, Task, is_validation
+from data.parse import parse_lines
 from lib import training
 from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.packing import random_position_gaps
 from lib.run_dir import read_log
 from lib.training import cosine_decay
+from strategies import split_parts, tag
 from train_grpo import GrpoConfig
 from train_sft import (
     SftConfig,
@@ -57,6 +59,28 @@ def test_loss_counts_every_token_of_the_response_and_no_other(tokenizer):
         "the word `start`, which begins every prompt, is computed once"
     )
     assert loss_sum(small_model(), batch).item() / len(batch.targets) > 1
+
+
+def test_a_window_leaves_the_last_parts_to_solve(tokenizer):
+    """What comes before them is solved as it matches, in the prompt, and is no target."""
+    config = fill_defaults(SftConfig(batch_size=60), tiny=True)
+    chosen = draw_examples(config, Task((1, 3), parts=(1, 4), window=2), 0)
+    for problem, rest in chosen:
+        solved = max(0, len(problem.parts) - 2)
+        matching = [MATCHING_STRATEGY[part.kind] for part in problem.parts]
+        assert problem.solution(matching).startswith(problem.begun)
+        tagged = tag(problem, problem.begun + rest)
+        assert tagged.error is None and list(tagged.parts[:solved]) == matching[:solved]
+        assert tag(problem, rest).parts != tagged.parts or not solved, "two parts are left"
+        assert len(split_parts(parse_lines(rest))) == min(2, len(problem.parts))
+        prompt = tokenizer.decode([tokenizer.prompt(problem)])[0].split()
+        assert prompt == f"{problem.prompt()} {problem.begun}".split()
+    batch = make_batch(tokenizer, chosen, torch.device("cpu"))
+    assert batch.targets.tolist() == sum((tokenizer.solution(rest) for _, rest in chosen), [])
+    ways = {tag(p, p.begun + rest).parts[-1] for p, rest in chosen if len(p.parts) == 4}
+    assert ways == {"forward", "backward"}, "the last parts take either"
+    with pytest.raises(ValueError, match="window"):
+        Task(window=-1)
 
 
 def test_what_prompts_share_is_computed_once_and_changes_nothing(tokenizer):
