@@ -15,10 +15,11 @@ from typing import Literal
 
 import torch
 
-from data.finite_field import EVALUATION, INVERSION
+from data.finite_field import EVALUATION, INVERSION, MATCHING_STRATEGY
 from lib.checkpoint import load_meta, newest_checkpoint
 from lib.flags import flag_name, read_json, require, user_errors, warn, write_json
 from lib.limits import core_limit
+from lib.openings import PARTS
 from lib.plots import draw_smoothly, new_figure, save
 from lib.run_dir import read_log, resumed_start
 
@@ -216,15 +217,42 @@ class Cell:
         row = self.labels | {"seed": seed}
         if evaluation is None:
             return row
-        summary, by_steps = read_json(evaluation.output)[self.side], {}
+        found = read_json(evaluation.output)
+        summary, row["by_steps"], row["by_k"] = found[self.side], {}, {}
         for steps, metrics in summary["by_difficulty"].items():
-            by_steps[steps.split()[0]] = 100 * metrics["pass@1"]
+            row["by_steps"][int(steps.split()[0])] = 100 * metrics["pass@1"]
         overall, groups = summary["overall"], {"all": summary["overall"], **summary["by_type"]}
         row |= {name: 100 * groups[name]["pass@1"] for name in ACCURACIES if name in groups}
+        row |= {name: 100 * x for name, x in overall.items() if "@" in name}
+        for name in (name for name in overall if name.startswith("verified@")):
+            row["by_k"][int(name.partition("@")[2])] = row[name]
         others = ("match_rate", "accuracy_given_match", "forward_share", "backward_share")
-        row |= {name: 100 * (overall[name] or 0.0) for name in others} | {"by_steps": by_steps}
+        row |= {name: 100 * (overall[name] or 0.0) for name in others}
+        row |= {"verified": row["verified@1"]}
+        for name in ("solved", "lost"):  # by RL, so none of SFT's own
+            row[name] = found["difference"]["overall"][name] if self.side == "after" else 0
+        if "openings" in found:
+            row |= forced_row(found["openings"][self.side])
         of_sft = sft.log()[-1]["accuracy_given_match"]
         return row | {"sft_accuracy_given_match": 100 * (of_sft or 0.0)}
+
+
+def forced_row(measured: dict) -> dict[str, float]:
+    """Return each part of lib.openings' summary, of the matching strategy and of the other one.
+
+    In percent, means over the types.
+    """
+    row = {}
+    for part in PARTS:
+        for which in ("matching", "other"):
+            found = [
+                of_one[part]["mean"]
+                for kind, matching in MATCHING_STRATEGY.items()
+                for strategy, of_one in measured[kind].items()
+                if (strategy == matching) == (which == "matching")
+            ]
+            row[f"{part}, {which}"] = 100 * fmean(found)
+    return row
 
 
 @dataclass(frozen=True)
@@ -239,7 +267,7 @@ class Plan:
     paper: dict[str, tuple] = field(default_factory=dict)  # by cell: its first columns
     measure: Callable[[Cell, list[dict]], dict] | None = None  # more of a row, from RL's log
     curves: dict | None = None  # draw curves of the logs, not bars of the table
-    by_steps: tuple[str, ...] = ()  # or the accuracy of these stages by the number of steps
+    lines: Literal["", "steps", "k"] = ""  # or lines for the stages: accuracy by steps, or by k
 
     def measured(self, rows: list[dict]) -> list[Cell]:
         """Return the cells that have rows; with --only others may have none."""
@@ -259,8 +287,8 @@ class Plan:
 
     def draw(self, rows: list[dict]):
         """Draw the rows; for curves each has the `log` of its RL run."""
-        if self.by_steps:
-            return accuracy_by_steps(rows, self.by_steps)
+        if self.lines:
+            return line_figure(rows, self.lines)
         if self.curves:
             return curve_figure(rows, self.curves)
         return bar_figure(rows, self.measured(rows), list(self.columns.values()), self.paper)
@@ -368,13 +396,17 @@ def legend_above(axis) -> None:
     axis.legend(frameon=False, ncols=5, fontsize=9, **place)
 
 
-def accuracy_by_steps(rows: list[dict], stages: tuple[str, ...]):
+def line_figure(rows: list[dict], by: str):
+    """Draw a line for each stage and seed: pass@1 by "steps", or verified@k by "k"."""
     figure, (axis,) = new_figure(6, 4, 1, 1)
-    for stage, color in zip(stages, ("0.6", "C0")):
-        for i, by_steps in enumerate(values(rows, "by_steps", stage=stage)):
-            steps = [int(n) for n in by_steps]
-            style = {"color": color, "markersize": 4, "label": stage if i == 0 else None}
-            axis.plot(steps, list(by_steps.values()), "o-", **style)
+    for color, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
+        for i, of_seed in enumerate(values(rows, f"by_{by}", stage=stage)):
+            style = {"color": f"C{color}", "markersize": 4, "label": stage if i == 0 else None}
+            axis.plot(list(of_seed), list(of_seed.values()), "o-", **style)
     axis.set(xlabel="number of steps", ylabel="pass@1 on validation problems, %", ylim=(0, 102))
+    if by == "k":
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(of_seed), list(of_seed))
+        axis.set(xlabel="k", ylabel="verified@k on validation problems, %")
     legend_above(axis)
     return figure

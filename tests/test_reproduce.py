@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import refusal, response
 
 from data.finite_field import EVALUATION, INVERSION, MATCHING_STRATEGY
-from eval import rollout_metrics, summarise
+from eval import compare, rollout_metrics, summarise
 from lib.flags import parse_flags, read_json, write_json
-from paper import experiment, reproduce
+from paper import experiment, plans, reproduce
 from paper.experiment import Experiment, ReproduceConfig, verdict_table
-from paper.reproduce import EXPERIMENTS, main
+from paper.plans import EXPERIMENTS
+from paper.reproduce import main
 
 OTHER = {"forward": "backward", "backward": "forward"}
 
@@ -42,6 +44,25 @@ def responses(
     return scored
 
 
+def unsolved(scored: list[list]) -> list[list]:
+    """Make every fifth problem one that no response solves."""
+    wrong = {"correct": False, "error": "order"}
+    return [[replace(r, **wrong) for r in g] if i % 5 == 0 else g for i, g in enumerate(scored)]
+
+
+def openings(access: float, faultless: float, other: float) -> dict:
+    """Return what eval.py --force writes: parts of the matching strategy, and of the other."""
+    measured: dict = {kind: {} for kind in MATCHING_STRATEGY}
+    for kind, matching in MATCHING_STRATEGY.items():
+        for strategy, opens, right in (
+            (matching, access, faultless),
+            (OTHER[matching], 1 - access, other),
+        ):
+            parts = {"access": opens, "execution": right, "faultless": right}
+            measured[kind][strategy] = {name: {"mean": x} for name, x in parts.items()}
+    return measured
+
+
 def write_log(folder: Path, rows: list[dict]) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,7 +77,7 @@ class FakeExperiment(Experiment):
             strategies = ("forward", "backward")
             shown = next((s for s in strategies if f"-{s[0].upper()}-" in name), "mixed")
             harder = "-rl-difficulty-easy" not in name or "parts-3-5" in name
-            seeded = "parts-1-" in name or "parts" not in name
+            seeded = "window-1" not in name
             run.output.parent.mkdir(parents=True, exist_ok=True)
             run.minutes_file.write_text("3.0")
             if run.script == "train_sft.py":
@@ -69,10 +90,20 @@ class FakeExperiment(Experiment):
             else:
                 before = responses(shown, 0.5, 0.6 if seeded else 0.0)
                 after = responses(shown, 1.0, (1.0 if harder else 0.6) if seeded else 0.0)
-                write_json(run.output, {"before": summarise(before), "after": summarise(after)})
+                if "samples" in run.flags and "force" not in run.flags:
+                    before, after = unsolved(before), after if harder else unsolved(after)
+                    before, after = ([26 * group for group in x] for x in (before, after))
+                found = {"before": summarise(before), "after": summarise(after)}
+                found["difference"] = compare(before, after)
+                if "force" in run.flags:
+                    of_start = openings(0.0 if "parts-1-2" in name else 0.5, 0.6, 0.5)
+                    of_end = openings(1.0, *((1.0, 0.9) if harder else (0.6, 0.5)))
+                    found["openings"] = {"before": of_start, "after": of_end}
+                write_json(run.output, found)
 
 
 NOT_IN_THIS_WORLD = ("on balanced validation data", "at least on the way", "70-80%", "alike")
+NOT_IN_THIS_WORLD += ("matches alone",)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -99,7 +130,7 @@ def test_table1_has_the_rows_that_others_read(tmp_path, monkeypatch):
     rows = json.loads(Path("paper/results/table1/table1.json").read_text())["rows"]
     assert len(rows) == 9
     by_name = {f"{row['model']}, {row['stage']}": row for row in rows}
-    assert set(by_name) == set(reproduce.PAPER_TABLE1)
+    assert set(by_name) == set(plans.PAPER_TABLE1)
     best, sft, easy = (by_name[name] for name in ("FB, RL 6-9", "F, SFT", "FB, RL 2-5"))
     assert (best["all"], best["inversion"], best["evaluation"], best["seed"]) == (100, 100, 100, 0)
     assert sft["evaluation"] == pytest.approx(60) and sft["inversion"] == pytest.approx(10)
@@ -157,22 +188,34 @@ def rows_of(name: str) -> list[dict]:
             {"evaluation_share": share, "stream": x, "forward_share": y, "learning": y}
             for share, x, y in ((0.5, 50, 50), (0.75, 75, 53), (0.9, 90, 58))
         ],
+        "openings": [
+            {"stage": stage, "access, matching": opens, "faultless, matching": right}
+            | {"faultless, other": right}
+            for stage, opens, right in (("SFT", 50, 60), ("RL 2-5", 99, 60), ("RL 6-9", 99, 99))
+        ],
+        "ceiling": [
+            {"stage": stage, "verified": first, "verified@256": last}
+            for stage, first, last in (("SFT", 20, 80), ("RL 2-5", 60, 80), ("RL 6-9", 99, 99))
+        ],
         "composition": [
-            {"sft": sft, "parts": parts, "stage": stage, "all": 9 if stage == "SFT" else after}
-            for sft, after in (("single parts", 9), ("1-2 parts", 60), ("1-3 parts", 90))
-            for parts in ("3-5", "4-5")
+            {"sft": sft, "stage": stage, "verified": 5 if stage == "SFT" else after}
+            for sft, after in zip(plans.SFT_PARTS, (60, 90, 5))
             for stage in ("SFT", "RL")
         ],
-        "losses": [{"loss": name, "all": 94} for name in reproduce.LOSSES],
+        "third-part": [
+            {"sft": sft, "stage": "SFT", "access, matching": opens}
+            for sft, opens in zip(plans.SFT_PARTS, (0, 50, 0))
+        ],
+        "losses": [{"loss": name, "all": 94} for name in plans.LOSSES],
         "gf13": [
-            {"model": model, "stage": stage, "all": right}
+            {"model": model, "stage": stage, "all": right, "evaluation": 99, "inversion": 99}
             for model, easy, hard in (("B", 74, 54), ("F", 73, 53), ("FB", 72, 98))
             for stage, right in (("SFT, on 2-5", easy), ("SFT", 40), ("RL 6-9", hard))
         ],
         "extreme": [{"stage": "SFT", "all": 20}, {"stage": "RL 6-15", "all": 90}],
         "robustness": [
             {"rl": rl, "model": model, "all": right}
-            for rl in reproduce.SETTINGS
+            for rl in plans.SETTINGS
             for model, right in (("B", 50), ("F", 55), ("FB", 97))
         ],
     }
@@ -181,6 +224,10 @@ def rows_of(name: str) -> list[dict]:
 
 def of(model: str, stage: str) -> dict:
     return {"model": model, "stage": stage}
+
+
+def at(sft: str, stage: str) -> dict:
+    return {"sft": sft, "stage": stage}
 
 
 # experiment, row, key, a value for which all claims hold, one for which a claim fails, that claim
@@ -213,30 +260,19 @@ BOUNDS = [
         "on balanced validation",
     ),
     ("amplification", {"evaluation_share": 0.5}, "learning", 50.9, 51.1, "on the way"),
-    (
-        "composition",
-        {"sft": "1-2 parts", "parts": "3-5", "stage": "RL"},
-        "all",
-        19,
-        18.9,
-        "compositions of two",
-    ),
-    (
-        "composition",
-        {"sft": "single parts", "parts": "3-5", "stage": "RL"},
-        "all",
-        13.9,
-        14,
-        "held none",
-    ),
-    (
-        "composition",
-        {"sft": "1-3 parts", "parts": "4-5", "stage": "RL"},
-        "all",
-        19,
-        18.9,
-        "up to three",
-    ),
+    ("openings", {"stage": "RL 2-5"}, "access, matching", 95.1, 94.9, "always"),
+    ("openings", {"stage": "RL 2-5"}, "faultless, matching", 62.9, 63.1, "no better"),
+    ("openings", {"stage": "RL 6-9"}, "faultless, matching", 65, 64.9, "executes it better"),
+    ("openings", {"stage": "RL 6-9"}, "faultless, other", 65, 64.9, "the other one, too"),
+    ("ceiling", {"stage": "RL 2-5"}, "verified", 30, 29.9, "moves verified@1"),
+    ("ceiling", {"stage": "RL 2-5"}, "verified@256", 82.9, 83.1, "not the end"),
+    ("ceiling", {"stage": "RL 6-9"}, "verified@256", 83, 82.9, "moves the end, too"),
+    ("composition", at("two of 1-5 parts", "RL"), "verified", 35, 34.9, "if SFT showed two"),
+    ("composition", at("one of 1-5 parts", "RL"), "verified", 9.9, 10, "showed one"),
+    ("composition", at("1-2 parts", "RL"), "verified", 35, 34.9, "were one and two"),
+    ("third-part", at("1-2 parts", "SFT"), "access, matching", 1.9, 2, "never opens"),
+    ("third-part", at("two of 1-5 parts", "SFT"), "access, matching", 35.1, 35, "half of the"),
+    ("gf13", of("B", "SFT, on 2-5"), "inversion", 95.1, 95, "matches alone"),
     ("gf13", of("B", "SFT, on 2-5"), "all", 70.1, 69.9, "70-80%"),
     ("gf13", of("FB", "SFT, on 2-5"), "all", 77.9, 78.1, "alike"),
     ("gf13", of("F", "RL 6-9"), "all", 69.9, 70.1, "near perfect"),
@@ -324,7 +360,7 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     assert str(runs[0]) in capsys.readouterr().out
     assert all(0 <= float(run.minutes_file.read_text()) < 1 for run in runs)
 
-    cut = lab.compare(runs[0], runs[1])
+    cut = lab.compare(runs[0], runs[1], 0)
     cut.output.write_text('{\n  "first": {\n    "pass@1": 1.0\n  }\n')  # as a full disk leaves it
     assert not cut.finished()
     cut.output.write_text('{\n  "first": 1.0\n}\n')
@@ -366,10 +402,10 @@ def test_a_laptop_evaluates_less_and_keeps_to_its_own_runs(tmp_path, monkeypatch
     lab = Experiment("x", ReproduceConfig(model="some/model", laptop=True))
     sft = lab.sft("FB", 0)
     rl = lab.rl(sft, 0, difficulty="hard")
-    assert sft.command()[5:9] == ["--model", "some/model", "--laptop", "--out"]
-    assert rl.command()[3:7] == ["--seed", "0", "--laptop", "--difficulty"]
-    comparison = str(lab.compare(sft, rl))
-    assert "--problems 128" in comparison and "--laptop" not in comparison
+    assert sft.command()[5:9] == ["--model", "some/model", "--laptop", "--epochs"]
+    assert rl.command()[3:7] == ["--seed", "0", "--laptop", "--updates"]
+    comparison = str(lab.compare(sft, rl, 5))
+    assert "--problems 128 --seed 5" in comparison and "--laptop" not in comparison
     paper = Experiment("x", ReproduceConfig(model="some/model"))
     for meta, mine, other in ((True, lab, paper), (False, paper, lab)):
         folder = sft.output / "step-3"
