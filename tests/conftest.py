@@ -1,11 +1,18 @@
 """Small random models that every test can afford."""
 
 import json
+import multiprocessing
+import os
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -14,8 +21,71 @@ from lib import tokenizer as tokenizers_of_lib
 from lib.responses import Response
 from lib.training import update_metrics
 from lib.transformer import ModelConfig, Transformer
+from paper import no_cuda
 from strategies import score_response
 from train_grpo import grpo_backward
+
+ROOT = Path(__file__).parents[1]
+BESIDE = {  # what fixtures wait for, by their names: Python's command lines
+    "complaints": ("tests/pretended_gpu.py faults", "tests/pretended_gpu.py cases"),
+    "measured": ("tests/test_trace.py",),
+}
+started: dict[str, tuple[subprocess.Popen, Path]] = {}  # by command line
+
+
+def start(command: str) -> tuple[subprocess.Popen, Path]:
+    """Start Python in the repository's root, unless that is done; what it prints goes to a file."""
+    if command not in started:
+        words, env = [sys.executable, *command.split()], os.environ | {"PYTHONPATH": str(ROOT)}
+        said = Path(tempfile.mkdtemp()) / "said"
+        with said.open("w") as out, said.with_name("errors").open("w") as err:
+            process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, env=env)
+        started[command] = process, said
+    return started[command]
+
+
+def pytest_collection_finish(session) -> None:
+    """Start beside the first tests what takes half a minute in processes of its own."""
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if not session.config.option.collectonly and not no_cuda.why_not():
+        for name in BESIDE.keys() & wanted:
+            list(map(start, BESIDE[name]))
+
+
+def pytest_unconfigure() -> None:
+    """End what nobody has waited for."""
+    for process, said in started.values():
+        process.kill(), process.wait()
+        shutil.rmtree(said.parent)
+    started.clear()
+
+
+def printed_by(fixture: str) -> str:
+    """Return what a fixture's processes have printed."""
+    printed = ""
+    for process, said in map(start, BESIDE[fixture]):
+        status, printed = process.wait(), printed + said.read_text()
+        assert status == 0, printed[-3000:] + said.with_name("errors").read_text()[-3000:]
+    return printed
+
+
+CC = """#!/bin/sh
+# Build as COMPILER does, or copy what it has built by the same command; the output's name is last.
+for output; do :; done
+kept=FOLDER/$(printf "%s " "$@" | sed "s| -o $output ||" | cksum | tr " " -)
+[ -e "$kept" ] && exec cp "$kept" "$output"
+COMPILER "$@" && cp "$output" "$kept.$$" && mv "$kept.$$" "$kept"
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_built_once(tmp_path_factory) -> None:
+    """Let all processes of the tests share the CPU's kernels, each of which takes cc a second."""
+    if compiler := shutil.which("cc"):
+        folder = tmp_path_factory.mktemp("cc")
+        (folder / "cc").write_text(CC.replace("COMPILER", compiler).replace("FOLDER", str(folder)))
+        (folder / "cc").chmod(0o755)
+        os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
 
 
 def word_tokenizer(p: int) -> tokenizers_of_lib.Tokenizer:
@@ -134,6 +204,16 @@ def free_port() -> int:
 def undrawn(monkeypatch) -> None:
     """Draw no plots, which take seconds, in tests of something else."""
     monkeypatch.setattr("lib.plots.save", lambda *_: None)
+
+
+def start_processes(function, args: tuple, size: int) -> None:
+    """Call function(rank, *args) in processes of their own, and wait for them.
+
+    They are forked from a process that has imported the libraries, which takes each 4 seconds.
+    """
+    libraries = ["torch.distributed.tensor", "transformers.modeling_utils", "sympy", "pytest"]
+    multiprocessing.set_forkserver_preload(libraries)
+    torch.multiprocessing.start_processes(function, args, size, start_method="forkserver")
 
 
 def same_weights(a: Transformer, b: Transformer) -> bool:

@@ -42,20 +42,29 @@ COMMANDS = {
 }
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A working folder: checkpoints good/step-3 and broken/step-3, a broken log, a real model."""
-    monkeypatch.chdir(tmp_path)
-    make_pretrained(tmp_path / "pretrained")
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """Checkpoints good/step-3 and broken/step-3, a broken log, and a pretrained model."""
+    folder = tmp_path_factory.mktemp("original")
+    make_pretrained(folder / "pretrained")
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters())
     training = {"stage": "sft", "field": 11, "relabel": "fixed", "total": 3, "lr": 0.003}
-    save_checkpoint(tmp_path / "good", 3, model, word_tokenizer(11), optimizer, training).result()
-    shutil.copytree("good", "broken")
-    weights = Path("broken/step-3/model.safetensors")
+    save_checkpoint(folder / "good", 3, model, word_tokenizer(11), optimizer, training).result()
+    shutil.copytree(folder / "good", folder / "broken")
+    weights = folder / "broken/step-3/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    Path("log").mkdir()
-    Path("log/metrics.jsonl").write_text('{"update": 1}\n{"update": 2\n{"update": 3}\n')
+    (folder / "log").mkdir()
+    rows = '{"update": 1}\n{"update": 2\n{"update": 3}\n'
+    (folder / "log/metrics.jsonl").write_text(rows)
+    return folder
+
+
+@pytest.fixture
+def place(original, tmp_path, monkeypatch) -> Path:
+    """A working folder with copies of these."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -467,7 +467,7 @@ def test_training_goes_on_where_nobody_reads_its_bar(tmp_path, monkeypatch):
     assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 4
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_closed_terminal_saves_as_a_kill_does(number, tmp_path, monkeypatch, capsys):
     real = training.optimizer_step
 

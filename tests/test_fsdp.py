@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import make_pretrained, refusal
+from conftest import make_pretrained, refusal, start_processes
 from torch.distributed.tensor import DTensor
 
 import strategies
 import train_grpo
 import train_sft
-from lib import plots
+from lib import checkpoint, plots
 from lib.checkpoint import load_model
 from lib.distributed import World, init_distributed
 from lib.run_dir import read_log
+from lib.transformer import ModelConfig
 from strategies import Response, score_response
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -49,7 +49,9 @@ PRETRAINED = {
     "gradient_checkpointing": True,
     "no_chat_template": True,
     "keep": 0,
+    "updates": 1,
 }
+SMALLER = ModelConfig(0, hidden_size=96, intermediate_size=288, num_hidden_layers=2)
 
 
 def score_by_checksum(problem, text: str, stopped: bool) -> Response:
@@ -60,6 +62,7 @@ def score_by_checksum(problem, text: str, stopped: bool) -> Response:
 
 def train(folder: Path, world: World, fsdp: bool, resume: bool = False) -> None:
     strategies.score_response, plots.save = score_by_checksum, lambda *_: None
+    checkpoint.TINY = SMALLER
     flags = {"precision": "fp32", "fsdp": fsdp, "resume": resume}
     train_sft.main(train_sft.SftConfig(out=str(folder / "sft"), **SFT, **flags), world)
     init = folder.parent / "start" / "step-2"
@@ -104,14 +107,15 @@ def close(ours: list[dict], theirs: list[dict]) -> bool:
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_training_equals_whole_training(size, tmp_path, free_port, monkeypatch, undrawn):
     """Log, weights and optimizer; and a sharded run resumes unsharded on fewer processes."""
-    for module, name in ((strategies, "score_response"), (plots, "save")):
+    for module, name in ((strategies, "score_response"), (plots, "save"), (checkpoint, "TINY")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back what `train` patches
+    checkpoint.TINY = SMALLER
     make_pretrained(tmp_path / "pretrained", "qwen3", vocab_size=300)  # rows that no token has
     train_sft.main(
         train_sft.SftConfig(out=str(tmp_path / "start"), **(SFT | {"updates": 2, "save_every": 1})),
         ONE,
     )
-    mp.start_processes(_process, (size, free_port, tmp_path), nprocs=size, start_method="spawn")
+    start_processes(_process, (size, free_port, tmp_path), size)
     train(tmp_path / "whole", ONE, fsdp=False)
     for stage in ("sft", "rl"):
         assert close(log(tmp_path / "sharded" / stage), log(tmp_path / "whole" / stage)), stage

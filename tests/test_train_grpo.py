@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import backward, score_groups, small_model
+from conftest import backward, score_groups, small_model, start_processes
 
 import train_grpo
 from data.finite_field import Problem, Task
@@ -158,9 +157,7 @@ def _process(rank: int, size: int, port: int, folder: str) -> None:
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, size, free_port):
     """Bug: token counts taken on each process (trl #3231, open-instruct #1161)."""
-    mp.start_processes(
-        _process, (size, free_port, str(tmp_path)), nprocs=size, start_method="spawn"
-    )
+    start_processes(_process, (size, free_port, str(tmp_path)), size)
     whole, metrics = batch.gradient(), batch.metrics
     for rank in range(size):
         theirs, their_metrics = torch.load(tmp_path / str(rank))
