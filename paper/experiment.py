@@ -155,7 +155,7 @@ class Experiment:
         """Print the table and the verdicts, and write them with the rows and the figure."""
         minutes_files = [run.minutes_file for run in self.runs.values()]
         minutes = sum(float(file.read_text()) for file in minutes_files if file.exists())
-        summary = f"The commands, which took {minutes:.0f} minutes in all"
+        summary = "The commands" + f", which took {minutes:.0f} minutes in all" * (minutes > 0)
         commands = "\n".join(map(str, self.runs.values()))
         details = f"<details><summary>{summary}</summary>\n\n```\n{commands}\n```\n\n</details>\n"
         text = "\n\n".join([table, verdict_table(verdicts), details])
