@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -60,6 +61,11 @@ class Run:
 
     def __str__(self) -> str:
         return shlex.join(["python", *self.command()])
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """When it can run: after the scripts before, and after RL that it goes on from."""
+        return SCRIPTS.index(self.script), self.output.name.count("-rl-")
 
     def finished(self) -> bool:
         """Return whether its result is complete. Refuse one of other flags or another start."""
@@ -138,15 +144,14 @@ class Experiment:
         jobs = self.config.jobs or (1 if large else n_cores)
         threads = str(max(1, n_cores // jobs))
         environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-        runs = sorted(self.runs.values(), key=lambda run: SCRIPTS.index(run.script))
+        runs = sorted(self.runs.values(), key=lambda run: run.turn)
         left = [run for run in runs if not run.finished()]
         heading = f"{self.name}: {len(left)} of {len(runs)} commands are left"
         print(heading, *left, sep="\n", flush=True)
         try:
-            for script in SCRIPTS:
+            for _, side_by_side in groupby(left, key=lambda run: run.turn):
                 with ThreadPoolExecutor(jobs) as pool:
-                    of_script = [run for run in left if run.script == script]
-                    list(pool.map(lambda run: execute(run, environment, jobs == 1), of_script))
+                    list(pool.map(lambda run: execute(run, environment, jobs == 1), side_by_side))
         except KeyboardInterrupt:  # a terminal sends it to the commands, too, which have saved now
             warn("stopped; the same command goes on from here")
             raise
@@ -207,6 +212,7 @@ class Cell:
     side: Literal["before", "after"] = "after"  # RL: the model that the row is about
     sft: dict = field(default_factory=dict)  # flags of train_sft.py
     sft_tiny: dict = field(default_factory=dict)  # more of them, without --model
+    rl_first: dict = field(default_factory=dict)  # flags of a run of RL before, if there is one
 
     @property
     def name(self) -> str:

@@ -253,34 +253,32 @@ EXPERIMENTS["amplification"] = Plan(
 # ------------------------------------------------------------------------------------------------
 # Composition: RL on more parts than SFT held
 
-SFT_PARTS = {  # what SFT shows: flags of train_sft.py
-    "1-2 parts": {"parts": "1-2"},
-    "two of 1-5 parts": {"parts": "1-5", "window": 2},
-    "one of 1-5 parts": {"parts": "1-5", "window": 1},
+SFT_PARTS = {  # what SFT shows, with all that comes before solved in the prompt
+    "the last two parts": {"parts": "1-5", "window": 2},
+    "the last part": {"parts": "1-5", "window": 1},
 }
 SIDES = {"SFT": "before", "RL": "after"}
-TO_COMPOSE = EASY | {"parts": "3-5", "updates": 150}
+TWO_THREE, THREE_FIVE = ({"parts": parts, "updates": 100} for parts in ("2-3", "3-5"))
 
 
 def compositions(evaluation: dict) -> list[Cell]:
     return [
-        Cell({"sft": name, "stage": stage}, "FB", TO_COMPOSE, EASY | evaluation, side, flags)
+        Cell({"sft": name, "stage": stage}, "FB", EASY | THREE_FIVE, EASY | evaluation, side,
+             flags, {"updates": 1600}, rl_first=EASY | TWO_THREE)
         for name, flags in SFT_PARTS.items()
         for stage, side in SIDES.items()
-    ]
+    ]  # fmt: skip
 
 
 EXPERIMENTS["composition"] = Plan(
-    "RL on 3-5 parts; SFT on up to two, or on the last two or the last one of up to five",
+    "RL on 2-3 and then 3-5 parts; SFT on the last two parts or the last one of up to five",
     compositions({"parts": "3-5"}),
     "Compositions of 3-5 parts, by what SFT showed. In %:",
     [
-        Claim("RL learns 3-5 parts if SFT showed two, as a problem's last: verified, by 30 points",
-              grows(30), series("verified", "stage", SIDES, sft="two of 1-5 parts")),
-        Claim("and not if it showed one, as a problem's last",
-              stays(5), series("verified", "stage", SIDES, sft="one of 1-5 parts")),
-        Claim("RL learns 3-5 parts if all that SFT showed were one and two parts",
-              grows(30), series("verified", "stage", SIDES, sft="1-2 parts")),
+        Claim("RL learns 3-5 parts if SFT showed two: verified, by 30 points or more",
+              grows(30), series("verified", "stage", SIDES, sft="the last two parts")),
+        Claim("and not if it showed one",
+              stays(5), series("verified", "stage", SIDES, sft="the last part")),
     ],
     {"pass@1": "all", "verified": "verified", "every part matches": "match_rate"},
     curves={"reward on 3-5 parts": series("reward", "sft", SFT_PARTS, stage="RL")},
@@ -291,11 +289,10 @@ EXPERIMENTS["third-part"] = Plan(
     compositions({"parts": "3", "given": 2, "force": "both", "samples": 16}),
     "The third part, after two that are given. In %:",
     [
-        Claim("(ours) SFT on 1-2 parts never opens a third", below(2),
-              series("access, matching", "sft", ["1-2 parts"], stage="SFT")),
-        Claim("(ours) SFT on two of 1-5 parts opens it half of the time as it matches",
-              lambda found: 35 < found < 65,
-              series("access, matching", "sft", ["two of 1-5 parts"], stage="SFT")),
+        Claim("(ours) either SFT carries out a third part: without a wrong line above 90%",
+              above(90), series("faultless, matching", "sft", SFT_PARTS, stage="SFT")),
+        Claim("(ours) RL on compositions opens it as it matches, if SFT showed two", above(95),
+              series("access, matching", "sft", ["the last two parts"], stage="RL")),
     ],
     FORCED,
 )  # fmt: skip

@@ -30,7 +30,8 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
         chosen = experiment if config.only in ("", cell.model) else others
         flags = cell.sft if config.model else cell.sft_tiny | cell.sft
         sft = chosen.sft(cell.model, seed, **flags)
-        rl, evaluation = chosen.rl(sft, seed, **cell.rl), None
+        start = chosen.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
+        rl, evaluation = chosen.rl(start, seed, **cell.rl), None
         if cell.evaluation is not None:
             evaluation = chosen.compare(sft, rl, seed, **cell.evaluation)
         planned.append((cell, seed, sft, rl, evaluation))
