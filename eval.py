@@ -11,7 +11,7 @@ unbiased estimate of Chen et al. (arXiv 2107.03374, equation 1); verified@k coun
 that hold no wrong line and no guess. Intervals are 95%, over problems: Wilson's for a pass rate,
 conservative for several samples a problem; for a paired difference Bonett and Price's (2012)
 adjusted interval, non-zero even if every problem changes by the same amount; for the parts of the
-gain a bootstrap. paper/README.md explains the split, lib/openings.py what --force measures.
+imputed split a bootstrap. paper/README.md explains it, lib/openings.py what --force measures.
 """
 
 from collections import Counter
@@ -19,8 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
-
-from tqdm import tqdm
 
 from data import load_problems
 from data.finite_field import BACKWARD, FORWARD
@@ -41,8 +39,9 @@ from lib.policy import DTYPES
 from lib.responses import NONE, Response, Scored, by_number, response_rows, show
 from lib.run_dir import choose_checkpoints
 from lib.stats import paired_interval, pass_at_k, wilson
-from lib.tables import comparison_table, openings_table, split_table, table
+from lib.tables import comparison_table, openings_tables, table
 from lib.tokenizer import Tokenizer
+from lib.training import ProgressBar
 from rollout import Sampler
 from strategies import STRATEGIES, lines_of, score_rollout
 
@@ -83,7 +82,7 @@ def evaluate(
     problems: list,
     seed: int,
     purpose: str = "evaluation sampling",
-    bar: tqdm | None = None,
+    bar: ProgressBar | None = None,
 ) -> Scored:
     """Sample and score a group of responses to each problem.
 
@@ -216,7 +215,8 @@ def paired_difference(before: Scored, after: Scored) -> dict:
 def compare(before: Scored, after: Scored) -> dict:
     """Return paired differences overall, by type and by difficulty.
 
-    `solved` and `lost` count problems with a right response only after, or only before.
+    `solved` and `lost` count problems with a right response (of the paper's task: a verified one)
+    only after, or only before.
     """
     differences: dict = {"overall": paired_difference(before, after)}
     counts = (list(right_counts(scored).values())[-1] for scored in (before, after))
@@ -243,7 +243,7 @@ def report(
 
     `forced`: what --force has measured of each
     """
-    summaries, reasons = [summarise(of_one) for of_one in scored.values()], None
+    summaries, reasons, imputed = [summarise(of_one) for of_one in scored.values()], None, None
     if len(scored) == 1:
         named, metrics = {"": summaries[0]}, summaries[0]
         text = table(metrics)
@@ -253,20 +253,17 @@ def report(
         metrics = named | {"difference": difference, "reasons": reasons}
         text = comparison_table(*summaries, difference, reasons, CAUSES)
     if forced:
-        measured = dict(zip(named, map(openings.summarise, forced)))
-        metrics = metrics | {"openings": measured}
-        change = openings.summarise(forced[-1], forced[0]) if reasons else None
-        text += f"\n\n{openings_table(measured, change)}"
-        if reasons and len(forced[0].strategies) == 2:
-            metrics |= {"openings_change": change, "measured_split": openings.split(*forced)}
-            text += f"\n\n{split_table(metrics['measured_split'], reasons)}"
+        metrics = metrics | openings.compare(dict(zip(named, forced)))
+        kinds = [group[0].kind for group in next(iter(scored.values()))]
+        imputed = reasons if kinds == forced[0].kinds else None  # of one part, so comparable
+        text += f"\n\n{openings_tables(metrics, imputed)}"
     if json:
         with user_errors():
             write_json(json, {"checkpoints": list(scored), **metrics})
     if plot:
         from lib.plots import plot_evaluation  # matplotlib takes a second to import
 
-        plot_evaluation(named, plot, metrics)
+        plot_evaluation(named, plot, metrics | {"imputed": imputed})
     return text
 
 
@@ -304,10 +301,9 @@ def main(config: EvalConfig, world: World) -> None:
     require(bool(config.data) or fields[0] == fields[-1], message)
     task, problems = load_problems(config, config.problems, *fields[0])
     strategies = {"none": [], "both": [FORWARD, BACKWARD]}.get(config.force, [config.force])
-    intervenes = bool(strategies or config.given)
-    require(not (intervenes and config.data), "--force and --given are of the paper's task")
+    given, intervenes = config.given, bool(strategies or config.given)
     fewest = min(len(problem.parts) for problem in problems) if intervenes else 1
-    require(config.given < fewest, f"--given {config.given} needs --parts of more than so many")
+    require(given < fewest, f"--given {given} needs problems of at least {given + 1} --parts")
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
     def score_checkpoint(path: Path) -> tuple[Scored, openings.Openings | None]:
@@ -321,24 +317,24 @@ def main(config: EvalConfig, world: World) -> None:
         sampler = Sampler(model, tokenizer.stops, samples, budget, temperature)
         if not intervenes:
             return evaluate(sampler, tokenizer, problems, config.seed, bar=bar), None
-        of_forced = {}
-        for way in ("", *strategies):
-            begun = [replace(x, begun=x.begin(config.given, way)) for x in problems]
-            how = (config.seed, f"evaluation sampling {way}".strip(), bar)
-            of_forced[way] = evaluate(sampler, tokenizer, begun, *how)
-        free = of_forced.pop("")
+        forced = {}
+        for strategy in ("", *strategies):  # "": free
+            begun = [replace(x, begun=x.begin(given, strategy)) for x in problems]
+            stream = f"evaluation sampling {strategy}".strip()
+            forced[strategy] = evaluate(sampler, tokenizer, begun, config.seed, stream, bar)
+        free = forced.pop("")
         pairs = zip(problems, free, strict=True)
-        opened = [[x.opened(r.response, config.given) for r in group] for x, group in pairs]
-        kinds = [problem.parts[config.given].kind for problem in problems]
-        return free, openings.measure(kinds, opened, free, of_forced) if strategies else None
+        opened = [[x.opened(r.response, given) for r in group] for x, group in pairs]
+        kinds = [problem.parts[given].kind for problem in problems]
+        return free, openings.measure(kinds, opened, free, forced) if strategies else None
 
     total = len(paths) * (1 + len(strategies)) * len(problems) * samples
-    with tqdm(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:
-        found = [score_checkpoint(path) for path in paths]  # one model in memory at a time
-    scored = {str(path): free for path, (free, _) in zip(paths, found)}
-    forced = [of_one for _, of_one in found if of_one]
+    with ProgressBar(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:
+        measured = [score_checkpoint(path) for path in paths]  # one model in memory at a time
+    scored = {str(path): free for path, (free, _) in zip(paths, measured)}
+    forced = [of_one for _, of_one in measured if of_one]
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
-    which = f"{len(problems)} validation {task.about}"
+    which = f"{len(problems)} validation {task.about}" + f", {given} parts given" * bool(given)
     files = config.json and Path(config.json), config.plot and Path(config.plot)
     text = report(scored, *files, forced)
     print(f"{' -> '.join(scored)}: {which}, {how}; in %\n\n{text}")

@@ -19,7 +19,7 @@ problem.where                               file and line, for messages
 from lib.flags import flag_name, require, user_errors
 
 OF_THE_PAPER = ("difficulty", "steps", "parts", "field", "relabel", "evaluation_share")
-OF_THE_PAPER += ("strategy", "window")
+OF_THE_PAPER += ("strategy", "window", "force", "given")
 
 
 @user_errors()

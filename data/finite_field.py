@@ -194,23 +194,26 @@ class Problem:
         lines.append(f"{closes} {name(value)}")
         return lines, value
 
-    def begin(self, parts: int, strategy: str = "") -> str:
-        """Return a solution's first `parts` parts, without a fault or a guess, and the words that
-        open the next one in `strategy`, before its element: `start`, `end` or `guess end`."""
+    def begin(self, given: int, strategy: str = "") -> str:
+        """Return the beginning of a solution: its first parts, and the next one's first words.
+
+        given: how many parts, without a fault or a guess
+        strategy: whose words open the next part: `start`, `end` or `guess end`; "" for none
+        """
         lines, carried = [], self.parts[0].given
-        for i, part in enumerate(self.parts[:parts]):
+        for i, part in enumerate(self.parts[:given]):
             part_lines, carried = self.part_solution(i, MATCHING_STRATEGY[part.kind], carried)
             lines += part_lines
         if strategy:
-            guess = strategy != MATCHING_STRATEGY[self.parts[parts].kind]
+            guess = strategy != MATCHING_STRATEGY[self.parts[given].kind]
             lines.append("guess " * guess + {FORWARD: "start", BACKWARD: "end"}[strategy])
         return "\n".join(lines)
 
-    def opened(self, response: str, parts: int) -> str:
-        """Return the strategy whose words open the part behind the first `parts`, "" for none."""
+    def opened(self, response: str, given: int) -> str:
+        """Return the strategy that opens the part behind the `given` ones, "" for neither."""
         words = response.split()
         for strategy in (FORWARD, BACKWARD):
-            begun = self.begin(parts, strategy).split()
+            begun = self.begin(given, strategy).split()
             if words[: len(begun)] == begun:
                 return strategy
         return ""
@@ -259,7 +262,7 @@ class Task:
         task = replace(self, steps=(self.steps[1],) * 2, parts=(self.parts[1],) * 2)
         longest = [task.sample(rng, "train") for _ in range(64)]
         others = [self.sample(rng, "train") for _ in range(200)]
-        solutions = [p.solution(way) for p in longest for way in (FORWARD, BACKWARD)]
+        solutions = [self.solution(p, way, rng) for p in longest for way in (FORWARD, BACKWARD)]
         return longest + others, solutions
 
     @staticmethod
@@ -293,8 +296,7 @@ class Task:
             first_label = rng.randint(1, MAX_LABEL - labels + 1)
             problem = Problem(field, tuple(parts), first_label, self.relabel == "shown")
             if is_validation(problem) == (split == "validation"):
-                solved = max(0, len(parts) - self.window) if self.window else 0
-                return replace(problem, begun=problem.begin(solved))
+                return replace(problem, begun=problem.begin(self.solved(problem)))
         raise ValueError(f"this task has no {split} problems, or hardly any")
 
     def validation(self, n: int, rng: random.Random) -> list[Problem]:
@@ -313,9 +315,13 @@ class Task:
         """
         n, mixed = len(problem.parts), strategy == "mixed"
         ways = [rng.choice((FORWARD, BACKWARD)) if mixed else strategy for _ in range(n)]
-        solved = max(0, n - self.window) if self.window else 0
+        solved = self.solved(problem)
         ways[:solved] = [MATCHING_STRATEGY[part.kind] for part in problem.parts[:solved]]
         return problem.solution(ways).removeprefix(problem.begun)
+
+    def solved(self, problem: Problem) -> int:
+        """Return how many parts stand solved in the prompt, before the window."""
+        return max(0, len(problem.parts) - self.window) if self.window else 0
 
 
 def make_part(field: Field, kind: str, steps: list[tuple[str, int]], known: int) -> Part:

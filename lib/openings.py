@@ -7,15 +7,16 @@ to right, so to put these words before its response is to ask what it does after
     execution  the accuracy of responses that must open with it
     faultless  the share of these without a wrong line: a wrong guess may be carried through well
 
-Accuracy is access times execution, summed over the strategies. So a gain can be split by what each
-strategy achieves on every problem, measured before and after, where lib/gain.py has to guess the
-accuracy of a strategy that a problem's responses did not take. Free and forced responses are
-sampled apart, so the errors of access and execution do not depend on each other, and the parts are
-right on average.
+Accuracy is access times execution, summed over the strategies, and what responses that open
+otherwise get right. So a gain can be split by what each strategy achieves on every problem,
+measured before and after, where lib/gain.py has to guess the accuracy of a strategy that a
+problem's responses did not take. Free and forced responses are sampled apart, so the errors of
+access and execution do not depend on each other, and the parts are right on average.
 
 Arrays are (X, S) for X problems and S strategies.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +25,11 @@ import numpy as np
 from lib.responses import Scored
 from lib.stats import mean_interval
 
-PARTS = ("access", "execution", "faultless")
+PARTS = {  # and their headings
+    "access": "opens this way",
+    "execution": "right if forced",
+    "faultless": "no wrong line",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,6 @@ class Openings:
     access: np.ndarray  # (X, S)
     execution: np.ndarray  # (X, S)
     faultless: np.ndarray  # (X, S)
-    accuracy: np.ndarray  # (X,) of free responses
     right_otherwise: np.ndarray  # (X,) the share of free responses that open otherwise, but right
 
     def groups(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -65,8 +69,7 @@ def measure(kinds: list[str], opened: list, free: Scored, forced: dict[str, Scor
         for what in ("correct", "faultless")
     )
     rest = np.array([otherwise(*of_problem) for of_problem in zip(opened, free, strict=True)])
-    accuracy = rates(free, "correct")
-    return Openings([*forced], kinds, np.array(access), execution, faultless, accuracy, rest)
+    return Openings([*forced], kinds, np.array(access), execution, faultless, rest)
 
 
 def summarise(openings: Openings, before: Openings | None = None) -> dict:
@@ -77,26 +80,39 @@ def summarise(openings: Openings, before: Openings | None = None) -> dict:
         for part in PARTS:
             values, describe = getattr(openings, part), level
             if before:
-                values, describe = values - getattr(before, part), gain
+                values, describe = values - getattr(before, part), change
             for i, strategy in enumerate(openings.strategies):
                 summary[name][strategy][part] = describe(values[chosen, i])
     return summary
+
+
+def compare(named: dict[str, Openings]) -> dict:
+    """Return what one policy does, or two, by name, what has changed, and the split of the gain."""
+    result: dict = {"openings": {name: summarise(of_one) for name, of_one in named.items()}}
+    if len(named) == 2:
+        before, after = named.values()
+        result["openings_change"] = summarise(after, before)
+        if len(before.strategies) == 2:
+            result["measured_split"] = split(before, after)
+    return result
 
 
 def level(values: np.ndarray) -> dict:
     return {"mean": float(values.mean()), "ci95": mean_interval(values, (0.0, 1.0), 0.0)}
 
 
-def gain(values: np.ndarray) -> dict:
-    """Return a mean change and its interval: half an adjustment, as parts of a gain are small."""
-    return {"mean": float(values.mean()), "ci95": mean_interval(values, (-0.5, 0.5), -1.0)}
+def change(values: np.ndarray) -> dict:
+    """Return a mean change; its interval is as if one more problem had gained all, or lost all."""
+    added = (math.sqrt(0.5), -math.sqrt(0.5))
+    return {"mean": float(values.mean()), "ci95": mean_interval(values, added, -1.0)}
 
 
 def split(before: Openings, after: Openings) -> dict:
     """Return selection and improvement from measured accuracies, by type.
 
-    What opens with none of the strategies counts as selection. `gain` is that of free responses,
-    from which the parts' sum differs by the noise of two samples.
+    By convention all that responses which open otherwise bring counts as selection, and, where a
+    problem has several parts, strategies in the parts behind the opened one as improvement. The sum
+    differs from the gain of free responses by the noise of both samples.
     """
     execution = (before.execution + after.execution) / 2
     selection = ((after.access - before.access) * execution).sum(1)  # (X,)
@@ -104,8 +120,7 @@ def split(before: Openings, after: Openings) -> dict:
     access = (before.access + after.access) / 2
     improvement = (access * (after.execution - before.execution)).sum(1)
     parts = {"selection": selection, "improvement": improvement}
-    parts["gain"] = after.accuracy - before.accuracy
     return {
-        name: {part: gain(values[chosen]) for part, values in parts.items()}
+        name: {part: change(values[chosen]) for part, values in parts.items()}
         for name, chosen in before.groups()
     }

@@ -16,15 +16,11 @@ os.environ["MPLBACKEND"] = "agg"  # a name that matplotlib does not know would e
 from matplotlib.figure import Figure
 
 from lib.flags import parse_flags, quiet_pipes, require, require_writable, user_errors
+from lib.openings import PARTS
 from lib.run_dir import read_log
 
 STRATEGY_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "lightgrey", "tab:green", "tab:brown")
 CAUSE_COLOURS = ("tab:red", "tab:olive", "lightgrey")
-PARTS = {  # of lib.openings' summaries, and titles
-    "access": "Access: free responses that open so",
-    "execution": "Execution: right, if they have to open so",
-    "faultless": "and no wrong line, whatever was guessed",
-}
 LINE_STYLES = ("-", "--", ":")
 MANY_SAMPLES = 16  # responses to a problem, from which pass@k is drawn as a curve
 
@@ -70,7 +66,7 @@ def plot_evaluation(summaries: dict[str, dict], path: Path, metrics: dict) -> No
     if "openings" in metrics:
         rows.append([(draw_openings, metrics["openings"], part) for part in PARTS])
     if "measured_split" in metrics:
-        rows[1].append((draw_split, metrics["measured_split"], metrics["reasons"]))
+        rows[1].append((draw_split, metrics["measured_split"], metrics["imputed"]))
     columns = max(map(len, rows))
     figure, axes = new_figure(5.5 * columns, 4 * len(rows), len(rows), columns)
     for panels, of_row in zip(rows, axes.reshape(len(rows), columns)):
@@ -180,21 +176,22 @@ def draw_openings(axis, measured: dict[str, dict], part: str) -> None:
         axis.bar(x, [value["mean"] for value in values], 0.38, **style)
         draw_intervals(axis, x, values, "mean", fmt="none", ecolor="black", elinewidth=0.9)
     axis.set_xticks(range(len(columns)), [f"{kind}\n{s}" for kind, s in columns], fontsize=8)
-    axis.set(ylim=(0, 1.02), ylabel="share of responses", title=PARTS[part])
+    axis.set(ylim=(0, 1.02), ylabel="share of responses", title=f"{part}: {PARTS[part]}")
     legend_below(axis)
 
 
-def draw_split(axis, split: dict, reasons: dict) -> None:
-    """Draw the split of the gain as measured by forced openings, and as imputed without them."""
+def draw_split(axis, split: dict, reasons: dict | None) -> None:
+    """Draw the split of the gain as measured by forced openings, and as imputed if it is."""
     x = np.arange(len(split))
     for i, (part, colour) in enumerate((("selection", "tab:green"), ("improvement", "tab:olive"))):
         at, measured = x + 0.4 * i - 0.2, [of_group[part] for of_group in split.values()]
         style = {"color": colour, "label": f"{part}, measured"}
         axis.bar(at, [value["mean"] for value in measured], 0.38, **style)
         draw_intervals(axis, at, measured, "mean", fmt="none", ecolor="black", elinewidth=0.9)
-        imputed = {"all": reasons["overall"], **reasons["by_type"]}
-        means = [imputed[name][part]["mean"] if name in imputed else np.nan for name in split]
-        axis.plot(at, means, "kx", label="imputed" if i == 0 else None)
+        if reasons:
+            imputed = {"all": reasons["overall"], **reasons["by_type"]}
+            means = [imputed[name][part]["mean"] for name in split]
+            axis.plot(at, means, "kx", label="imputed" if i == 0 else None)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(x, list(split), fontsize=8)
     axis.set(ylabel="change of accuracy", title="Why accuracy changed, measured")

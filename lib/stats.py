@@ -20,7 +20,7 @@ def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
 def mean_interval(values, added: tuple[float, float], low: float) -> list[float]:
     """Return an interval, within `low` and 1, of the mean of problems' values (n,).
 
-    It is the normal one after two more values are `added`, as by Agresti and Coull (1998): so it
+    It is the normal one after two more values are `added`, as by Agresti and Caffo (2000): so it
     has a width even if all problems are alike.
     """
     adjusted = np.append(values, added)

@@ -1,5 +1,7 @@
 """Tables of eval.py's metrics, in percent."""
 
+from lib.openings import PARTS
+
 
 def rows_of(summary: dict) -> dict[str, dict]:
     return {"all": summary["overall"], **summary["by_type"], **summary["by_difficulty"]}
@@ -78,31 +80,37 @@ def comparison_table(before: dict, after: dict, difference: dict, reasons: dict,
     return f"{format_table(rows)}\n{note}\n{found}"
 
 
-def openings_table(measured: dict[str, dict], change: dict | None) -> str:
-    """Format lib.openings' summaries of one policy or two, by name, and what has changed."""
-    headings = {"access": "opens so", "execution": "right if forced", "faultless": "no wrong line"}
+def openings_tables(metrics: dict, reasons: dict | None) -> str:
+    """Format what lib.openings.compare returns, and beside its split that of lib.gain, if given."""
+    measured, change = metrics["openings"], metrics.get("openings_change")
     rows, groups = [["forced openings"]], next(iter(measured.values()))
-    for part in headings:
-        rows[0] += [headings[part]] + ["change"] * bool(change)
+    for heading in PARTS.values():
+        rows[0] += [heading] + ["change"] * bool(change)
     pairs = [(kind, strategy) for kind in groups if kind != "all" for strategy in groups[kind]]
     for kind, strategy in pairs:
         row = [f"{kind}, {strategy}"]
-        for part in headings:
-            found = (of_one[kind][strategy][part]["mean"] for of_one in measured.values())
-            row.append(" -> ".join(map(percent, found)))
+        for part in PARTS:
+            means = (of_one[kind][strategy][part]["mean"] for of_one in measured.values())
+            row.append(" -> ".join(map(percent, means)))
             row += [signed(change[kind][strategy][part])] if change else []
         rows.append(row)
-    return format_table(rows)
+    text = format_table(rows)
+    if split := metrics.get("measured_split"):
+        text += f"\n\n{split_table(split, reasons)}"
+    return text
 
 
-def split_table(split: dict, reasons: dict) -> str:
-    """Format the split of a gain by lib.openings, and beside it that of lib.gain."""
-    rows = [["the split, measured", "selection", "imputed", "improvement", "imputed"]]
-    imputed = rows_of(reasons)
-    for name, parts in split.items():
+def split_table(split: dict, reasons: dict | None) -> str:
+    """Format the split of a gain by lib.openings, and beside it that of lib.gain, if given."""
+    parts = ("selection", "improvement")
+    rows = [["the split, measured"]]
+    for part in parts:
+        rows[0] += [part] + ["imputed"] * bool(reasons)
+    imputed = rows_of(reasons) if reasons else {}
+    for name, measured in split.items():
         row = [name]
-        for part in ("selection", "improvement"):
-            guessed = f"{100 * imputed[name][part]['mean']:+.1f}" if name in imputed else "-"
-            row += [signed(parts[part]), guessed]
+        for part in parts:
+            row.append(signed(measured[part]))
+            row += [f"{100 * imputed[name][part]['mean']:+.1f}"] if reasons else []
         rows.append(row)
     return format_table(rows)

@@ -100,8 +100,8 @@ class Tokenizer:
 
         After a stop token models say anything. White space behind it does not count.
         """
-        prompts = [self.prompt(problem) for problem in problems]
-        for problem, prompt, text in zip(problems, prompts, self.decode(prompts)):
+        questions = [self.question(problem) for problem in problems]
+        for problem, prompt, text in zip(problems, questions, self.decode(questions)):
             asked, at = [m["content"] for m in self.messages(problem)], in_file(problem)
             held = all(" ".join(x.split()) in " ".join(text.split()) for x in asked)
             require(held, f"{at}the model's prompts do not hold the problem ({NO_TEMPLATE})")
@@ -110,7 +110,7 @@ class Tokenizer:
                 require(token not in self.stops, ends)
                 if self.decode([[token]])[0].strip():
                     break
-        return prompts
+        return [self.prompt(problem) for problem in problems]
 
     def require_vocabulary(self, words: list[str]) -> None:
         """Refuse a tokenizer that cannot write these words."""

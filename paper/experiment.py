@@ -133,8 +133,9 @@ class Experiment:
             flags["temperature"] = 0.7
         if self.config.laptop:
             flags["problems"] = 128
-        out = after.output / f"{name_of('compared', flags)}.json"
-        flags = flags | {"seed": seed, "json": out}
+        flags = flags | {"seed": seed}
+        out = after.output / f"{name_of('evaluated', flags)}.json"
+        flags["json"] = out
         return self.add("eval.py", out, str(before.output), str(after.output), **flags)
 
     def run(self) -> None:
@@ -376,7 +377,7 @@ def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict
     if paper:
         axis.plot([], [], "k-", label="paper")
     axis.plot([], [], "k.", label="a seed")
-    axis.set(xticks=range(len(cells)), ylim=(0, 102), ylabel="pass@1, %")
+    axis.set(xticks=range(len(cells)), ylim=(0, 102), ylabel="%")
     axis.set_xticklabels([cell.name.replace(", ", "\n") for cell in cells], fontsize=9)
     legend_above(axis)
     return figure

@@ -110,11 +110,11 @@ EXPERIMENTS["table1"] = Plan(
 # Cause: what a policy could do, before and after RL: our questions, to the runs of table 1
 
 FORCED = {  # headings and keys of what eval.py --force measures, means over both types
-    "opens as it matches": "access, matching",
-    "right, if forced": "execution, matching",
+    "opens the matching way": "access, matching",
+    "right if forced": "execution, matching",
     "no wrong line": "faultless, matching",
     "opens the other way": "access, other",
-    "right, if forced to": "execution, other",
+    "right if forced to": "execution, other",
     "no wrong line there": "faultless, other",
 }
 
@@ -131,7 +131,7 @@ EXPERIMENTS["openings"] = Plan(
     of_stages({"force": "both", "samples": 16}),
     "FB on 6-9 steps: the matching strategy, and the other one. In %:",
     [
-        Claim("(ours) RL on 2-5 steps takes the matching strategy, always", above(95),
+        Claim("(ours) RL on 2-5 steps takes the matching strategy, nearly always", above(95),
               series("access, matching", "stage", ["RL 2-5"])),
         Claim("(ours) and executes it no better than before", stays(),
               series("faultless, matching", "stage", ("SFT", "RL 2-5"))),
@@ -157,7 +157,7 @@ EXPERIMENTS["ceiling"] = Plan(
     ],
     {"pass@1": "all", "verified@1": "verified", "verified@16": "verified@16",
      "verified@256": "verified@256", "pass@256": "pass@256",
-     "problems solved only after RL": "solved", "only before": "lost"},
+     "problems solved only after RL (number)": "solved", "only before": "lost"},
     lines="k",
 )  # fmt: skip
 

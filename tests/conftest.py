@@ -37,10 +37,10 @@ def start(command: str) -> tuple[subprocess.Popen, Path]:
     """Start Python in the repository's root, unless that is done; what it prints goes to a file."""
     if command not in started:
         words, env = [sys.executable, *command.split()], os.environ | {"PYTHONPATH": str(ROOT)}
-        said = Path(tempfile.mkdtemp()) / "said"
-        with said.open("w") as out, said.with_name("errors").open("w") as err:
+        output = Path(tempfile.mkdtemp()) / "output"
+        with output.open("w") as out, output.with_name("errors").open("w") as err:
             process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, env=env)
-        started[command] = process, said
+        started[command] = process, output
     return started[command]
 
 
@@ -53,26 +53,29 @@ def pytest_collection_finish(session) -> None:
 
 
 def pytest_unconfigure() -> None:
-    """End what nobody has waited for."""
-    for process, said in started.values():
-        process.kill(), process.wait()
-        shutil.rmtree(said.parent)
+    """Kill processes whose output no test has read."""
+    for process, output in started.values():
+        process.kill()
+        process.wait()
+        shutil.rmtree(output.parent)
     started.clear()
 
 
 def printed_by(fixture: str) -> str:
     """Return what a fixture's processes have printed."""
     printed = ""
-    for process, said in map(start, BESIDE[fixture]):
-        status, printed = process.wait(), printed + said.read_text()
-        assert status == 0, printed[-3000:] + said.with_name("errors").read_text()[-3000:]
+    for process, output in map(start, BESIDE[fixture]):
+        status, printed = process.wait(timeout=600), printed + output.read_text()
+        assert status == 0, printed[-3000:] + output.with_name("errors").read_text()[-3000:]
     return printed
 
 
 CC = """#!/bin/sh
-# Build as COMPILER does, or copy what it has built by the same command; the output's name is last.
+# Build as COMPILER does, or copy what it has built from the same sources by the same command, in
+# which the output's name is last.
 for output; do :; done
-kept=FOLDER/$(printf "%s " "$@" | sed "s| -o $output ||" | cksum | tr " " -)
+sources() { for word; do case $word in *.c) cat "$word" ;; esac; done; }
+kept=FOLDER/$( (printf "%s " "$@" | sed "s| -o $output ||"; sources "$@") | cksum | tr " " -)
 [ -e "$kept" ] && exec cp "$kept" "$output"
 COMPILER "$@" && cp "$output" "$kept.$$" && mv "$kept.$$" "$kept"
 """

@@ -150,10 +150,12 @@ def test_threads_share_an_adapters_cached_product():
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    for _ in range(40):
-        mark_stale(policy)
-        accumulate_gradients(policy, policy, loss_fn, [batch, batch], ONE)
-    torch.set_num_threads(before)
+    try:
+        for _ in range(40):
+            mark_stale(policy)
+            accumulate_gradients(policy, policy, loss_fn, [batch, batch], ONE)
+    finally:
+        torch.set_num_threads(before)
     assert all(weight.grad.isfinite().all() for weight in trainable_parameters(policy))
 
 

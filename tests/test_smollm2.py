@@ -5,6 +5,7 @@ import functools
 import io
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from conftest import refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data.smollm2
-from data.finite_field import vocabulary
+from data.finite_field import MATCHING_STRATEGY, Task, vocabulary
 from lib.attention import packed_attention
 from lib.checkpoint import load_model
 from lib.packing import pack_prompts, pad
+from lib.rng import rng
+from lib.tokenizer import load_tokenizer
 from rollout import Sampler
 
 QUESTION = [{"role": "user", "content": "Tell me, in a few sentences, how a tree grows."}]
@@ -72,3 +75,15 @@ def test_real_weights_compute_as_in_transformers(smollm2):
     ]
     rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], [()])
     assert len(expected) == 50 and rollout.tokens[0].tolist() == expected.tolist()
+
+
+def test_a_begun_solution_has_the_tokens_of_the_whole(smollm2):
+    """Openings and solved parts are given where the tokenizer would cut anyway."""
+    tokenizer = load_tokenizer(smollm2)
+    task = Task(parts=(2, 3))
+    for problem in task.validation(40, rng(0, "validation problems")):
+        ways = [MATCHING_STRATEGY[part.kind] for part in problem.parts]
+        whole = tokenizer.solution(problem.solution(ways))
+        for text in (problem.begin(1), problem.begin(1, ways[1]), problem.begin(0, ways[0])):
+            rest = tokenizer.solution(problem.solution(ways).removeprefix(text))
+            assert tokenizer.begun(replace(problem, begun=text)) + rest == whole

@@ -71,7 +71,6 @@ def test_a_window_leaves_the_last_parts_to_solve(tokenizer):
         assert problem.solution(matching).startswith(problem.begun)
         tagged = tag(problem, problem.begun + rest)
         assert tagged.error is None and list(tagged.parts[:solved]) == matching[:solved]
-        assert tag(problem, rest).parts != tagged.parts or not solved, "two parts are left"
         assert len(split_parts(parse_lines(rest))) == min(2, len(problem.parts))
         prompt = tokenizer.decode([tokenizer.prompt(problem)])[0].split()
         assert prompt == f"{problem.prompt()} {problem.begun}".split()
