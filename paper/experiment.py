@@ -212,7 +212,6 @@ class Cell:
     evaluation: dict | None = None  # flags of eval.py; None: the row is made of RL's log
     side: Literal["before", "after"] = "after"  # RL: the model that the row is about
     sft: dict = field(default_factory=dict)  # flags of train_sft.py
-    sft_tiny: dict = field(default_factory=dict)  # more of them, without --model
     rl_first: dict = field(default_factory=dict)  # flags of a run of RL before, if there is one
 
     @property

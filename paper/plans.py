@@ -253,9 +253,9 @@ EXPERIMENTS["amplification"] = Plan(
 # ------------------------------------------------------------------------------------------------
 # Composition: RL on more parts than SFT held
 
-SFT_PARTS = {  # what SFT shows, with all that comes before solved in the prompt
-    "the last two parts": {"parts": "1-5", "window": 2},
-    "the last part": {"parts": "1-5", "window": 1},
+SFT_PARTS = {  # what SFT shows: one part, or the last two of up to five, the others solved before
+    "single parts": {},
+    "the last two parts": {"updates": 2400, "parts": "1-5", "window": 2},
 }
 SIDES = {"SFT": "before", "RL": "after"}
 TWO_THREE, THREE_FIVE = ({"parts": parts, "updates": 100} for parts in ("2-3", "3-5"))
@@ -264,21 +264,21 @@ TWO_THREE, THREE_FIVE = ({"parts": parts, "updates": 100} for parts in ("2-3", "
 def compositions(evaluation: dict) -> list[Cell]:
     return [
         Cell({"sft": name, "stage": stage}, "FB", EASY | THREE_FIVE, EASY | evaluation, side,
-             flags, {"updates": 1600}, rl_first=EASY | TWO_THREE)
+             flags, EASY | TWO_THREE)
         for name, flags in SFT_PARTS.items()
         for stage, side in SIDES.items()
     ]  # fmt: skip
 
 
 EXPERIMENTS["composition"] = Plan(
-    "RL on 2-3 and then 3-5 parts; SFT on the last two parts or the last one of up to five",
+    "RL on 2-3 and then 3-5 parts; SFT on single parts, or on the last two of up to five",
     compositions({"parts": "3-5"}),
     "Compositions of 3-5 parts, by what SFT showed. In %:",
     [
         Claim("RL learns 3-5 parts if SFT showed two: verified, by 30 points or more",
               grows(30), series("verified", "stage", SIDES, sft="the last two parts")),
-        Claim("and not if it showed one",
-              stays(5), series("verified", "stage", SIDES, sft="the last part")),
+        Claim("and not if it showed single parts",
+              stays(5), series("verified", "stage", SIDES, sft="single parts")),
     ],
     {"pass@1": "all", "verified": "verified", "every part matches": "match_rate"},
     curves={"reward on 3-5 parts": series("reward", "sft", SFT_PARTS, stage="RL")},
@@ -289,9 +289,10 @@ EXPERIMENTS["third-part"] = Plan(
     compositions({"parts": "3", "given": 2, "force": "both", "samples": 16}),
     "The third part, after two that are given. In %:",
     [
-        Claim("(ours) either SFT carries out a third part: without a wrong line above 90%",
-              above(90), series("faultless, matching", "sft", SFT_PARTS, stage="SFT")),
-        Claim("(ours) RL on compositions opens it as it matches, if SFT showed two", above(95),
+        Claim("(ours) SFT on single parts never opens a third", below(2),
+              [x for part in ("access, matching", "access, other")
+               for x in series(part, "sft", ["single parts"], stage="SFT")]),
+        Claim("(ours) RL on compositions opens it the matching way, if SFT showed two", above(95),
               series("access, matching", "sft", ["the last two parts"], stage="RL")),
     ],
     FORCED,

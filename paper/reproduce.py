@@ -28,8 +28,7 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
     planned, rows, drawn = [], [], []
     for cell, seed in product(plan.cells, range(config.seeds)):
         chosen = experiment if config.only in ("", cell.model) else others
-        flags = cell.sft if config.model else cell.sft_tiny | cell.sft
-        sft = chosen.sft(cell.model, seed, **flags)
+        sft = chosen.sft(cell.model, seed, **cell.sft)
         start = chosen.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
         rl, evaluation = chosen.rl(start, seed, **cell.rl), None
         if cell.evaluation is not None:
