@@ -361,7 +361,7 @@ def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict
 
     paper: by cell, the paper's numbers for the first keys
     """
-    figure, (axis,) = new_figure(3 + len(cells), 4, 1, 1)
+    figure, (axis,) = new_figure(3 + len(cells) * max(1, len(keys) / 2.5), 4, 1, 1)
     distance = 0.8 / len(keys)
     half = 0.45 * distance
     for i, key in enumerate(keys):
@@ -378,7 +378,7 @@ def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict
     axis.plot([], [], "k.", label="a seed")
     axis.set(xticks=range(len(cells)), ylim=(0, 102), ylabel="%")
     axis.set_xticklabels([cell.name.replace(", ", "\n") for cell in cells], fontsize=9)
-    legend_above(axis)
+    legend_above(axis, 3)
     return figure
 
 
@@ -397,9 +397,9 @@ def curve_figure(rows: list[dict], panels: dict[str, list[Series]]):
     return figure
 
 
-def legend_above(axis) -> None:
+def legend_above(axis, columns: int = 5) -> None:
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
-    axis.legend(frameon=False, ncols=5, fontsize=9, **place)
+    axis.legend(frameon=False, ncols=columns, fontsize=9, **place)
 
 
 def line_figure(rows: list[dict], by: str):
