@@ -301,9 +301,10 @@ def main(config: EvalConfig, world: World) -> None:
     require(bool(config.data) or fields[0] == fields[-1], message)
     task, problems = load_problems(config, config.problems, *fields[0])
     strategies = {"none": [], "both": [FORWARD, BACKWARD]}.get(config.force, [config.force])
-    given, intervenes = config.given, bool(strategies or config.given)
-    fewest = min(len(problem.parts) for problem in problems) if intervenes else 1
-    require(given < fewest, f"--given {given} needs problems of at least {given + 1} --parts")
+    if given := config.given:
+        enough = all(given < len(problem.parts) for problem in problems)
+        require(enough, f"--given {given} needs problems of at least {given + 1} --parts")
+        problems = [replace(problem, begun=problem.begin(given)) for problem in problems]
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
     def score_checkpoint(path: Path) -> tuple[Scored, openings.Openings | None]:
@@ -315,18 +316,17 @@ def main(config: EvalConfig, world: World) -> None:
         limits = (model.config.max_position_embeddings, wanted)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
         sampler = Sampler(model, tokenizer.stops, samples, budget, temperature)
-        if not intervenes:
-            return evaluate(sampler, tokenizer, problems, config.seed, bar=bar), None
-        forced = {}
-        for strategy in ("", *strategies):  # "": free
+        free, forced = evaluate(sampler, tokenizer, problems, config.seed, bar=bar), {}
+        for strategy in strategies:
             begun = [replace(x, begun=x.begin(given, strategy)) for x in problems]
-            stream = f"evaluation sampling {strategy}".strip()
+            stream = f"evaluation sampling {strategy}"
             forced[strategy] = evaluate(sampler, tokenizer, begun, config.seed, stream, bar)
-        free = forced.pop("")
+        if not forced:
+            return free, None
         pairs = zip(problems, free, strict=True)
         opened = [[x.opened(r.response, given) for r in group] for x, group in pairs]
         kinds = [problem.parts[given].kind for problem in problems]
-        return free, openings.measure(kinds, opened, free, forced) if strategies else None
+        return free, openings.measure(kinds, opened, free, forced)
 
     total = len(paths) * (1 + len(strategies)) * len(problems) * samples
     with ProgressBar(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:

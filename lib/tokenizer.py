@@ -55,6 +55,7 @@ class Tokenizer:
         return self.solution(problem.begun)[:-1]
 
     def question(self, problem) -> list[int]:
+        """Return the tokens of a problem's prompt alone, in the chat template if there is one."""
         messages = self.messages(problem)
         if self.inner.chat_template is None:
             text = "\n\n".join(message["content"] for message in messages)
