@@ -276,7 +276,7 @@ class DecodeBatch:
         B, t = len(hidden), self.cache.t
         t += 1  # in place: the number of the token that is sampled, and read next
         uniforms = self.uniforms[:B].index_select(1, t)[:, 0]
-        logits = self.model.logits(hidden)  # (B, V)
+        logits = self.model.logits(hidden, in_fp32=not kernels.apply_to(hidden))  # (B, V)
         tokens, logps = sample_tokens(logits, uniforms, self.temperature)
         flat_index = self.out_rows[:B] * self.T + t
         self.out_tokens.view(-1).index_copy_(0, flat_index, tokens)

@@ -162,68 +162,12 @@ static inline void rotate(const real *x, const float *cosines, const float *sine
     }
 }
 
-/* One step of attention with a cache. Each of the P * G rows rotates its queries and its key, stores key and value at
- * `t` of its response, and attends to its group's prompt and to its own response:
- *
- *     qkv (P * G, (H + 2 K) d) before rotation; cosines, sines (P * G, d / 2); lengths (P) of the prompts
- *     prompt_k, prompt_v (P, K, Tp, d), response_k, response_v (P * G, K, T, d)
- *     out (P * G, H d)
- */
-void attend(long P, long G, long H, long K, long Tp, long T, long t, const real *qkv, const float *cosines,
-            const float *sines, const long *lengths, const real *prompt_k, const real *prompt_v, real *response_k,
-            real *response_v, real *out) {
-    enum { d = HEAD_DIM };
-    const long shared = H / K;
-    const float scale = 1 / __builtin_sqrtf(d);
-    for (long row = 0; row < P * G; row++) {
-        float scores[Tp + T];
-        for (long k = 0; k < K; k++) {
-            const real *heads = qkv + row * (H + 2 * K) * d;
-            const float *c = cosines + row * (d / 2), *s = sines + row * (d / 2);
-            const real *old_keys = prompt_k + (row / G * K + k) * Tp * d, *old_values = prompt_v + (row / G * K + k) * Tp * d;
-            real *keys = response_k + (row * K + k) * T * d, *values = response_v + (row * K + k) * T * d;
-            float key[d];
-            rotate(heads + (H + k) * d, c, s, 1, key);
-            for (int i = 0; i < d; i++) keys[t * d + i] = store(key[i]);
-            memcpy(values + t * d, heads + (H + K + k) * d, d * sizeof(real));
-
-            const long n = lengths[row / G], total = n + t + 1;
-            for (long h = k * shared; h < (k + 1) * shared; h++) {
-                float q[d], mixed[d], top = -1e30f, sum = 0;
-                rotate(heads + h * d, c, s, scale, q);
-                for (long j = 0; j < total; j++) {
-                    const real *at = j < n ? old_keys + j * d : keys + (j - n) * d;
-                    /* The memory is the limit: ask for the values now, and below for the next head's keys. */
-                    if (j >= n)
-                        for (int i = 0; i < d * (int)sizeof(real); i += 64)
-                            __builtin_prefetch((const char *)(values + (j - n) * d) + i);
-                    float score = 0;
-                    for (int i = 0; i < d; i++) score += q[i] * load(at[i]);
-                    scores[j] = score;
-                    top = score > top ? score : top;
-                }
-                for (long j = 0; j < total; j++) sum += scores[j] = exponential(scores[j] - top);
-                for (int i = 0; i < d; i++) mixed[i] = 0;
-                for (long j = 0; j < total; j++) {
-                    const real *at = j < n ? old_values + j * d : values + (j - n) * d;
-                    if (j >= n)
-                        for (int i = 0; i < d * (int)sizeof(real); i += 64)
-                            __builtin_prefetch((const char *)(keys + (T + j - n) * d) + i);
-                    for (int i = 0; i < d; i++) mixed[i] += scores[j] * load(at[i]);
-                }
-                for (int i = 0; i < d; i++) out[(row * H + h) * d + i] = store(mixed[i] / sum);
-            }
-        }
-    }
-}
-
 /* Attention in packed batches. Each row of `segments` (S, 5) says: first token, number of tokens, first token of its
  * prompt, number of its prompt's tokens (0 for a prompt itself), number of the batch's first tokens that come before
  * both. These, its prompt and then itself are a segment's keys. */
 
 /* The products of TILE queries and BLOCK keys, or elements of a value, are summed in registers. */
-enum { BLOCK = HEAD_DIM % 64 == 0 ? 64 : HEAD_DIM % 32 == 0 ? 32 : HEAD_DIM % 16 == 0 ? 16 : HEAD_DIM, TILE = 6 * 64 / BLOCK };
-_Static_assert(TILE > 0, "a head is too large");
+enum { BLOCK = HEAD_DIM % 32 == 0 ? 32 : HEAD_DIM % 16 == 0 ? 16 : HEAD_DIM, TILE = 8 };
 
 static void *zeros(long n) { return calloc(n, sizeof(float)); }
 
@@ -300,6 +244,15 @@ static long tile_at(const long *segment, long first, long H, long K, long k, lon
     return n;
 }
 
+/* Replace scores (m) by e^(score - top), the largest of them; return their sum. */
+static float exponentials(long m, float *scores, float *top) {
+    float sum = 0;
+    *top = -1e30f;
+    for (long j = 0; j < m; j++) *top = __builtin_fmaxf(*top, scores[j]);
+    for (long j = 0; j < m; j++) sum += scores[j] = exponential(scores[j] - *top);
+    return sum;
+}
+
 /* out (N, H d); top and total (N, H), which the backward pass needs: the largest score and the sum of the exponentials */
 void packed(long S, long H, long K, long max_keys, const long *segments, const real *qkv, const float *cosines,
             const float *sines, real *out, float *top, float *total) {
@@ -317,12 +270,9 @@ void packed(long S, long H, long K, long max_keys, const long *segments, const r
                 with_keys(most, queries, scratch.keys_t, scratch.size, scratch.weights);
                 for (long u = 0; u < n; u++) {
                     const long m = before + places[u] / H;
-                    float *weights = scratch.weights + u * scratch.size, largest = -1e30f, sum = 0;
-                    for (long j = 0; j < m; j++) largest = __builtin_fmaxf(largest, weights[j]);
-                    for (long j = 0; j < m; j++) sum += weights[j] = exponential(weights[j] - largest);
+                    float *weights = scratch.weights + u * scratch.size;
+                    total[places[u]] = exponentials(m, weights, top + places[u]);
                     for (long j = m; j < most; j++) weights[j] = 0;
-                    top[places[u]] = largest;
-                    total[places[u]] = sum;
                 }
                 with_values(most, scratch.weights, scratch.size, scratch.values, mixed);
                 for (long u = 0; u < n; u++)
@@ -330,6 +280,73 @@ void packed(long S, long H, long K, long max_keys, const long *segments, const r
             }
         }
     free(scratch.memory);
+}
+
+/* Ask for a key or value that will be needed soon: the memory is the limit. */
+static inline void fetch(const real *x) {
+    for (int i = 0; i < HEAD_DIM * (int)sizeof(real); i += 64) __builtin_prefetch((const char *)x + i);
+}
+
+/* One step of attention with a cache. Each of the P * G rows rotates its queries and its key, stores key and value at
+ * `t` of its response, and attends to its group's prompt and to its own response:
+ *
+ *     qkv (P * G, (H + 2 K) d) before rotation; cosines, sines (P * G, d / 2); lengths (P) of the prompts
+ *     prompt_k, prompt_v (P, K, Tp, d), response_k, response_v (P * G, K, T, d)
+ *     out (P * G, H d)
+ */
+void attend(long P, long G, long H, long K, long Tp, long T, long t, const real *qkv, const float *cosines,
+            const float *sines, const long *lengths, const real *prompt_k, const real *prompt_v, real *response_k,
+            real *response_v, real *out) {
+    enum { d = HEAD_DIM };
+    const long size = (Tp + T + BLOCK - 1) / BLOCK * BLOCK;
+    float *keys_t = malloc((2 * d + TILE) * size * sizeof(float)), *values = keys_t + d * size, *weights = values + d * size;
+    long tile, places[TILE];
+    float queries[TILE * d], mixed[TILE * d], sums[TILE], top, key[d];
+    for (long p = 0; p < P; p++)
+        for (long k = 0; k < K; k++) {
+            const long rows[] = {p * G, G}, n = lengths[p], of_prompt = (p * K + k) * Tp * d;
+            for (long j = 0; j < n; j++)
+                for (int i = 0; i < d; i++) {
+                    keys_t[i * size + j] = load(prompt_k[of_prompt + j * d + i]);
+                    values[j * d + i] = load(prompt_v[of_prompt + j * d + i]);
+                }
+            for (long row = p * G; row < (p + 1) * G; row++) {
+                const real *heads = qkv + row * (H + 2 * K) * d;
+                const long at = ((row * K + k) * T + t) * d;
+                rotate(heads + (H + k) * d, cosines + row * (d / 2), sines + row * (d / 2), 1, key);
+                for (int i = 0; i < d; i++) response_k[at + i] = store(key[i]);
+                memcpy(response_v + at, heads + (H + K + k) * d, d * sizeof(real));
+            }
+            for (long first = 0; (tile = tile_at(rows, first, H, K, k, places)) > 0; first += TILE) {
+                take_queries(tile, places, H, K, qkv, cosines, sines, queries);
+                with_keys(n, queries, keys_t, size, weights); /* and what comes behind n is overwritten */
+                for (long u = 0; u < tile; u++) {
+                    const long own = (places[u] / H * K + k) * T * d;
+                    float *scores = weights + u * size + n, query[d];
+                    memcpy(query, queries + u * d, sizeof query);
+                    for (long j = 0; j <= t; j++) {
+                        fetch(response_v + own + j * d);
+                        float score = 0;
+                        for (int i = 0; i < d; i++) score += query[i] * load(response_k[own + j * d + i]);
+                        scores[j] = score;
+                    }
+                    sums[u] = exponentials(n + t + 1, weights + u * size, &top);
+                }
+                with_values(n, weights, size, values, mixed);
+                for (long u = 0; u < tile; u++) {
+                    const long row = places[u] / H, own = (row * K + k) * T * d, next = own + TILE * K / H * K * T * d;
+                    const float *scores = weights + u * size + n;
+                    float all[d];
+                    memcpy(all, mixed + u * d, sizeof all);
+                    for (long j = 0; j <= t; j++) {
+                        fetch(response_k + next + j * d); /* for the next tile */
+                        for (int i = 0; i < d; i++) all[i] += scores[j] * load(response_v[own + j * d + i]);
+                    }
+                    for (int i = 0; i < d; i++) out[places[u] * d + i] = store(all[i] / sums[u]);
+                }
+            }
+        }
+    free(keys_t);
 }
 
 static void rotate_back(const float *x, const float *cosines, const float *sines, real *out) {

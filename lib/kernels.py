@@ -156,20 +156,32 @@ class SwiGLU(torch.autograd.Function):
 swiglu = SwiGLU.apply
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias as F.linear does.
-
-    oneDNN lays a weight in 16 bits out anew for each product, which takes as long as multiplying it
-    by 20 rows. A frozen weight is kept in that layout, too, for passes without gradients.
-    """
+def packs(weight: Tensor) -> bool:
+    """Whether products with this weight are of `pack`: frozen, in 16 bits, no gradients wanted."""
     frozen = isinstance(weight, torch.nn.Parameter) and not weight.requires_grad
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if not (frozen and on_cpu and PACKS) or torch.is_grad_enabled():
+    return frozen and on_cpu and PACKS and not torch.is_grad_enabled()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return a weight in oneDNN's layout.
+
+    It lays one in 16 bits out anew for each product, which takes as long as multiplying by 20 rows.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias as F.linear does, by a packed copy of the weight where it may."""
+    if not packs(weight):
         return F.linear(x, weight, bias)
     if weight not in packed_weights:
-        packed_weights[weight] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-    packed = packed_weights[weight]
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        packed_weights[weight] = pack(weight)
+    return packed_linear(x, packed_weights[weight], bias)
 
 
 def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:

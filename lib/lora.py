@@ -13,6 +13,7 @@ import math
 import threading
 from copy import deepcopy
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lib import kernels
 from lib.flags import fail, require, require_min, write_json
 from lib.rng import rng
 from lib.transformer import Linear, Transformer, part_names
 
 WEIGHTS = "adapter_model.safetensors"
 one_block = threading.Lock()  # the first of several threads makes a block, the others wait
+packed = WeakKeyDictionary()  # by adapter: A and [W, B] in oneDNN's layout, which cannot be copied
 
 
 class Adapter(nn.Module):
@@ -36,7 +39,7 @@ class Adapter(nn.Module):
         self.a = nn.Parameter(torch.empty(len(linear.sizes) * rank, linear.in_features))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
         self.register_buffer("block", None, persistent=False)  # made of B
-        self.stale = True  # whether it has to be made anew: B has changed
+        self.stale = True  # whether what is made of A and B has to be made anew: they have changed
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return A (rank, in) and B (out, rank) of each of the checkpoint's matrices."""
@@ -54,8 +57,23 @@ class Adapter(nn.Module):
             if self.stale:
                 block = (self.scale * torch.block_diag(*self.b.split(self.sizes))).t().contiguous()
                 self.block = block if self.block is None else self.block.copy_(block)
+                packed.pop(self, None)
                 self.stale = False
         return self.block
+
+    def joint_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W' and the adapter's product (N, out) by one product of [x, x A'] and [W, B].
+
+        Sampling on the CPU takes a sixth less time so than with adapters that are added. `weight`
+        must be one that kernels.packs.
+        """
+        block = self.scaled_block()
+        with one_block:
+            if self not in packed:
+                joint = torch.cat((weight, block.t()), 1)  # (out, in + matrices * rank)
+                packed[self] = kernels.pack(self.a), kernels.pack(joint)
+            a, joint = packed[self]
+        return kernels.packed_linear(torch.cat((x, kernels.packed_linear(x, a)), 1), joint, bias)
 
     def forward(self, x: Tensor, out: Tensor, dropout_key: int | None) -> Tensor:
         """Add the adapter's product with x (N, in) to out (N, out), in place.

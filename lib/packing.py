@@ -166,7 +166,8 @@ def micro_batches(
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Return log-probs (N, V); without the division at T=1, which would copy the logits."""
+    """Return log-probs (N, V) in fp32; without the division at T=1, which would copy the logits."""
+    logits = logits.float()
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 

@@ -81,6 +81,8 @@ class Linear(nn.Linear):
         self.adapter: nn.Module | None = None  # set by lib/lora.py
 
     def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
+        if self.adapter is not None and kernels.packs(self.weight):  # in sampling on the CPU
+            return self.adapter.joint_product(x, self.weight, self.bias)
         out = kernels.linear(x, self.weight, self.bias)
         return out if self.adapter is None else self.adapter(x, out, dropout_key)
 

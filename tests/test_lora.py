@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import train_grpo
 import train_sft
+from lib import kernels
 from lib.checkpoint import find_checkpoint, load_model
 from lib.distributed import World
 from lib.lora import (
@@ -22,6 +23,7 @@ from lib.lora import (
     add_lora,
     load_adapters,
     mark_stale,
+    packed,
     peft_weights,
     without_adapters,
 )
@@ -180,6 +182,28 @@ def test_adapters_follow_every_step(precision):
     assert len(addresses) == 1
     moved = (log_probs(policy) - trained).abs().max()
     assert moved > 1, "the test needs steps that show"
+
+
+@pytest.mark.skipif(not kernels.PACKS, reason="needs oneDNN")
+def test_sampling_on_the_cpu_multiplies_matrix_and_adapter_at_once():
+    """In bf16 without gradients: the same to rounding, made anew after a step, and in copies."""
+    linear = Linear(24, 16, 8, 40, bias=True).bfloat16().requires_grad_(False)
+    linear.adapter = Adapter(linear, rank=4, alpha=8, dropout=0.0, number=0).bfloat16()
+    x = torch.randn(50, 24).bfloat16()
+    for _ in range(2):
+        for weight in linear.adapter.parameters():
+            torch.nn.init.normal_(weight)
+        linear.adapter.stale = True
+        pairs = linear.adapter.pairs()
+        whole = linear.weight.float() + 2 * torch.cat([b.float() @ a.float() for a, b in pairs])
+        expected = x.float() @ whole.t() + linear.bias.float()
+        with torch.no_grad():
+            at_once = linear(x, None)
+            assert torch.equal(copy.deepcopy(linear)(x, None), at_once)
+        one_by_one = linear(x, None)
+        for found in (at_once, one_by_one):
+            torch.testing.assert_close(found.float(), expected, atol=0.3, rtol=0.01)
+        assert linear.adapter in packed and not torch.equal(at_once, one_by_one)
 
 
 def test_dropout_is_the_same_when_activations_are_computed_again():
