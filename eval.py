@@ -9,9 +9,8 @@
 pass@1 is the share of sampled responses that are right, averaged over problems; pass@k is the
 unbiased estimate of Chen et al. (arXiv 2107.03374, equation 1); verified@k counts the right ones
 that hold no wrong line and no guess. Intervals are 95%, over problems: Wilson's for a pass rate,
-conservative for several samples a problem; for a paired difference Bonett and Price's (2012)
-adjusted interval, non-zero even if every problem changes by the same amount; for the parts of the
-imputed split a bootstrap. paper/README.md explains it, lib/openings.py what --force measures.
+conservative for several samples a problem; for a paired difference Bonett and Price's (2012); for
+selection and improvement a bootstrap. lib/gain.py has the split of a gain, lib/openings.py --force.
 """
 
 from collections import Counter
@@ -21,7 +20,7 @@ from statistics import fmean
 from typing import Literal
 
 from data import load_problems
-from data.finite_field import BACKWARD, FORWARD
+from data.finite_field import BACKWARD, FORWARD, Problem
 from lib import openings
 from lib.checkpoint import choose_dtype, load_meta, load_model, read_config
 from lib.distributed import World, distributed
@@ -39,13 +38,13 @@ from lib.policy import DTYPES
 from lib.responses import NONE, Response, Scored, by_number, response_rows, show
 from lib.run_dir import choose_checkpoints
 from lib.stats import paired_interval, pass_at_k, wilson
-from lib.tables import comparison_table, openings_tables, table
-from lib.tokenizer import Tokenizer
+from lib.tables import comparison_table, openings_table, table
 from lib.training import ProgressBar
 from rollout import Sampler
 from strategies import STRATEGIES, lines_of, score_rollout
 
 AT_ONCE = 8192  # responses that are sampled and scored in a call
+FORCED = 4  # responses in a strategy that no free response to a problem took, at most
 
 
 @dataclass
@@ -77,21 +76,18 @@ class EvalConfig:
 
 
 def evaluate(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    problems: list,
-    seed: int,
-    purpose: str = "evaluation sampling",
-    bar: ProgressBar | None = None,
+    sampler: Sampler, tokenizer, problems: list, seed: int, bar=None, strategy="", given=0
 ) -> Scored:
-    """Sample and score a group of responses to each problem.
+    """Sample and score a group of responses to each problem; a ProgressBar counts them.
 
-    `purpose` names the random stream; `bar` counts the responses.
+    strategy: with whose first words they have to open, behind `given` parts; "" for any
     """
-    scored: Scored = []
+    if strategy:
+        problems = [replace(problem, begun=problem.begin(given, strategy)) for problem in problems]
+    scored, stream = [], f"evaluation sampling {strategy}".strip()
     for first in range(0, len(problems), n := max(1, AT_ONCE // sampler.group_size)):
         some = problems[first : first + n]
-        keys = [(seed, purpose, first + i) for i in range(len(some))]
+        keys = [(seed, stream, i) for i in range(first, first + len(some))]
         with user_errors():  # a prompt too long for the model
             rollout = sampler.sample([tokenizer.prompt(problem) for problem in some], keys)
         score_rollout(rollout, some, tokenizer)
@@ -99,6 +95,33 @@ def evaluate(
         if bar is not None:
             bar.update(len(some) * sampler.group_size)
     return scored
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy did on validation problems."""
+
+    free: Scored  # its responses
+    forced: Scored = ()  # some in strategies that no free response to a problem took
+    measured: openings.Openings | None = None  # with --force
+
+
+def evaluate_causes(sampler: Sampler, tokenizer, problems: list, seed: int, bar=None) -> Evaluation:
+    """Sample what lib/gain.py asks for: the accuracy of each strategy on each problem.
+
+    Those that no free response takes are forced, but for compositions and tasks of one's own.
+    """
+    free = evaluate(sampler, tokenizer, problems, seed, bar)
+    forced: Scored = [[] for _ in problems]
+    simple = all(isinstance(problem, Problem) and len(problem.parts) == 1 for problem in problems)
+    sampling = (min(FORCED, sampler.group_size), sampler.max_new_tokens, sampler.temperature)
+    few = Sampler(sampler.model, tokenizer.stops, *sampling)
+    for strategy in (FORWARD, BACKWARD) if simple else ():
+        lacking = [i for i, group in enumerate(free) if strategy not in {r.strategy for r in group}]
+        some = [problems[i] for i in lacking]
+        for i, group in zip(lacking, evaluate(few, tokenizer, some, seed, strategy=strategy)):
+            forced[i] += [response for response in group if response.strategy == strategy]
+    return Evaluation(free, forced)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -112,13 +135,9 @@ def strategies_of(responses: list[Response]) -> list[str]:
     return sorted({r.strategy for r in responses} - {NONE})
 
 
-def pass_rate(responses: list[Response]) -> float:
-    return fmean(r.correct for r in responses)
-
-
 def accuracy(responses: list[Response]) -> float | None:
     """Return the share of right responses; None if there is no response."""
-    return pass_rate(responses) if responses else None
+    return fmean(r.correct for r in responses) if responses else None
 
 
 def right_counts(scored: Scored) -> dict[str, list[int]]:
@@ -161,7 +180,7 @@ def summarise(scored: Scored) -> dict:
     by_strategy = {}
     for strategy in strategies_of([r for group in scored for r in group]):
         if taken := [r for group in scored for r in group if r.strategy == strategy]:
-            by_strategy[strategy] = {"responses": len(taken), "accuracy": pass_rate(taken)}
+            by_strategy[strategy] = {"responses": len(taken), "accuracy": accuracy(taken)}
 
     def metrics_by(key: str, some: Scored) -> dict:
         return {value: metrics_of(groups) for value, groups in group_by(some, key).items()}
@@ -207,7 +226,7 @@ def validation_metrics(scored: Scored) -> dict[str, float]:
 
 def paired_difference(before: Scored, after: Scored) -> dict:
     """Return the change of pass@1 on the same problems, with its interval."""
-    changes = [pass_rate(b) - pass_rate(a) for a, b in zip(before, after, strict=True)]
+    changes = [accuracy(b) - accuracy(a) for a, b in zip(before, after, strict=True)]
     interval = paired_interval(changes)
     return {"pass@1": fmean(changes), "ci95": interval, "problems": len(changes)}
 
@@ -233,47 +252,39 @@ def compare(before: Scored, after: Scored) -> dict:
 # The command
 
 
-def report(
-    scored: dict[str, Scored],
-    json: Path | None,
-    plot: Path | None,
-    forced: list[openings.Openings] | None = None,
-) -> str:
-    """Write and draw one checkpoint's metrics, or two and why they differ; return their table.
-
-    `forced`: what --force has measured of each
-    """
-    summaries, reasons, imputed = [summarise(of_one) for of_one in scored.values()], None, None
+def report(found: dict[str, Evaluation], json: Path | None, plot: Path | None) -> str:
+    """Write and draw one checkpoint's metrics, or two and why they differ; return their table."""
+    scored = [of_one.free for of_one in found.values()]
+    summaries = [summarise(of_one) for of_one in scored]
     if len(scored) == 1:
         named, metrics = {"": summaries[0]}, summaries[0]
         text = table(metrics)
     else:
-        reasons, difference = decompose_gain(*scored.values()), compare(*scored.values())
         named = dict(zip(("before", "after"), summaries))
-        metrics = named | {"difference": difference, "reasons": reasons}
-        text = comparison_table(*summaries, difference, reasons, CAUSES)
-    if forced:
-        metrics = metrics | openings.compare(dict(zip(named, forced)))
-        kinds = [group[0].kind for group in next(iter(scored.values()))]
-        imputed = reasons if kinds == forced[0].kinds else None  # of one part, so comparable
-        text += f"\n\n{openings_tables(metrics, imputed)}"
+        metrics = named | {"difference": compare(*scored), "imputed": decompose_gain(*scored)}
+        forced = [of_one.forced for of_one in found.values()]
+        metrics["reasons"] = decompose_gain(*scored, forced)
+        text = comparison_table(metrics, CAUSES)
+    if measured := [of_one.measured for of_one in found.values() if of_one.measured]:
+        metrics = metrics | openings.compare(dict(zip(named, measured)))
+        text += f"\n\n{openings_table(metrics)}"
     if json:
         with user_errors():
-            write_json(json, {"checkpoints": list(scored), **metrics})
+            write_json(json, {"checkpoints": list(found), **metrics})
     if plot:
         from lib.plots import plot_evaluation  # matplotlib takes a second to import
 
-        plot_evaluation(named, plot, metrics | {"imputed": imputed})
+        plot_evaluation(named, plot, metrics)
     return text
 
 
-def report_run(heading: str, scored: dict[str, Scored], folder: Path, log: list[dict]) -> None:
+def report_run(heading: str, found: dict[str, Evaluation], folder: Path, log: list[dict]) -> None:
     """Write, draw and print a GRPO run's start and end; draw its course."""
     from lib.plots import plot_training  # matplotlib takes a second to import
 
-    text = report(scored, folder / "evaluation.json", folder / "evaluation.png")
+    text = report(found, folder / "evaluation.json", folder / "evaluation.png")
     plot_training({folder.name: log}, folder / "training.png")
-    print(f"\n{heading}\n{text}\n\ncheckpoint  {[*scored][-1]}\nlog, plots  {folder}")
+    print(f"\n{heading}\n{text}\n\ncheckpoint  {[*found][-1]}\nlog, plots  {folder}")
 
 
 def main(config: EvalConfig, world: World) -> None:
@@ -307,7 +318,7 @@ def main(config: EvalConfig, world: World) -> None:
         problems = [replace(problem, begun=problem.begin(given)) for problem in problems]
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
-    def score_checkpoint(path: Path) -> tuple[Scored, openings.Openings | None]:
+    def evaluate_checkpoint(path: Path) -> Evaluation:
         one = World(0, 1, world.device)
         precision = choose_dtype(config.precision, read_config(path), path, one)
         model, tokenizer = load_model(path, world.device, DTYPES[precision], template)
@@ -316,30 +327,27 @@ def main(config: EvalConfig, world: World) -> None:
         limits = (model.config.max_position_embeddings, wanted)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
         sampler = Sampler(model, tokenizer.stops, samples, budget, temperature)
-        free, forced = evaluate(sampler, tokenizer, problems, config.seed, bar=bar), {}
-        for strategy in strategies:
-            begun = [replace(x, begun=x.begin(given, strategy)) for x in problems]
-            stream = f"evaluation sampling {strategy}"
-            forced[strategy] = evaluate(sampler, tokenizer, begun, config.seed, stream, bar)
-        if not forced:
-            return free, None
-        pairs = zip(problems, free, strict=True)
+        common = (sampler, tokenizer, problems, config.seed)
+        two = len(paths) == 2
+        found = evaluate_causes(*common, bar) if two else Evaluation(evaluate(*common, bar))
+        if not strategies:
+            return found
+        forced = {strategy: evaluate(*common, bar, strategy, given) for strategy in strategies}
+        pairs = zip(problems, found.free, strict=True)
         opened = [[x.opened(r.response, given) for r in group] for x, group in pairs]
         kinds = [problem.parts[given].kind for problem in problems]
-        return free, openings.measure(kinds, opened, free, forced)
+        return replace(found, measured=openings.measure(kinds, opened, forced))
 
     total = len(paths) * (1 + len(strategies)) * len(problems) * samples
     with ProgressBar(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:
-        measured = [score_checkpoint(path) for path in paths]  # one model in memory at a time
-    scored = {str(path): free for path, (free, _) in zip(paths, measured)}
-    forced = [of_one for _, of_one in measured if of_one]
+        found = {str(path): evaluate_checkpoint(path) for path in paths}  # one model at a time
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
     which = f"{len(problems)} validation {task.about}" + f", {given} parts given" * bool(given)
     files = config.json and Path(config.json), config.plot and Path(config.plot)
-    text = report(scored, *files, forced)
-    print(f"{' -> '.join(scored)}: {which}, {how}; in %\n\n{text}")
-    for name, groups in scored.items() if config.show else ():
-        rows = response_rows(problems[: config.show], groups, split="validation")
+    text = report(found, *files)
+    print(f"{' -> '.join(found)}: {which}, {how}; in %\n\n{text}")
+    for name, of_one in found.items() if config.show else ():
+        rows = response_rows(problems[: config.show], of_one.free, split="validation")
         print(f"\n{name}\n\n" + "\n".join(show(rows, lines_of)))
 
 

@@ -244,10 +244,10 @@ def main(config: GrpoConfig, world: World) -> None:
     numbers = range(config.prompts_per_update)[world.rank :: world.world_size]  # of this rank
     groups = torch.arange(len(numbers))  # numbered within this rank
 
-    def evaluate(model: Transformer, samples: int) -> eval.Scored:
+    def evaluate(model: Transformer, samples: int, function=eval.evaluate):
         sampling = (samples, max_new_tokens, config.temperature)
         sampler = Sampler(model, tokenizer.stops, *sampling)
-        return eval.evaluate(sampler, tokenizer, problems, config.seed)
+        return function(sampler, tokenizer, problems, config.seed)
 
     followed = (tokenizer, problems[: config.keep_responses], config.seed)
     if world.is_master and run.first_update == 0:
@@ -301,9 +301,9 @@ def main(config: GrpoConfig, world: World) -> None:
         models = {str(run.folder / f"step-{run.updates}"): policy}
         with contextlib.suppress(SystemExit):  # a line says that the start is gone
             models = {str(run.init): run.reference or training.initial_policy(run)} | models
-        scored = {name: evaluate(model, 4) for name, model in models.items()}
+        found = {name: evaluate(model, 4, eval.evaluate_causes) for name, model in models.items()}
         heading = f"before -> after RL, 4 samples each at temperature {config.temperature}; in %"
-        eval.report_run(heading, scored, run.folder, run.log.rows)
+        eval.report_run(heading, found, run.folder, run.log.rows)
     world.barrier()
 
 

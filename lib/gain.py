@@ -10,13 +10,17 @@ This is the decomposition of Kitagawa (1955), Oaxaca and Blinder (1973) in symme
 the Shapley value of the two changes. It is arithmetic on outcomes, not a cause: a strategy that
 became better may be taken more often for that reason.
 
-Where no response to a problem took a strategy, its accuracy is imputed from similar problems; where
-a policy never takes it, from the other policy, so that all it brings counts as selection. The parts
-add up to the gain whatever is imputed. But a policy that takes a strategy mainly on problems that
-suit it makes it look better than it is on the others, which biases selection; more samples help. If
-a strategy was taken only a few times in all, bootstrapped intervals hold the truth 85 to 90 times
-in 100, not 95 (tests/test_decompose_gain.py).
+Of the paper's task eval.py has responses of each strategy to each problem: where none took it, some
+that had to open with it (lib/openings.py). Then nothing is guessed, and the parts are right on
+average. Without these an accuracy is imputed from similar problems, or, where a policy never takes
+the strategy, from the other policy, so that all it brings counts as selection. The parts add up to
+the gain whatever is imputed. But a policy that takes a strategy mainly on problems that suit it
+makes it look better than it is on the others, and one lucky response may stand for a strategy that
+is nearly gone: bootstrapped intervals then hold the truth 85 to 90 times in 100, not 95
+(tests/test_decompose_gain.py).
 """
+
+import math
 
 import numpy as np
 
@@ -37,15 +41,19 @@ def count_outcomes(scored: Scored, strategies: list[tuple[str, bool]]) -> np.nda
     return counts
 
 
-def decompose_gain(before: Scored, after: Scored, resamples: int = 1000) -> dict:
+def decompose_gain(
+    before: Scored, after: Scored, forced: tuple[Scored, ...] = (), resamples: int = 300
+) -> dict:
     """Split the gain in pass@1 into selection and improvement, overall, by type and difficulty.
 
-    Improvement is split by what a wrong response fails by first. Intervals are bootstrapped over
-    problems; accuracies are re-imputed in every resample.
+    forced: of both policies, for each problem, responses in strategies that no free response took
+
+    Improvement is split by what a wrong response fails by first. Intervals are normal ones, with
+    bootstrapped deviations: each resample imputes anew, and one more problem may gain or lose all.
     """
-    both = (before, after)
-    strategies = sorted({(r.strategy, r.matches) for s in both for group in s for r in group})
-    counts = [count_outcomes(scored, strategies) for scored in both]
+    everything = (before, after, *forced)
+    strategies = sorted({(r.strategy, r.matches) for s in everything for group in s for r in group})
+    counts = [count_outcomes(scored, strategies) for scored in everything]
     kinds = [group[0].kind for group in before]
     difficulties = [group[0].difficulty for group in before]
     names = ([*map(" ".join, zip(kinds, difficulties))], kinds)  # impute by both, then by type
@@ -59,23 +67,27 @@ def decompose_gain(before: Scored, after: Scored, resamples: int = 1000) -> dict
 
     def parts_of(chosen: np.ndarray) -> np.ndarray:
         """Return gain, selection, improvement and its causes of each group: (groups, 6)."""
-        parts = contributions(*(c[chosen] for c in counts), [cell[chosen] for cell in cells])
+        parts = contributions([c[chosen] for c in counts], [cell[chosen] for cell in cells])
         with np.errstate(invalid="ignore"):  # NaN for a group without a chosen problem
             parts = members[:, chosen] @ parts.T / members[:, chosen].sum(1, keepdims=True)
         sums = parts.sum(-1), parts[:, 0], parts[:, 1:].sum(-1)
         return np.concatenate((np.stack(sums, -1), parts[:, 1:]), -1)
 
     means = parts_of(np.arange(len(before)))
-    draws = np.random.default_rng(0).integers(0, len(before), (resamples, len(before)))
-    resampled = np.array([parts_of(chosen) for chosen in draws])
-    intervals = np.nanpercentile(resampled, [2.5, 97.5], axis=0)  # (2, groups, 6)
+    draw = np.random.default_rng(0)
+    draws = draw.integers(0, len(before), (resamples, len(before)))
+    added = math.sqrt(0.5) * np.subtract(*draw.poisson(1.0, (2, resamples)))
+    added = added[:, None] / members.sum(1)  # (resamples, groups)
+    resampled = np.array([parts_of(chosen) for chosen in draws]) + added[:, :, None]
+    half = 1.96 * np.nanstd(resampled, axis=0)  # (groups, 6)
+    intervals = np.stack((means - half, means + half), -1)
 
     result: dict = {"overall": {}, "by_type": {}, "by_difficulty": {}}
     for i, (name, value) in enumerate(groups):
         parts = result[name].setdefault(value, {}) if value else result[name]
         parts["gain"] = {"mean": float(means[i, 0])}
         for j, part in enumerate(("selection", "improvement", *CAUSES), 1):
-            parts[part] = {"mean": float(means[i, j]), "ci95": intervals[:, i, j].tolist()}
+            parts[part] = {"mean": float(means[i, j]), "ci95": intervals[i, j].tolist()}
     return result
 
 
@@ -93,10 +105,16 @@ def outcome_rates(counts: np.ndarray, cells: list[np.ndarray]) -> np.ndarray:
     return rates
 
 
-def contributions(before: np.ndarray, after: np.ndarray, cells: list[np.ndarray]) -> np.ndarray:
-    """Return what selection and each cause of improvement bring to each problem's gain, (4, X)."""
-    share, share_after = (c.sum(2) / c.sum((1, 2))[:, None] for c in (before, after))  # (X, S)
-    a, b = outcome_rates(before, cells), outcome_rates(after, cells)
+def contributions(counts: list[np.ndarray], cells: list[np.ndarray]) -> np.ndarray:
+    """Return what selection and each cause of improvement bring to each problem's gain, (4, X).
+
+    counts: before and after, and perhaps those of forced responses before and after, (X, S, 4) each
+    """
+    share, share_after = (c.sum(2) / c.sum((1, 2))[:, None] for c in counts[:2])  # (X, S)
+    known = counts[:2]
+    if len(counts) > 2:
+        known = [np.where(c.any(2, keepdims=True), c, more) for c, more in zip(known, counts[2:])]
+    a, b = (outcome_rates(c, cells) for c in known)
     rate = np.nan_to_num(np.where(np.isnan(a), b, a))  # of one never taken: the other policy's
     rate_after = np.nan_to_num(np.where(np.isnan(b), a, b))
     accuracy = (rate + rate_after)[:, :, 0] / 2

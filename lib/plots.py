@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from lib.flags import parse_flags, quiet_pipes, require, require_writable, user_errors
 from lib.openings import PARTS
 from lib.run_dir import read_log
+from lib.tables import rows_of
 
 STRATEGY_COLOURS = ("tab:blue", "tab:orange", "tab:purple", "lightgrey", "tab:green", "tab:brown")
 CAUSE_COLOURS = ("tab:red", "tab:olive", "lightgrey")
@@ -60,13 +61,11 @@ def plot_evaluation(summaries: dict[str, dict], path: Path, metrics: dict) -> No
     """Draw eval.summarise's summaries by name, and what else is in eval.report's metrics."""
     rows = [[(draw_accuracy, summaries), (draw_strategies, summaries)]]
     if "reasons" in metrics:
-        rows[0].append((draw_reasons, metrics["reasons"]))
+        rows[0].append((draw_reasons, metrics["reasons"], metrics["imputed"]))
     if next(iter(summaries.values()))["overall"]["samples"] >= MANY_SAMPLES:
         rows[0].append((draw_pass_at_k, summaries))
     if "openings" in metrics:
         rows.append([(draw_openings, metrics["openings"], part) for part in PARTS])
-    if "measured_split" in metrics:
-        rows[1].append((draw_split, metrics["measured_split"], metrics["imputed"]))
     columns = max(map(len, rows))
     figure, axes = new_figure(5.5 * columns, 4 * len(rows), len(rows), columns)
     for panels, of_row in zip(rows, axes.reshape(len(rows), columns)):
@@ -122,9 +121,12 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
     legend_below(axis)
 
 
-def draw_reasons(axis, reasons: dict) -> None:
-    """Draw what selection and what improvement, stacked by its causes, brought to pass@1."""
-    rows = {"all": reasons["overall"], **reasons["by_type"], **reasons["by_difficulty"]}
+def draw_reasons(axis, reasons: dict, imputed: dict) -> None:
+    """Draw what selection and what improvement, stacked by its causes, brought to pass@1.
+
+    A cross marks what they are if accuracies are imputed, where that is something else.
+    """
+    rows, guessed = map(rows_of, (reasons, imputed))
     causes = [key for key in rows["all"] if key not in ("gain", "selection", "improvement")]
     means = {key: np.array([row[key]["mean"] for row in rows.values()]) for key in rows["all"]}
     x = np.arange(len(rows))
@@ -139,6 +141,9 @@ def draw_reasons(axis, reasons: dict) -> None:
     style = {"fmt": "none", "ecolor": "black", "elinewidth": 0.9}
     for side, key in ((-0.2, "selection"), (0.2, "improvement")):
         draw_intervals(axis, x + side, [row[key] for row in rows.values()], "mean", **style)
+        if imputed != reasons:
+            label = "imputed" if key == "selection" else None
+            axis.plot(x + side, [row[key]["mean"] for row in guessed.values()], "kx", label=label)
     axis.plot(x, means["gain"], "k_", markersize=22, label="gain: their sum")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(ylabel="change of pass@1", title="Why accuracy changed")
@@ -168,7 +173,7 @@ def draw_pass_at_k(axis, summaries: dict[str, dict]) -> None:
 def draw_openings(axis, measured: dict[str, dict], part: str) -> None:
     """Draw a part of lib.openings' summaries by type and strategy, bars side by side by name."""
     groups = next(iter(measured.values()))
-    columns = [(kind, strategy) for kind in groups if kind != "all" for strategy in groups[kind]]
+    columns = [(kind, strategy) for kind in groups for strategy in groups[kind]]
     for i, (name, of_one) in enumerate(measured.items()):
         values = [of_one[kind][strategy][part] for kind, strategy in columns]
         x = np.arange(len(columns)) + 0.4 * (i - (len(measured) - 1) / 2)
@@ -177,24 +182,6 @@ def draw_openings(axis, measured: dict[str, dict], part: str) -> None:
         draw_intervals(axis, x, values, "mean", fmt="none", ecolor="black", elinewidth=0.9)
     axis.set_xticks(range(len(columns)), [f"{kind}\n{s}" for kind, s in columns], fontsize=8)
     axis.set(ylim=(0, 1.02), ylabel="share of responses", title=f"{part}: {PARTS[part]}")
-    legend_below(axis)
-
-
-def draw_split(axis, split: dict, reasons: dict | None) -> None:
-    """Draw the split of the gain as measured by forced openings, and as imputed if it is."""
-    x = np.arange(len(split))
-    for i, (part, colour) in enumerate((("selection", "tab:green"), ("improvement", "tab:olive"))):
-        at, measured = x + 0.4 * i - 0.2, [of_group[part] for of_group in split.values()]
-        style = {"color": colour, "label": f"{part}, measured"}
-        axis.bar(at, [value["mean"] for value in measured], 0.38, **style)
-        draw_intervals(axis, at, measured, "mean", fmt="none", ecolor="black", elinewidth=0.9)
-        if reasons:
-            imputed = {"all": reasons["overall"], **reasons["by_type"]}
-            means = [imputed[name][part]["mean"] for name in split]
-            axis.plot(at, means, "kx", label="imputed" if i == 0 else None)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(x, list(split), fontsize=8)
-    axis.set(ylabel="change of accuracy", title="Why accuracy changed, measured")
     legend_below(axis)
 
 

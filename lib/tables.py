@@ -55,8 +55,10 @@ def table(summary: dict) -> str:
     return format_table(rows)
 
 
-def comparison_table(before: dict, after: dict, difference: dict, reasons: dict, causes) -> str:
-    """Format two checkpoints, what changed, and why."""
+def comparison_table(metrics: dict, causes) -> str:
+    """Format two checkpoints, what changed, and why: what eval.report has found of them."""
+    parts = ("before", "after", "difference", "reasons")
+    before, after, difference, reasons = (metrics[part] for part in parts)
 
     def change_of(a: dict, b: dict, key: str) -> str:
         return f"{percent(a.get(key, 0.0))} -> {percent(b.get(key, 0.0))}"
@@ -77,40 +79,26 @@ def comparison_table(before: dict, after: dict, difference: dict, reasons: dict,
         keys = dict.fromkeys(("verified@1", key.replace("pass", "verified")))
         verified = ", ".join(f"{key} {change_of(a, b, key)}" for key in keys)
         found = f"right without a wrong line or a guess: {verified}; {found}"
+    if reasons != metrics["imputed"]:
+        guessed = {part: of_part["mean"] for part, of_part in metrics["imputed"]["overall"].items()}
+        selection, improvement = (100 * guessed[part] for part in ("selection", "improvement"))
+        found += "\nstrategies that no response to a problem took were forced; imputed from similar"
+        found += f" problems: selection {selection:+.1f}, improvement {improvement:+.1f}"
     return f"{format_table(rows)}\n{note}\n{found}"
 
 
-def openings_tables(metrics: dict, reasons: dict | None) -> str:
-    """Format what lib.openings.compare returns, and beside its split that of lib.gain, if given."""
+def openings_table(metrics: dict) -> str:
+    """Format what lib.openings.compare returns."""
     measured, change = metrics["openings"], metrics.get("openings_change")
     rows, groups = [["forced openings"]], next(iter(measured.values()))
     for heading in PARTS.values():
         rows[0] += [heading] + ["change"] * bool(change)
-    pairs = [(kind, strategy) for kind in groups if kind != "all" for strategy in groups[kind]]
+    pairs = [(kind, strategy) for kind in groups for strategy in groups[kind]]
     for kind, strategy in pairs:
         row = [f"{kind}, {strategy}"]
         for part in PARTS:
             means = (of_one[kind][strategy][part]["mean"] for of_one in measured.values())
             row.append(" -> ".join(map(percent, means)))
             row += [signed(change[kind][strategy][part])] if change else []
-        rows.append(row)
-    text = format_table(rows)
-    if split := metrics.get("measured_split"):
-        text += f"\n\n{split_table(split, reasons)}"
-    return text
-
-
-def split_table(split: dict, reasons: dict | None) -> str:
-    """Format the split of a gain by lib.openings, and beside it that of lib.gain, if given."""
-    parts = ("selection", "improvement")
-    rows = [["the split, measured"]]
-    for part in parts:
-        rows[0] += [part] + ["imputed"] * bool(reasons)
-    imputed = rows_of(reasons) if reasons else {}
-    for name, measured in split.items():
-        row = [name]
-        for part in parts:
-            row.append(signed(measured[part]))
-            row += [f"{100 * imputed[name][part]['mean']:+.1f}"] if reasons else []
         rows.append(row)
     return format_table(rows)

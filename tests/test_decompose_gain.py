@@ -98,7 +98,7 @@ def test_means_and_intervals_over_many_draws(before, after, samples, coverage):
         decompose_gain(
             sample(*before, n=80, samples=samples, seed=i),
             sample(*after, n=80, samples=samples, seed=-i),
-            100,
+            resamples=100,
         )
         for i in range(1, 41)
     ]
@@ -158,7 +158,7 @@ def test_the_parts_add_up_exactly(seed):
         [replace(r, kind=b[0].kind, difficulty=b[0].difficulty) for r in a]
         for a, b in zip(after, before)
     ]
-    reasons, differences = decompose_gain(before, after, 20), compare(before, after)
+    reasons, differences = decompose_gain(before, after, resamples=20), compare(before, after)
     pairs = [(reasons["overall"], differences["overall"])]
     for key in ("by_type", "by_difficulty"):
         assert reasons[key].keys() == differences[key].keys()

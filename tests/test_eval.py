@@ -198,8 +198,9 @@ def test_the_table_shows_what_was_gained_and_why():
         problem.solution(MATCHING_STRATEGY[problem.kind]) for problem in problems for _ in range(4)
     ]
     scored = [score_groups(problems, some, [True] * len(some)) for some in (texts, right)]
-    summaries = map(summarise, scored)
-    text = comparison_table(*summaries, compare(*scored), decompose_gain(*scored), CAUSES)
+    metrics = dict(zip(("before", "after"), map(summarise, scored)))
+    metrics |= dict.fromkeys(("reasons", "imputed"), decompose_gain(*scored))
+    text = comparison_table(metrics | {"difference": compare(*scored)}, CAUSES)
     (cells,) = (re.split("  +", line) for line in text.splitlines() if line.startswith("all  "))
     assert cells[1:4] == ["50.0 -> 100.0", "50.0 -> 100.0", "100.0 -> 100.0"]
     assert cells[4].startswith("+50.0 (") and cells[5].startswith("+50.0 (")

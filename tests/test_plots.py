@@ -52,9 +52,9 @@ def test_the_bars_of_the_causes_are_stacked():
     }
     overall = {name: part(mean) for name, mean in parts.items()}
     _, (axis,) = plots.new_figure(4, 4, 1, 1)
-    plots.draw_reasons(
-        axis, {"overall": overall, "by_type": {"evaluation": overall}, "by_difficulty": {}}
-    )
+    reasons = {"overall": overall, "by_type": {"evaluation": overall}, "by_difficulty": {}}
+    guessed = {name: part(mean + 0.05) for name, mean in parts.items()}
+    plots.draw_reasons(axis, reasons, reasons | {"overall": guessed})
     bars = [
         (bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in axis.patches
     ]
@@ -64,6 +64,8 @@ def test_the_bars_of_the_causes_are_stacked():
         assert (0, 0.2) in [(y, height) for at, y, height in bars if at == pytest.approx(x - 0.2)]
     (gain,) = (line for line in axis.lines if line.get_label().startswith("gain"))
     assert gain.get_ydata() == pytest.approx([0.3, 0.3])
+    crosses = [line.get_ydata() for line in axis.lines if line.get_marker() == "x"]
+    assert np.array(crosses) == pytest.approx(np.array([[0.25, 0.2], [0.15, 0.1]]))
     intervals = [line[:, 1] for lines in axis.collections for line in lines.get_segments()]
     assert np.array(intervals) == pytest.approx(np.array([[0.1, 0.3]] * 2 + [[0, 0.2]] * 2))
 
