@@ -14,7 +14,9 @@ selection and improvement a bootstrap. lib/gain.py has the split of a gain, lib/
 """
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -33,18 +35,18 @@ from lib.flags import (
     warn,
     write_json,
 )
-from lib.gain import CAUSES, decompose_gain
+from lib.gain import CAUSES, compare, decompose_gain, right_counts
 from lib.policy import DTYPES
-from lib.responses import NONE, Response, Scored, by_number, response_rows, show
+from lib.responses import NONE, Response, Scored, accuracy, group_by, response_rows, show
 from lib.run_dir import choose_checkpoints
-from lib.stats import paired_interval, pass_at_k, wilson
+from lib.stats import pass_at_k, wilson
 from lib.tables import comparison_table, openings_table, table
+from lib.tokenizer import Tokenizer
 from lib.training import ProgressBar
 from rollout import Sampler
 from strategies import STRATEGIES, lines_of, score_rollout
 
 AT_ONCE = 8192  # responses that are sampled and scored in a call
-FORCED = 4  # responses in a strategy that no free response to a problem took, at most
 
 
 @dataclass
@@ -75,19 +77,26 @@ class EvalConfig:
     show: int = 0  # print the responses to so many problems
 
 
-def evaluate(
-    sampler: Sampler, tokenizer, problems: list, seed: int, bar=None, strategy="", given=0
-) -> Scored:
-    """Sample and score a group of responses to each problem; a ProgressBar counts them.
+Policy = tuple[Sampler, Tokenizer]
 
-    strategy: with whose first words they have to open, behind `given` parts; "" for any
+
+def evaluate(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: list,
+    seed: int,
+    bar: ProgressBar | None = None,
+    stream: str = "evaluation sampling",
+    numbers: Sequence[int] | None = None,
+) -> Scored:
+    """Sample and score a group of responses to each problem; `bar` counts them.
+
+    A problem's random numbers are named by the stream and the problem's number [0, 1, ...].
     """
-    if strategy:
-        problems = [replace(problem, begun=problem.begin(given, strategy)) for problem in problems]
-    scored, stream = [], f"evaluation sampling {strategy}".strip()
+    scored, numbers = [], range(len(problems)) if numbers is None else numbers
     for first in range(0, len(problems), n := max(1, AT_ONCE // sampler.group_size)):
         some = problems[first : first + n]
-        keys = [(seed, stream, i) for i in range(first, first + len(some))]
+        keys = [(seed, stream, i) for i in numbers[first : first + n]]
         with user_errors():  # a prompt too long for the model
             rollout = sampler.sample([tokenizer.prompt(problem) for problem in some], keys)
         score_rollout(rollout, some, tokenizer)
@@ -97,31 +106,76 @@ def evaluate(
     return scored
 
 
+def force(sampler, tokenizer, problems: dict, seed, strategy, given=0, bar=None) -> dict:
+    """Sample responses that open with a strategy behind `given` parts; return them by problem.
+
+    Opening and response together take no more tokens than a free response.
+    """
+    begun = {i: replace(x, begun=x.begin(given, strategy)) for i, x in problems.items()}
+    lengths = [len(tokenizer.begun(begun[i])) - len(tokenizer.begun(problems[i])) for i in begun]
+    tokens = max(1, sampler.max_new_tokens - max(lengths, default=0))
+    sampling = (sampler.group_size, tokens, sampler.temperature)
+    sampler = Sampler(sampler.model, tokenizer.stops, *sampling)
+    stream = f"evaluation sampling {strategy}"
+    scored = evaluate(sampler, tokenizer, [*begun.values()], seed, bar, stream, [*begun])
+    return dict(zip(begun, scored))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a policy did on validation problems."""
 
     free: Scored  # its responses
-    forced: Scored = ()  # some in strategies that no free response to a problem took
-    measured: openings.Openings | None = None  # with --force
+    forced: Scored  # those in strategies that it lacks and the other policy takes
+    measured: openings.Openings | None  # with --force
 
 
-def evaluate_causes(sampler: Sampler, tokenizer, problems: list, seed: int, bar=None) -> Evaluation:
-    """Sample what lib/gain.py asks for: the accuracy of each strategy on each problem.
+def evaluate_policies(
+    policies: dict[str, Callable[[], Policy]],
+    problems: list,
+    seed: int,
+    strategies: Sequence[str] = (),
+    given: int = 0,
+    bar: ProgressBar | None = None,
+) -> dict[str, Evaluation]:
+    """Evaluate one policy, or two and what lib/gain.py asks for, by name.
 
-    Those that no free response takes are forced, but for compositions and tasks of one's own.
+    strategies: that all problems are begun with, too, behind `given` parts, for lib/openings.py
     """
-    free = evaluate(sampler, tokenizer, problems, seed, bar)
-    forced: Scored = [[] for _ in problems]
-    simple = all(isinstance(problem, Problem) and len(problem.parts) == 1 for problem in problems)
-    sampling = (min(FORCED, sampler.group_size), sampler.max_new_tokens, sampler.temperature)
-    few = Sampler(sampler.model, tokenizer.stops, *sampling)
-    for strategy in (FORWARD, BACKWARD) if simple else ():
-        lacking = [i for i, group in enumerate(free) if strategy not in {r.strategy for r in group}]
-        some = [problems[i] for i in lacking]
-        for i, group in zip(lacking, evaluate(few, tokenizer, some, seed, strategy=strategy)):
-            forced[i] += [response for response in group if response.strategy == strategy]
-    return Evaluation(free, forced)
+    free = {name: evaluate(*load(), problems, seed, bar) for name, load in policies.items()}
+    evaluations = {}
+    for (name, mine), theirs in zip(free.items(), reversed(free.values())):
+        numbers = {s: lacking(problems, mine, theirs, s) for s in (FORWARD, BACKWARD)}
+        wanted = numbers | dict.fromkeys(strategies, range(len(problems)))
+        forced: Scored = [[] for _ in problems]
+        by_strategy, measured = {}, None
+        if any(wanted.values()):
+            sampler, tokenizer = policies[name]()  # again: one policy at a time is in memory
+            for s, chosen in wanted.items():
+                some = {i: problems[i] for i in chosen}
+                counted = bar if s in strategies else None
+                by_strategy[s] = force(sampler, tokenizer, some, seed, s, given, counted)
+                for i in numbers[s]:
+                    forced[i] += [r for r in by_strategy[s][i] if r.strategy == s]
+        if strategies:
+            pairs = zip(problems, mine, strict=True)
+            opened = [[x.opened(r.response, given) for r in group] for x, group in pairs]
+            kinds = [problem.parts[given].kind for problem in problems]
+            of_all = {s: [*by_strategy[s].values()] for s in strategies}
+            measured = openings.measure(kinds, opened, of_all)
+        evaluations[name] = Evaluation(mine, forced, measured)
+    return evaluations
+
+
+def lacking(problems: list, mine: Scored, theirs: Scored, strategy: str) -> list[int]:
+    """Return the numbers of problems on which `theirs` take a strategy and `mine` do not.
+
+    None of compositions and of user-defined tasks, whose strategies have no opening.
+    """
+    if not all(isinstance(x, Problem) and len(x.parts) == 1 for x in problems):
+        return []
+    taken = ([{r.strategy for r in group} for group in scored] for scored in (mine, theirs))
+    return [i for i, (a, b) in enumerate(zip(*taken)) if strategy in b - a]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,19 +187,6 @@ def strategies_of(responses: list[Response]) -> list[str]:
     if responses[0].matches is not None:
         return list(STRATEGIES)
     return sorted({r.strategy for r in responses} - {NONE})
-
-
-def accuracy(responses: list[Response]) -> float | None:
-    """Return the share of right responses; None if there is no response."""
-    return fmean(r.correct for r in responses) if responses else None
-
-
-def right_counts(scored: Scored) -> dict[str, list[int]]:
-    """Return how many responses to each problem are right, and of the paper's task verified."""
-    counts = {"pass": [sum(r.correct for r in group) for group in scored]}
-    if scored[0][0].matches is not None:
-        counts["verified"] = [sum(r.verified for r in group) for group in scored]
-    return counts
 
 
 def metrics_of(scored: Scored) -> dict:
@@ -167,12 +208,6 @@ def metrics_of(scored: Scored) -> dict:
     metrics["frac_stopped"] = fmean(r.stopped for r in responses)
     metrics["errors"] = dict(Counter(r.error for r in responses if r.error))
     return metrics
-
-
-def group_by(scored: Scored, key: str) -> dict[str, Scored]:
-    """Group problems by an attribute that all responses to one share, sorted; skip empty ones."""
-    values = sorted({getattr(group[0], key) for group in scored} - {""}, key=by_number)
-    return {v: [group for group in scored if getattr(group[0], key) == v] for v in values}
 
 
 def summarise(scored: Scored) -> dict:
@@ -218,43 +253,19 @@ def rollout_metrics(scored: Scored) -> dict[str, float | None]:
     return metrics
 
 
-def validation_metrics(scored: Scored) -> dict[str, float]:
-    """Return what an update's log says of an evaluation."""
-    by_type = group_by(scored, "kind").items()
+def validation_metrics(policy: Policy, problems: list, seed: int) -> dict[str, float]:
+    """Evaluate a policy, and return what an update's log says of it."""
+    by_type = group_by(evaluate(*policy, problems, seed), "kind").items()
     return {f"validation/{kind}": metrics_of(groups)["pass@1"] for kind, groups in by_type}
-
-
-def paired_difference(before: Scored, after: Scored) -> dict:
-    """Return the change of pass@1 on the same problems, with its interval."""
-    changes = [accuracy(b) - accuracy(a) for a, b in zip(before, after, strict=True)]
-    interval = paired_interval(changes)
-    return {"pass@1": fmean(changes), "ci95": interval, "problems": len(changes)}
-
-
-def compare(before: Scored, after: Scored) -> dict:
-    """Return paired differences overall, by type and by difficulty.
-
-    `solved` and `lost` count problems with a right response (of the paper's task: a verified one)
-    only after, or only before.
-    """
-    differences: dict = {"overall": paired_difference(before, after)}
-    counts = (list(right_counts(scored).values())[-1] for scored in (before, after))
-    pairs = [(bool(a), bool(b)) for a, b in zip(*counts)]
-    differences["overall"] |= {"solved": pairs.count((False, True))}
-    differences["overall"] |= {"lost": pairs.count((True, False))}
-    for name, key in (("by_type", "kind"), ("by_difficulty", "difficulty")):
-        a, b = group_by(before, key), group_by(after, key)
-        differences[name] = {value: paired_difference(a[value], b[value]) for value in a}
-    return differences
 
 
 # ------------------------------------------------------------------------------------------------
 # The command
 
 
-def report(found: dict[str, Evaluation], json: Path | None, plot: Path | None) -> str:
+def report(evaluations: dict[str, Evaluation], json: Path | None, plot: Path | None) -> str:
     """Write and draw one checkpoint's metrics, or two and why they differ; return their table."""
-    scored = [of_one.free for of_one in found.values()]
+    scored = [of_one.free for of_one in evaluations.values()]
     summaries = [summarise(of_one) for of_one in scored]
     if len(scored) == 1:
         named, metrics = {"": summaries[0]}, summaries[0]
@@ -262,15 +273,15 @@ def report(found: dict[str, Evaluation], json: Path | None, plot: Path | None) -
     else:
         named = dict(zip(("before", "after"), summaries))
         metrics = named | {"difference": compare(*scored), "imputed": decompose_gain(*scored)}
-        forced = [of_one.forced for of_one in found.values()]
+        forced = [of_one.forced for of_one in evaluations.values()]
         metrics["reasons"] = decompose_gain(*scored, forced)
         text = comparison_table(metrics, CAUSES)
-    if measured := [of_one.measured for of_one in found.values() if of_one.measured]:
+    if measured := [of_one.measured for of_one in evaluations.values() if of_one.measured]:
         metrics = metrics | openings.compare(dict(zip(named, measured)))
         text += f"\n\n{openings_table(metrics)}"
     if json:
         with user_errors():
-            write_json(json, {"checkpoints": list(found), **metrics})
+            write_json(json, {"checkpoints": list(evaluations), **metrics})
     if plot:
         from lib.plots import plot_evaluation  # matplotlib takes a second to import
 
@@ -278,13 +289,13 @@ def report(found: dict[str, Evaluation], json: Path | None, plot: Path | None) -
     return text
 
 
-def report_run(heading: str, found: dict[str, Evaluation], folder: Path, log: list[dict]) -> None:
+def report_run(heading: str, evaluations: dict, folder: Path, log: list[dict]) -> None:
     """Write, draw and print a GRPO run's start and end; draw its course."""
     from lib.plots import plot_training  # matplotlib takes a second to import
 
-    text = report(found, folder / "evaluation.json", folder / "evaluation.png")
+    text = report(evaluations, folder / "evaluation.json", folder / "evaluation.png")
     plot_training({folder.name: log}, folder / "training.png")
-    print(f"\n{heading}\n{text}\n\ncheckpoint  {[*found][-1]}\nlog, plots  {folder}")
+    print(f"\n{heading}\n{text}\n\ncheckpoint  {[*evaluations][-1]}\nlog, plots  {folder}")
 
 
 def main(config: EvalConfig, world: World) -> None:
@@ -318,35 +329,27 @@ def main(config: EvalConfig, world: World) -> None:
         problems = [replace(problem, begun=problem.begin(given)) for problem in problems]
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
-    def evaluate_checkpoint(path: Path) -> Evaluation:
-        one = World(0, 1, world.device)
-        precision = choose_dtype(config.precision, read_config(path), path, one)
-        model, tokenizer = load_model(path, world.device, DTYPES[precision], template)
+    one = World(0, 1, world.device)
+    chosen = {x: choose_dtype(config.precision, read_config(x), x, one) for x in paths}
+
+    def load(path: Path) -> Policy:
+        model, tokenizer = load_model(path, world.device, DTYPES[chosen[path]], template)
         if tokenizer.word_level or not config.data:
             tokenizer.require_vocabulary(task.words)
         limits = (model.config.max_position_embeddings, wanted)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
-        sampler = Sampler(model, tokenizer.stops, samples, budget, temperature)
-        common = (sampler, tokenizer, problems, config.seed)
-        two = len(paths) == 2
-        found = evaluate_causes(*common, bar) if two else Evaluation(evaluate(*common, bar))
-        if not strategies:
-            return found
-        forced = {strategy: evaluate(*common, bar, strategy, given) for strategy in strategies}
-        pairs = zip(problems, found.free, strict=True)
-        opened = [[x.opened(r.response, given) for r in group] for x, group in pairs]
-        kinds = [problem.parts[given].kind for problem in problems]
-        return replace(found, measured=openings.measure(kinds, opened, forced))
+        return Sampler(model, tokenizer.stops, samples, budget, temperature), tokenizer
 
+    policies = {str(path): partial(load, path) for path in paths}
     total = len(paths) * (1 + len(strategies)) * len(problems) * samples
     with ProgressBar(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:
-        found = {str(path): evaluate_checkpoint(path) for path in paths}  # one model at a time
+        evaluations = evaluate_policies(policies, problems, config.seed, strategies, given, bar)
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
     which = f"{len(problems)} validation {task.about}" + f", {given} parts given" * bool(given)
     files = config.json and Path(config.json), config.plot and Path(config.plot)
-    text = report(found, *files)
-    print(f"{' -> '.join(found)}: {which}, {how}; in %\n\n{text}")
-    for name, of_one in found.items() if config.show else ():
+    text = report(evaluations, *files)
+    print(f"{' -> '.join(evaluations)}: {which}, {how}; in %\n\n{text}")
+    for name, of_one in evaluations.items() if config.show else ():
         rows = response_rows(problems[: config.show], of_one.free, split="validation")
         print(f"\n{name}\n\n" + "\n".join(show(rows, lines_of)))
 

@@ -244,10 +244,9 @@ def main(config: GrpoConfig, world: World) -> None:
     numbers = range(config.prompts_per_update)[world.rank :: world.world_size]  # of this rank
     groups = torch.arange(len(numbers))  # numbered within this rank
 
-    def evaluate(model: Transformer, samples: int, function=eval.evaluate):
+    def prepare(model: Transformer, samples: int) -> eval.Policy:
         sampling = (samples, max_new_tokens, config.temperature)
-        sampler = Sampler(model, tokenizer.stops, *sampling)
-        return function(sampler, tokenizer, problems, config.seed)
+        return Sampler(model, tokenizer.stops, *sampling), tokenizer
 
     followed = (tokenizer, problems[: config.keep_responses], config.seed)
     if world.is_master and run.first_update == 0:
@@ -290,7 +289,7 @@ def main(config: GrpoConfig, world: World) -> None:
         row |= training.update_metrics(steps, rollout, sampled, seconds, world)
         if world.is_master:
             if evaluating := config.eval_every and (update + 1) % config.eval_every == 0:
-                row |= eval.validation_metrics(evaluate(policy, 1))
+                row |= eval.validation_metrics(prepare(policy, 1), problems, config.seed)
             training.log_update(run, row, bar)
             if evaluating or training.is_saved(run, update):
                 validation = eval.evaluate(sampler, *followed)
@@ -301,9 +300,10 @@ def main(config: GrpoConfig, world: World) -> None:
         models = {str(run.folder / f"step-{run.updates}"): policy}
         with contextlib.suppress(SystemExit):  # a line says that the start is gone
             models = {str(run.init): run.reference or training.initial_policy(run)} | models
-        found = {name: evaluate(model, 4, eval.evaluate_causes) for name, model in models.items()}
+        policies = {name: partial(prepare, model, 4) for name, model in models.items()}
+        evaluations = eval.evaluate_policies(policies, problems, config.seed)
         heading = f"before -> after RL, 4 samples each at temperature {config.temperature}; in %"
-        eval.report_run(heading, found, run.folder, run.log.rows)
+        eval.report_run(heading, evaluations, run.folder, run.log.rows)
     world.barrier()
 
 

@@ -27,7 +27,6 @@ from lib.lora import dropout_key
 from lib.packing import Packed, pack_examples, pack_with_gaps, response_logps
 from lib.rng import epoch_indices, rng, torch_rng
 from lib.run_dir import changed_flags, open_run
-from lib.tables import percent
 from lib.tokenizer import Tokenizer
 from lib.transformer import Transformer
 from rollout import Sampler
@@ -162,7 +161,7 @@ def main(config: SftConfig, world: World) -> Path:
     run, task, problems, max_new_tokens = set_up(config, world)
     n_batches = config.batch_size // world.world_size // 32  # of some 32 examples, for memory
     n_batches = 1 if config.fsdp else max(n_threads(world.device), n_batches)
-    signals, bar, accuracy = Signals(), training.progress_bar(run, "SFT", world), {}
+    signals, bar = Signals(), training.progress_bar(run, "SFT", world)
     for update in signals.during(bar):
         start = time.perf_counter()
 
@@ -186,10 +185,7 @@ def main(config: SftConfig, world: World) -> Path:
         if world.is_master:
             if (update + 1) % config.eval_every == 0 or update + 1 == run.updates:
                 row |= validate(run, task, problems, max_new_tokens)
-                accuracy = {"right": percent(row["accuracy"])}
-                accuracy["right if matching"] = percent(row["accuracy_given_match"])
-            run.log.write(row)
-            bar.set_postfix({"loss": f"{loss:.3f}"} | accuracy)
+            training.log_sft_update(run, row, bar)
         training.end_update(run, update, signals, world)
     return run.folder / f"step-{run.updates}"
 

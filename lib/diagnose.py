@@ -1,7 +1,10 @@
-"""Say what has gone wrong for some time in a GRPO run, from the last rows of its log."""
+"""Say what has gone wrong: for some time in a GRPO run, by the last rows of its log; in SFT."""
 
 from statistics import fmean
 
+LEARNED = 0.5  # least accuracy given the matching strategy from which RL should start
+UNLEARNED = """SFT has not learned its own problems: most responses are wrong, also those with the
+    matching strategy. Train longer (--updates, --epochs) before RL"""
 DIAGNOSE_WINDOW = 20  # updates over which a problem has to last
 TRUNCATED = """every response is cut off before its end: give more --max-new-tokens, or train the
     start longer by SFT"""

@@ -1,4 +1,4 @@
-"""Why accuracy changed: the split of a gain in pass@1 into selection and improvement.
+"""How and why accuracy changed: a gain in pass@1, split into selection and improvement.
 
 On a problem x a policy takes strategy s with probability pi(s|x) and is then right with probability
 acc(s, x). Between two policies, on the same problem, exactly
@@ -10,24 +10,58 @@ This is the decomposition of Kitagawa (1955), Oaxaca and Blinder (1973) in symme
 the Shapley value of the two changes. It is arithmetic on outcomes, not a cause: a strategy that
 became better may be taken more often for that reason.
 
-Of the paper's task eval.py has responses of each strategy to each problem: where none took it, some
-that had to open with it (lib/openings.py). Then nothing is guessed, and the parts are right on
-average. Without these an accuracy is imputed from similar problems, or, where a policy never takes
-the strategy, from the other policy, so that all it brings counts as selection. The parts add up to
-the gain whatever is imputed. But a policy that takes a strategy mainly on problems that suit it
-makes it look better than it is on the others, and one lucky response may stand for a strategy that
-is nearly gone: bootstrapped intervals then hold the truth 85 to 90 times in 100, not 95
-(tests/test_decompose_gain.py).
+For the paper's task eval.py forces forward and backward where a policy took one on none of a
+problem's responses and the other policy did. These are not guessed, and the parts are right on
+average. What cannot be forced (responses that mix strategies or follow none, compositions,
+user-defined tasks) is imputed from similar problems, or, where a policy never does it, from the
+other policy, so that all it brings counts as selection. The parts add up to the gain whatever is
+imputed. But a policy that takes a strategy mainly on problems that suit it makes it look better
+than it is on the others, and one lucky response may stand for a strategy that is nearly gone: the
+95% intervals then hold the truth about 80 times in 100 (tests/test_decompose_gain.py).
 """
 
-import math
+from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
-from lib.responses import ARITHMETIC, GUESS, Scored, by_number
+from lib.responses import ARITHMETIC, GUESS, Scored, accuracy, by_number, group_by
+from lib.stats import paired_interval
 
 CAUSES = ("arithmetic", "procedure", "guess")
 OUTCOMES = ("right", *CAUSES)
+
+
+def right_counts(scored: Scored) -> dict[str, list[int]]:
+    """Return how many responses to each problem are right, and of the paper's task verified."""
+    counts = {"pass": [sum(r.correct for r in group) for group in scored]}
+    if scored[0][0].matches is not None:
+        counts["verified"] = [sum(r.verified for r in group) for group in scored]
+    return counts
+
+
+def paired_difference(before: Scored, after: Scored) -> dict:
+    """Return the change of pass@1 on the same problems, with its interval."""
+    changes = [accuracy(b) - accuracy(a) for a, b in zip(before, after, strict=True)]
+    interval = paired_interval(changes)
+    return {"pass@1": fmean(changes), "ci95": interval, "problems": len(changes)}
+
+
+def compare(before: Scored, after: Scored) -> dict:
+    """Return paired differences overall, by type and by difficulty.
+
+    `solved` and `lost` count problems with a right response (of the paper's task: a verified one)
+    only after, or only before.
+    """
+    differences: dict = {"overall": paired_difference(before, after)}
+    counts = (list(right_counts(scored).values())[-1] for scored in (before, after))
+    pairs = [(bool(a), bool(b)) for a, b in zip(*counts)]
+    differences["overall"] |= {"solved": pairs.count((False, True))}
+    differences["overall"] |= {"lost": pairs.count((True, False))}
+    for name, key in (("by_type", "kind"), ("by_difficulty", "difficulty")):
+        a, b = group_by(before, key), group_by(after, key)
+        differences[name] = {value: paired_difference(a[value], b[value]) for value in a}
+    return differences
 
 
 def count_outcomes(scored: Scored, strategies: list[tuple[str, bool]]) -> np.ndarray:
@@ -42,14 +76,15 @@ def count_outcomes(scored: Scored, strategies: list[tuple[str, bool]]) -> np.nda
 
 
 def decompose_gain(
-    before: Scored, after: Scored, forced: tuple[Scored, ...] = (), resamples: int = 300
+    before: Scored, after: Scored, forced: Sequence[Scored] = (), resamples: int = 300
 ) -> dict:
     """Split the gain in pass@1 into selection and improvement, overall, by type and difficulty.
 
     forced: of both policies, for each problem, responses in strategies that no free response took
 
     Improvement is split by what a wrong response fails by first. Intervals are normal ones, with
-    bootstrapped deviations: each resample imputes anew, and one more problem may gain or lose all.
+    variances bootstrapped over problems, and imputed anew in each resample; 1/n^2 is added for n
+    problems, as if one more had gained or lost all.
     """
     everything = (before, after, *forced)
     strategies = sorted({(r.strategy, r.matches) for s in everything for group in s for r in group})
@@ -74,13 +109,11 @@ def decompose_gain(
         return np.concatenate((np.stack(sums, -1), parts[:, 1:]), -1)
 
     means = parts_of(np.arange(len(before)))
-    draw = np.random.default_rng(0)
-    draws = draw.integers(0, len(before), (resamples, len(before)))
-    added = math.sqrt(0.5) * np.subtract(*draw.poisson(1.0, (2, resamples)))
-    added = added[:, None] / members.sum(1)  # (resamples, groups)
-    resampled = np.array([parts_of(chosen) for chosen in draws]) + added[:, :, None]
-    half = 1.96 * np.nanstd(resampled, axis=0)  # (groups, 6)
-    intervals = np.stack((means - half, means + half), -1)
+    draws = np.random.default_rng(0).integers(0, len(before), (resamples, len(before)))
+    resampled = np.array([parts_of(chosen) for chosen in draws])
+    variances = np.nanvar(resampled, 0) + 1 / members.sum(1)[:, None] ** 2
+    half = 1.96 * np.sqrt(variances)  # (groups, 6)
+    intervals = np.stack((means - half, means + half), -1).clip(-1, 1)
 
     result: dict = {"overall": {}, "by_type": {}, "by_difficulty": {}}
     for i, (name, value) in enumerate(groups):

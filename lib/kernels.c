@@ -166,7 +166,7 @@ static inline void rotate(const real *x, const float *cosines, const float *sine
  * prompt, number of its prompt's tokens (0 for a prompt itself), number of the batch's first tokens that come before
  * both. These, its prompt and then itself are a segment's keys. */
 
-/* The products of TILE queries and BLOCK keys, or elements of a value, are summed in registers. */
+/* The products of TILE queries and BLOCK keys, or elements of a value, are summed together: in registers of AVX512. */
 enum { BLOCK = HEAD_DIM % 32 == 0 ? 32 : HEAD_DIM % 16 == 0 ? 16 : HEAD_DIM, TILE = 8 };
 
 static void *zeros(long n) { return calloc(n, sizeof(float)); }
@@ -287,28 +287,54 @@ static inline void fetch(const real *x) {
     for (int i = 0; i < HEAD_DIM * (int)sizeof(real); i += 64) __builtin_prefetch((const char *)x + i);
 }
 
+/* scores (m) of a query (d) and keys (m, d); fetch as many rows that are needed next */
+static void score(long m, const float *query, const real *keys, const real *next, float *scores) {
+    float q[HEAD_DIM];
+    memcpy(q, query, sizeof q);
+    for (long j = 0; j < m; j++) {
+        fetch(next + j * HEAD_DIM);
+        float sum = 0;
+        for (int i = 0; i < HEAD_DIM; i++) sum += q[i] * load(keys[j * HEAD_DIM + i]);
+        scores[j] = sum;
+    }
+}
+
+/* mixed (d) += weights (m) times values (m, d); fetch as many rows that are needed next */
+static void mix(long m, const float *weights, const real *values, const real *next, float *mixed) {
+    float sums[HEAD_DIM];
+    memcpy(sums, mixed, sizeof sums);
+    for (long j = 0; j < m; j++) {
+        fetch(next + j * HEAD_DIM);
+        for (int i = 0; i < HEAD_DIM; i++) sums[i] += weights[j] * load(values[j * HEAD_DIM + i]);
+    }
+    memcpy(mixed, sums, sizeof sums);
+}
+
 /* One step of attention with a cache. Each of the P * G rows rotates its queries and its key, stores key and value at
  * `t` of its response, and attends to its group's prompt and to its own response:
  *
  *     qkv (P * G, (H + 2 K) d) before rotation; cosines, sines (P * G, d / 2); lengths (P) of the prompts
  *     prompt_k, prompt_v (P, K, Tp, d), response_k, response_v (P * G, K, T, d)
  *     out (P * G, H d)
+ *
+ * A group's queries of a prompt are taken in tiles, if they fill more than one.
  */
 void attend(long P, long G, long H, long K, long Tp, long T, long t, const real *qkv, const float *cosines,
             const float *sines, const long *lengths, const real *prompt_k, const real *prompt_v, real *response_k,
             real *response_v, real *out) {
     enum { d = HEAD_DIM };
-    const long size = (Tp + T + BLOCK - 1) / BLOCK * BLOCK;
+    const long size = (Tp + T + BLOCK - 1) / BLOCK * BLOCK, tiled = G * H / K > TILE;
     float *keys_t = malloc((2 * d + TILE) * size * sizeof(float)), *values = keys_t + d * size, *weights = values + d * size;
     long tile, places[TILE];
     float queries[TILE * d], mixed[TILE * d], sums[TILE], top, key[d];
     for (long p = 0; p < P; p++)
         for (long k = 0; k < K; k++) {
-            const long rows[] = {p * G, G}, n = lengths[p], of_prompt = (p * K + k) * Tp * d;
-            for (long j = 0; j < n; j++)
+            const long rows[] = {p * G, G}, n = lengths[p];
+            const real *old_keys = prompt_k + (p * K + k) * Tp * d, *old_values = prompt_v + (p * K + k) * Tp * d;
+            for (long j = 0; j < n && tiled; j++)
                 for (int i = 0; i < d; i++) {
-                    keys_t[i * size + j] = load(prompt_k[of_prompt + j * d + i]);
-                    values[j * d + i] = load(prompt_v[of_prompt + j * d + i]);
+                    keys_t[i * size + j] = load(old_keys[j * d + i]);
+                    values[j * d + i] = load(old_values[j * d + i]);
                 }
             for (long row = p * G; row < (p + 1) * G; row++) {
                 const real *heads = qkv + row * (H + 2 * K) * d;
@@ -319,30 +345,22 @@ void attend(long P, long G, long H, long K, long Tp, long T, long t, const real 
             }
             for (long first = 0; (tile = tile_at(rows, first, H, K, k, places)) > 0; first += TILE) {
                 take_queries(tile, places, H, K, qkv, cosines, sines, queries);
-                with_keys(n, queries, keys_t, size, weights); /* and what comes behind n is overwritten */
+                if (tiled) with_keys(n, queries, keys_t, size, weights);
                 for (long u = 0; u < tile; u++) {
                     const long own = (places[u] / H * K + k) * T * d;
-                    float *scores = weights + u * size + n, query[d];
-                    memcpy(query, queries + u * d, sizeof query);
-                    for (long j = 0; j <= t; j++) {
-                        fetch(response_v + own + j * d);
-                        float score = 0;
-                        for (int i = 0; i < d; i++) score += query[i] * load(response_k[own + j * d + i]);
-                        scores[j] = score;
-                    }
-                    sums[u] = exponentials(n + t + 1, weights + u * size, &top);
+                    float *scores = weights + u * size;
+                    if (!tiled) score(n, queries + u * d, old_keys, old_values, scores);
+                    score(t + 1, queries + u * d, response_k + own, response_v + own, scores + n);
+                    sums[u] = exponentials(n + t + 1, scores, &top);
                 }
-                with_values(n, weights, size, values, mixed);
+                memset(mixed, 0, sizeof mixed);
+                if (tiled) with_values(n, weights, size, values, mixed);
                 for (long u = 0; u < tile; u++) {
-                    const long row = places[u] / H, own = (row * K + k) * T * d, next = own + TILE * K / H * K * T * d;
-                    const float *scores = weights + u * size + n;
-                    float all[d];
-                    memcpy(all, mixed + u * d, sizeof all);
-                    for (long j = 0; j <= t; j++) {
-                        fetch(response_k + next + j * d); /* for the next tile */
-                        for (int i = 0; i < d; i++) all[i] += scores[j] * load(response_v[own + j * d + i]);
-                    }
-                    for (int i = 0; i < d; i++) out[places[u] * d + i] = store(all[i] / sums[u]);
+                    const long own = (places[u] / H * K + k) * T * d, next_tile = own + TILE * K / H * K * T * d;
+                    const float *scores = weights + u * size;
+                    if (!tiled) mix(n, scores, old_values, old_keys, mixed + u * d);
+                    mix(t + 1, scores + n, response_v + own, response_k + next_tile, mixed + u * d);
+                    for (int i = 0; i < d; i++) out[places[u] * d + i] = store(mixed[u * d + i] / sums[u]);
                 }
             }
         }

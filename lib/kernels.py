@@ -157,7 +157,7 @@ swiglu = SwiGLU.apply
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether products with this weight are of `pack`: frozen, in 16 bits, no gradients wanted."""
+    """Whether `linear` uses a packed copy of this weight: frozen, bf16, CPU, no gradients."""
     frozen = isinstance(weight, torch.nn.Parameter) and not weight.requires_grad
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return frozen and on_cpu and PACKS and not torch.is_grad_enabled()
@@ -166,7 +166,7 @@ def packs(weight: Tensor) -> bool:
 def pack(weight: Tensor) -> Tensor:
     """Return a weight in oneDNN's layout.
 
-    It lays one in 16 bits out anew for each product, which takes as long as multiplying by 20 rows.
+    Otherwise it lays bf16 weights out anew for each product, which takes as long as 20 rows of it.
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 

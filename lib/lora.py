@@ -28,7 +28,7 @@ from lib.transformer import Linear, Transformer, part_names
 
 WEIGHTS = "adapter_model.safetensors"
 one_block = threading.Lock()  # the first of several threads makes a block, the others wait
-packed = WeakKeyDictionary()  # by adapter: A and [W, B] in oneDNN's layout, which cannot be copied
+packed_adapters = WeakKeyDictionary()  # A and [W, B] of each, which cannot be copied with it
 
 
 class Adapter(nn.Module):
@@ -57,22 +57,22 @@ class Adapter(nn.Module):
             if self.stale:
                 block = (self.scale * torch.block_diag(*self.b.split(self.sizes))).t().contiguous()
                 self.block = block if self.block is None else self.block.copy_(block)
-                packed.pop(self, None)
+                packed_adapters.pop(self, None)
                 self.stale = False
         return self.block
 
     def joint_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W' and the adapter's product (N, out) by one product of [x, x A'] and [W, B].
 
-        Sampling on the CPU takes a sixth less time so than with adapters that are added. `weight`
-        must be one that kernels.packs.
+        In sampling on the CPU that is faster than to add the adapter's product. kernels.packs must
+        hold of `weight`.
         """
         block = self.scaled_block()
         with one_block:
-            if self not in packed:
+            if self not in packed_adapters:
                 joint = torch.cat((weight, block.t()), 1)  # (out, in + matrices * rank)
-                packed[self] = kernels.pack(self.a), kernels.pack(joint)
-            a, joint = packed[self]
+                packed_adapters[self] = kernels.pack(self.a), kernels.pack(joint)
+            a, joint = packed_adapters[self]
         return kernels.packed_linear(torch.cat((x, kernels.packed_linear(x, a)), 1), joint, bias)
 
     def forward(self, x: Tensor, out: Tensor, dropout_key: int | None) -> Tensor:

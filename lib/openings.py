@@ -8,7 +8,7 @@ to right, so to put these words before its response is to ask what it does after
     faultless  the share of these without a wrong line: a wrong guess may be carried through well
 
 Accuracy is access times execution, summed over the strategies, and what responses that open
-otherwise get right. lib/gain.py splits a gain by them.
+otherwise get right. To split a gain, lib/gain.py has strategies forced, too.
 
 Arrays are (X, S) for X problems and S strategies.
 """

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
+from statistics import fmean
 from textwrap import wrap
 
 from lib.flags import require_min
@@ -64,6 +65,17 @@ def by_number(text: str) -> list:
     """Return a key by which "9 steps" comes before "10 steps"."""
     words = re.split(r"([0-9]+)", text)  # text and numbers in turn
     return [int(word) if i % 2 else word for i, word in enumerate(words)]
+
+
+def accuracy(responses: list[Response]) -> float | None:
+    """Return the share of right responses; None if there is no response."""
+    return fmean(r.correct for r in responses) if responses else None
+
+
+def group_by(scored: Scored, key: str) -> dict[str, Scored]:
+    """Group problems by an attribute that all responses to one share, sorted; skip empty ones."""
+    values = sorted({getattr(group[0], key) for group in scored} - {""}, key=by_number)
+    return {v: [group for group in scored if getattr(group[0], key) == v] for v in values}
 
 
 def response_rows(problems: list, scored: list, advantages=None, **where) -> list[dict]:

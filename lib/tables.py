@@ -82,7 +82,7 @@ def comparison_table(metrics: dict, causes) -> str:
     if reasons != metrics["imputed"]:
         guessed = {part: of_part["mean"] for part, of_part in metrics["imputed"]["overall"].items()}
         selection, improvement = (100 * guessed[part] for part in ("selection", "improvement"))
-        found += "\nwhere no response to a problem took a strategy, it was forced; imputed instead:"
+        found += "\nstrategies that only one policy took were forced; with imputed accuracies:"
         found += f" selection {selection:+.1f}, improvement {improvement:+.1f}"
     return f"{format_table(rows)}\n{note}\n{found}"
 

@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from lib import checkpoint, fsdp, run_dir
 from lib.attention import describe
-from lib.diagnose import diagnose
+from lib.diagnose import LEARNED, UNLEARNED, diagnose
 from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads, peak_memory
 from lib.flags import flag_name, require, require_min, user_errors, warn
 from lib.limits import return_freed_memory
 from lib.lora import validate_lora, without_adapters
 from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
 from lib.responses import RESPONSES, response_rows
+from lib.tables import percent
 from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
 from lib.transformer import Transformer
 
@@ -300,6 +301,18 @@ def update_metrics(steps: list[dict], rollout, sampled: list, seconds: list, wor
         "training_tokens_per_second": sum(x["trained_tokens"] for x in of_batches) / seconds[1],
         "peak_memory_gb": peak_memory(world.device),
     }
+
+
+def log_sft_update(run: Run, row: dict, bar: tqdm) -> None:
+    """Write an SFT update's row, show it beside the bar, and warn of an end that is no start."""
+    run.log.write(row)
+    validated = next((r for r in reversed(run.log.rows) if "accuracy" in r), {})
+    names = {"right": "accuracy", "right if matching": "accuracy_given_match"}
+    shown = {name: percent(validated[key]) for name, key in names.items() if validated}
+    bar.set_postfix({"loss": f"{row['loss']:.3f}"} | shown)
+    of_paper = row["update"] == run.updates and not run.config.data
+    if of_paper and (validated["accuracy_given_match"] or 0) < LEARNED:  # None: none matches
+        warn(" ".join(UNLEARNED.split()))
 
 
 def log_update(run: Run, row: dict, bar: tqdm) -> None:

@@ -29,11 +29,11 @@ from eval import (
     decompose_gain,
     main,
     metrics_of,
-    paired_difference,
     rollout_metrics,
     summarise,
 )
 from lib.distributed import World
+from lib.gain import paired_difference
 from lib.rng import rng
 from lib.run_dir import choose_checkpoints, describe_start, save_checkpoint
 from lib.stats import pass_at_k, wilson

@@ -202,6 +202,25 @@ def test_a_laptops_run_says_what_it_does_and_resumes(tmp_path, pretrained, monke
     assert re.search(r"0 updates at \d+\.\d s: about 0 minutes; Ctrl-C saves, --resume cont", line)
 
 
+@pytest.mark.parametrize(
+    "given, data, warned",
+    [(0.49, "", True), (0.0, "", True), (None, "", True), (0.5, "", False), (None, "own", False)],
+)
+def test_an_end_that_is_no_start_for_rl_is_warned_of(given, data, warned, capsys):
+    """Once, at the last update; a task of one's own has no matching strategy."""
+    rows, shown = [], []
+    log = SimpleNamespace(rows=rows, write=rows.append)
+    run = SimpleNamespace(updates=3, log=log, config=SimpleNamespace(data=data))
+    bar = SimpleNamespace(set_postfix=shown.append)
+    validated = {"accuracy": 0.25, "accuracy_given_match": given}
+    for update, more in ((1, {}), (2, validated), (3, validated)):
+        assert not capsys.readouterr().err
+        training.log_sft_update(run, {"update": update, "loss": 0.5} | more, bar)
+    assert ("SFT has not learned" in capsys.readouterr().err) == warned
+    assert [row["right"] for row in shown if "right" in row] == ["25.0", "25.0"]
+    assert len(rows) == 3 and shown[0] == {"loss": "0.500"}
+
+
 def test_the_time_that_is_left_goes_by_the_second_update(capsys):
     run, bar = SimpleNamespace(first_update=100, updates=512), SimpleNamespace()
     for update, elapsed in ((100, 30.0), (101, 35.5), (102, 41.0)):
