@@ -177,6 +177,12 @@ def test_paper_defaults_for_a_pretrained_model():
     assert config.updates is None and config.position_gap == 0
 
 
+def test_a_larger_field_is_trained_longer():
+    updates = [fill_defaults(SftConfig(field=p), tiny=True).updates for p in (7, 11, 13, 17)]
+    assert updates == [1600, 1600, 2400, 2400]
+    assert fill_defaults(SftConfig(field=13, updates=9), tiny=True).updates == 9
+
+
 def test_a_laptop_has_defaults_of_its_own():
     config = fill_defaults(SftConfig(model="somewhere", laptop=True), tiny=False)
     assert (config.epochs, config.lr, config.eval_every, config.lora) == (4, 1e-3, 128, 64)
