@@ -136,10 +136,10 @@ def test_the_split_with_forced_responses_is_right_and_the_imputed_one_is_not(bef
     What imputing cannot know is the accuracy of a strategy on the problems where it is not taken.
     """
     draw, expected, errors, held = np.random.default_rng(1), truth(before, after), [], []
-    for _ in range(150):
+    for _ in range(100):
         z = draw.random(X)
         (free_a, forced_a), (free_b, forced_b) = (sampled(x, z, draw) for x in (before, after))
-        measured = decompose_gain(free_a, free_b, (forced_a, forced_b), resamples=40)["overall"]
+        measured = decompose_gain(free_a, free_b, (forced_a, forced_b), resamples=30)["overall"]
         imputed = decompose_gain(free_a, free_b, resamples=2)["overall"]
         found = [of["selection"]["mean"] for of in (measured, imputed)]
         errors.append(np.array(found) - expected["selection"])
