@@ -10,7 +10,7 @@ pass@1 is the share of sampled responses that are right, averaged over problems;
 unbiased estimate of Chen et al. (arXiv 2107.03374, equation 1); verified@k counts the right ones
 that hold no wrong line and no guess. Intervals are 95%, over problems: Wilson's for a pass rate,
 conservative for several samples a problem; for a paired difference Bonett and Price's (2012); for
-selection and improvement a bootstrap. lib/gain.py has the split of a gain, lib/openings.py --force.
+selection and improvement normal ones of bootstrapped variance. See lib/gain.py, lib/openings.py.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ from lib.flags import (
     warn,
     write_json,
 )
-from lib.gain import CAUSES, compare, decompose_gain, right_counts
+from lib.gain import compare, decompose_gain, right_counts
 from lib.policy import DTYPES
 from lib.responses import NONE, Response, Scored, accuracy, group_by, response_rows, show
 from lib.run_dir import choose_checkpoints
@@ -69,7 +69,7 @@ class EvalConfig:
     seed: int = 0  # of the problems and of the sampling
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as in training, or measured
     # Interventions
-    force: Literal["none", "forward", "backward", "both"] = "none"  # sample also after its opening
+    force: Literal["none", "forward", "backward", "both"] = "none"  # strategies to open with
     given: int = 0  # parts of a composition whose faultless solution stands before the response
     # Output
     json: str = ""  # write the metrics to this file
@@ -94,7 +94,8 @@ def evaluate(
     A problem's random numbers are named by the stream and the problem's number [0, 1, ...].
     """
     scored, numbers = [], range(len(problems)) if numbers is None else numbers
-    for first in range(0, len(problems), n := max(1, AT_ONCE // sampler.group_size)):
+    n = max(1, AT_ONCE // sampler.group_size)
+    for first in range(0, len(problems), n):
         some = problems[first : first + n]
         keys = [(seed, stream, i) for i in numbers[first : first + n]]
         with user_errors():  # a prompt too long for the model
@@ -144,7 +145,7 @@ def evaluate_policies(
     """
     free = {name: evaluate(*load(), problems, seed, bar) for name, load in policies.items()}
     evaluations = {}
-    for (name, mine), theirs in zip(free.items(), reversed(free.values())):
+    for (name, mine), theirs in zip(free.items(), reversed(free.values())):  # of one: its own
         numbers = {s: lacking(problems, mine, theirs, s) for s in (FORWARD, BACKWARD)}
         wanted = numbers | dict.fromkeys(strategies, range(len(problems)))
         forced: Scored = [[] for _ in problems]
@@ -205,7 +206,6 @@ def metrics_of(scored: Scored) -> dict:
     has_match = responses[0].matches is not None
     metrics["match_rate"] = len(matching) / len(responses) if has_match else None
     metrics["accuracy_given_match"] = accuracy(matching)
-    metrics["frac_stopped"] = fmean(r.stopped for r in responses)
     metrics["errors"] = dict(Counter(r.error for r in responses if r.error))
     return metrics
 
@@ -275,7 +275,7 @@ def report(evaluations: dict[str, Evaluation], json: Path | None, plot: Path | N
         metrics = named | {"difference": compare(*scored), "imputed": decompose_gain(*scored)}
         forced = [of_one.forced for of_one in evaluations.values()]
         metrics["reasons"] = decompose_gain(*scored, forced)
-        text = comparison_table(metrics, CAUSES)
+        text = comparison_table(metrics)
     if measured := [of_one.measured for of_one in evaluations.values() if of_one.measured]:
         metrics = metrics | openings.compare(dict(zip(named, measured)))
         text += f"\n\n{openings_table(metrics)}"
@@ -308,18 +308,18 @@ def main(config: EvalConfig, world: World) -> None:
     paths = choose_checkpoints(config.checkpoints)
     metas = [meta for meta in map(load_meta, paths) if "field" in meta]  # of those made here
     fields = [(meta["field"], meta.get("relabel", "fixed")) for meta in metas] or [(11, "fixed")]
-    message = "the two checkpoints were trained on different fields or namings"
-    newest, wanted = metas[-1] if metas else {}, config.max_new_tokens
-    template = not (config.no_chat_template or newest.get("no_chat_template"))
-    trained_on = newest.get("data", "")
+    last, wanted = metas[-1] if metas else {}, config.max_new_tokens
+    template = not (config.no_chat_template or last.get("no_chat_template"))
+    trained_on = last.get("data", "")
     if not config.data and trained_on:
         require(Path(trained_on).exists(), f"{trained_on}, its problems, is gone: say --data")
     config.data = config.data or trained_on
     if config.data:
-        if newest.get("tagger") and not config.tagger:
-            warn(f"trained with --tagger {newest['tagger']}: without it all responses are alike")
-        config.answer_pattern = config.answer_pattern or newest.get("answer_pattern", "")
-        wanted = wanted or newest.get("max_new_tokens") or 0
+        if last.get("tagger") and not config.tagger:
+            warn(f"trained with --tagger {last['tagger']}: without it all responses are alike")
+        config.answer_pattern = config.answer_pattern or last.get("answer_pattern", "")
+        wanted = wanted or last.get("max_new_tokens") or 0
+    message = "the two checkpoints were trained on different fields or namings"
     require(bool(config.data) or fields[0] == fields[-1], message)
     task, problems = load_problems(config, config.problems, *fields[0])
     strategies = {"none": [], "both": [FORWARD, BACKWARD]}.get(config.force, [config.force])

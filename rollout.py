@@ -7,8 +7,8 @@ How it is fast:
 - The KV cache holds each prompt once for its whole group, and all responses at the same step.
 - Groups that have finished leave the batch; prompts for which there is no memory wait.
 - A decoding step reads and writes tensors at fixed addresses and never waits for the device, so on
-  a GPU it is captured in a CUDA graph, one for each batch size. The host looks at which groups have
-  finished only every few steps.
+  a GPU it is captured in CUDA graphs, one for each batch size and number of cached tokens it reads.
+  The host looks at which groups have finished only every few steps.
 
 Every prompt has its own random numbers: one uniform for each token of its group, drawn before the
 first step. So its responses do not depend on which prompts share its batch or rank.
@@ -106,7 +106,7 @@ class Sampler:
         self.batch: DecodeBatch | None = None
 
     def sample(self, prompts: list[list[int]], keys: list[tuple]) -> Rollout:
-        """Sample a group of responses to each prompt, with the random numbers of its key.
+        """Sample G responses to each of P prompts, with the random numbers of its key.
 
         Raises ValueError if a prompt is empty, or if a prompt and its response would exceed the
         model's positions.

@@ -42,7 +42,6 @@ NO_ANSWER = "no answer"  # the response ends before its answer does
 class Error:
     kind: str
     line: int  # which line of the response, from 0
-    label: int | None  # the label of the step that was due there, None where no step was
     due: str  # the line that was due there, "" after the last
 
 
@@ -52,9 +51,7 @@ class Tag:
     parts: tuple[str, ...]  # the same for each part of the problem
     guessed: tuple[bool, ...]  # which parts open with a guess
     misguessed: bool  # whether a wrong guess comes before the first error
-    steps_right: int  # steps before the first error
     error: Error | None
-    answer: str | None
 
 
 def score_rollout(rollout, problems: list, tokenizer) -> None:
@@ -106,17 +103,8 @@ def tag(problem: Problem, response: str) -> Tag:
     strategy = MIXED
     if len(used) < 2:
         strategy = used.pop() if used else NONE
-    answers = [line.value for line in lines if line.form == "answer"]
-    misguessed, steps_right, error = first_error(problem, lines, chunks, parts)
-    return Tag(
-        strategy=strategy,
-        parts=parts,
-        guessed=tuple(bool(chunk) and chunk[0].guess for chunk in chunks),
-        misguessed=misguessed,
-        steps_right=steps_right,
-        error=error,
-        answer=answers[-1] if answers else None,
-    )
+    guessed = tuple(bool(chunk) and chunk[0].guess for chunk in chunks)
+    return Tag(strategy, parts, guessed, *first_error(problem, lines, chunks, parts))
 
 
 def matches(problem: Problem, tag: Tag) -> bool:
@@ -163,8 +151,8 @@ def strategy_of(chunk: list[Line]) -> str:
 
 def first_error(
     problem: Problem, lines: list[Line], chunks: list[list[Line]], parts: tuple[str, ...]
-) -> tuple[bool, int, Error | None]:
-    """Return whether a wrong guess comes before the first error, the right steps, and the error."""
+) -> tuple[bool, Error | None]:
+    """Return whether a wrong guess comes before the first error, and that error."""
     directions, guesses = [], []
     for chunk, strategy, part in zip(chunks, parts, problem.parts):
         opening = chunk[0] if chunk and chunk[0].form == "anchor" else None
@@ -179,7 +167,6 @@ def first_error(
     same = 0  # lines that are as they are due
     while same < min(len(lines), len(due)) and lines[same].text == due[same].text:
         same += 1
-    steps_right = sum(line.form == "step" for line in due[:same])
     misguessed = False
     if any(line.guess for line in due[:same]):
         right = parse_lines(problem.solution(directions))
@@ -187,12 +174,11 @@ def first_error(
         misguessed = any(line.guess and line.text != other.text for line, other in pairs)
 
     if same == max(len(lines), len(due)):
-        return misguessed, steps_right, None
+        return misguessed, None
     line = lines[same] if same < len(lines) else None
     expected = due[same] if same < len(due) else None
     kind = error_kind(line, expected, due[same + 1 :])
-    label, text = (expected.label, expected.text) if expected else (0, "")
-    return misguessed, steps_right, Error(kind, same, label or None, text)
+    return misguessed, Error(kind, same, expected.text if expected else "")
 
 
 def error_kind(line: Line | None, expected: Line | None, later: list[Line]) -> str:

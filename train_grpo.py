@@ -120,8 +120,7 @@ def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:
     require(config.group_size >= 2, "--group-size must be at least 2: its responses are compared")
     require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
     require(config.clip_high > 0, "--clip-high must be above 0")
-    sane = 1e-3 <= config.temperature <= 1e3
-    require(sane, "--temperature must lie between 0.001 and 1000")
+    require(1e-3 <= config.temperature <= 1e3, "--temperature must lie between 0.001 and 1000")
     return config
 
 
@@ -157,9 +156,9 @@ def grpo_loss(
     the KL estimate k3 joschu.net/blog/kl-approx.html.
     """
     log_ratio = logps - old_logps
-    lengths = rows.bincount().clamp(min=1)  # (B,) tokens of each response, of those that are here
+    lengths = rows.bincount().clamp(min=1)  # (max(rows) + 1,) tokens of each response that is here
     if config.ratio_of == "sequence":
-        sums = log_ratio.new_zeros(len(lengths)).index_add(0, rows, log_ratio)  # (B,)
+        sums = log_ratio.new_zeros(len(lengths)).index_add(0, rows, log_ratio)
         log_ratio = (sums / lengths)[rows]
     ratio = log_ratio.exp()
     if config.clip == "ratio":
@@ -170,8 +169,8 @@ def grpo_loss(
         per_token_loss = -clipped.detach() * advantages * logps
     per_token = {"ratio": ratio, "clip_ratio": ratio != clipped}
     if ref_logps is not None:
-        log_ratio = ref_logps - logps
-        kl = log_ratio.exp() - log_ratio - 1  # unbiased, and never negative
+        d = ref_logps - logps
+        kl = d.exp() - d - 1  # unbiased, and never negative
         per_token_loss = per_token_loss + config.beta * kl
         per_token["kl"] = kl
     if config.mask_truncated:
@@ -208,8 +207,9 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
         if run.reference is not None:
             with torch.no_grad():
                 ref_logps, _ = response_logps(run.reference, batch, config.temperature)
-        of_tokens = (rollout.advantages.flatten()[rows], rows, ~rollout.stopped[rows])  # (M,) each
-        loss, per_token = grpo_loss(config, logps, old_logps, ref_logps, *of_tokens, totals)
+        advantages, truncated = rollout.advantages.flatten()[rows], ~rollout.stopped[rows]  # (M,)
+        tensors = (logps, old_logps, ref_logps, advantages, rows, truncated)
+        loss, per_token = grpo_loss(config, *tensors, totals)
         per_token["entropy"] = entropy
         metrics = {name: values.sum().item() for name, values in per_token.items()}
         metrics |= {"loss": loss.item(), "trained_tokens": len(logps)}
@@ -319,7 +319,7 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, object, list, int]:
     resume_from = newest_checkpoint(folder) if config.resume else None
     set_missing(config, LAPTOP if config.laptop else USUAL)  # before problems are drawn
     task, problems = load_problems(config, config.eval_problems)
-    init = resume_from or train_sft.find_start(config)
+    init = resume_from or train_sft.find_init(config)
     tokenizer, meta = training.find_tokenizer(config, task, init), load_meta(init) if init else {}
     fill_defaults(config, tokenizer.word_level)
     for name in ("field", "relabel") if not config.data else ():

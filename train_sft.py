@@ -92,7 +92,7 @@ def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     """Fill in the defaults that depend on the model, and refuse impossible flags."""
     defaults = TINY if tiny else PRETRAINED | (LAPTOP if config.laptop else {})
     defaults = defaults | LARGER_FIELD if tiny and config.field > 11 else defaults
-    length = {"epochs": config.epochs, "updates": config.updates}  # one says it all
+    length = {"epochs": config.epochs, "updates": config.updates}  # either replaces both defaults
     set_missing(config, defaults if set(length.values()) == {None} else defaults | length)
     config.out = config.out or str(default_folder(config))
     require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
@@ -146,7 +146,7 @@ def sft_backward(run: training.Run, batches: list, world: World, update: int) ->
 
 
 @torch.no_grad()
-def validate(run: training.Run, task, problems: list, max_new_tokens: int) -> dict:
+def validation_metrics(run: training.Run, task, problems: list, max_new_tokens: int) -> dict:
     """Return the loss on validation solutions, and accuracy of one sampled response each."""
     stream = rng(run.config.seed, "validation strategies")
     examples = [(x, task.solution(x, run.config.strategy, stream)) for x in problems]
@@ -186,7 +186,7 @@ def main(config: SftConfig, world: World) -> Path:
         row["tokens_per_second"] = n_tokens / (time.perf_counter() - start)
         if world.is_master:
             if (update + 1) % config.eval_every == 0 or update + 1 == run.updates:
-                row |= validate(run, task, problems, max_new_tokens)
+                row |= validation_metrics(run, task, problems, max_new_tokens)
             training.log_sft_update(run, row, bar)
         training.end_update(run, update, signals, world)
     return run.folder / f"step-{run.updates}"
@@ -216,7 +216,7 @@ def set_up(config: SftConfig, world: World) -> tuple[training.Run, object, list,
     return run, task, problems, max_new_tokens
 
 
-def find_start(config) -> Path | None:
+def find_init(config) -> Path | None:
     """Return the checkpoint to start GRPO from; None if the default run is not finished."""
     if config.init:
         return find_checkpoint(config.init)

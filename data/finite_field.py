@@ -267,7 +267,7 @@ class Task:
 
     @staticmethod
     def from_flags(config, p: int | None = None, relabel: str = "") -> "Task":
-        """Return the task that a script's flags describe, in the field that it or they name."""
+        """Return the task that a script's flags describe; `p` and `relabel` are a checkpoint's."""
         steps = parse_range(config.steps) if config.steps else DIFFICULTY[config.difficulty]
         share, parts = getattr(config, "evaluation_share", 0.5), parse_range(config.parts)
         window = getattr(config, "window", 0)

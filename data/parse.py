@@ -21,7 +21,7 @@ LINE = re.compile(  # of whole words
     r"(?<![^ ])(?:"
     r"(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})"
     r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4})"
-    r" = (?P<result>e\d{1,4})"
+    r" = e\d{1,4}"
     r"|answer (?P<answer>e\d{1,4})"
     r")(?![^ ])",
     re.ASCII,
@@ -34,7 +34,7 @@ class Line:
     text: str
     guess: bool = False
     side: str = ""
-    value: str = ""  # of an anchor, a step's result, or the answer
+    value: str = ""  # of an anchor
     label: int = 0
     left: str = ""
     op: str = ""
@@ -57,11 +57,10 @@ def parse_lines(response: str) -> list[Line]:
             guess = bool(match["guess"])
             lines.append(Line("anchor", match[0], guess, match["side"], match["value"]))
         elif match["answer"]:
-            lines.append(Line("answer", match[0], value=match["answer"]))
+            lines.append(Line("answer", match[0]))
         else:
             step = {key: match[key] for key in ("left", "op", "right")}
-            step |= {"label": int(match["label"]), "value": match["result"]}
-            lines.append(Line("step", match[0], **step))
+            lines.append(Line("step", match[0], label=int(match["label"]), **step))
     if rest := text[end:].strip():
         lines.append(Line("other", rest))
     return lines

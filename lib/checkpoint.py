@@ -3,8 +3,8 @@
     python -m lib.checkpoint merge ckpt/qwen merged    # a model of a run that stopped midway
 
 While a run trains LoRA adapters, its checkpoints hold these alone. Whatever loads such a checkpoint
-adds them to the model that the run started from. The command writes that sum to a new folder:
-the checkpoint may be the start of another run, which finds it by its hash, or about to make room.
+adds them to the model that the run started from. The command writes the merged model to a new
+folder and leaves the checkpoint: another run may have started from it and find it by its hash.
 """
 
 import hashlib
@@ -172,7 +172,7 @@ def load_model(
     return model, tokenizer
 
 
-def save_model(folder: Path, config: ModelConfig, tokenizer: Tokenizer, meta: dict) -> None:
+def save_configs(folder: Path, config: ModelConfig, tokenizer: Tokenizer, meta: dict) -> None:
     """Write a Hugging Face folder without weights, and its training.json."""
     tokenizer.save(folder)
     stops = {"eos_token_id": tokenizer.stops, "pad_token_id": tokenizer.inner.pad_token_id}
@@ -400,7 +400,7 @@ def main(config: MergeConfig) -> None:
     require(not os.path.lexists(folder), f"{folder} exists already")
     model, tokenizer = load_model(source)
     with written_whole(folder) as draft:
-        save_model(draft, model.config, tokenizer, load_meta(source))
+        save_configs(draft, model.config, tokenizer, load_meta(source))
         save_weights(dict(hf_weights(model)), draft)
     print(folder)
 

@@ -34,7 +34,7 @@ packed_adapters = WeakKeyDictionary()  # A and [W, B] of each, which cannot be c
 class Adapter(nn.Module):
     def __init__(self, linear: Linear, rank: int, alpha: int, dropout: float, number: int):
         super().__init__()
-        self.sizes, self.rank, self.alpha, self.scale = linear.sizes, rank, alpha, alpha / rank
+        self.sizes, self.rank, self.scale = linear.sizes, rank, alpha / rank
         self.dropout, self.number = dropout, number  # among the model's adapters: part of its seed
         self.a = nn.Parameter(torch.empty(len(linear.sizes) * rank, linear.in_features))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank))

@@ -26,6 +26,9 @@ PARTS = {  # and their headings
     "execution": "right if forced",
     "faultless": "no wrong line",
 }
+# What mean_interval adds, and the least value: for a share a problem with none and one with all,
+# for a change the variance of one problem that gains all or loses all.
+LEVEL, CHANGE = ((0.0, 1.0), 0.0), ((math.sqrt(0.5), -math.sqrt(0.5)), -1.0)
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,12 @@ def summarise(openings: Openings, before: Openings | None = None) -> dict:
         chosen = np.array(openings.kinds) == kind  # (X,)
         summary[kind] = {strategy: {} for strategy in openings.strategies}
         for part in PARTS:
-            values, describe = getattr(openings, part), level
+            values, bounds = getattr(openings, part), LEVEL
             if before:
-                values, describe = values - getattr(before, part), change
+                values, bounds = values - getattr(before, part), CHANGE
             for i, strategy in enumerate(openings.strategies):
-                summary[kind][strategy][part] = describe(values[chosen, i])
+                mean, interval = values[chosen, i].mean(), mean_interval(values[chosen, i], *bounds)
+                summary[kind][strategy][part] = {"mean": float(mean), "ci95": interval}
     return summary
 
 
@@ -79,13 +83,3 @@ def compare(named: dict[str, Openings]) -> dict:
         before, after = named.values()
         result["openings_change"] = summarise(after, before)
     return result
-
-
-def level(values: np.ndarray) -> dict:
-    return {"mean": float(values.mean()), "ci95": mean_interval(values, (0.0, 1.0), 0.0)}
-
-
-def change(values: np.ndarray) -> dict:
-    """Return a mean change; its interval is as if one more problem had gained all, or lost all."""
-    added = (math.sqrt(0.5), -math.sqrt(0.5))
-    return {"mean": float(values.mean()), "ci95": mean_interval(values, added, -1.0)}

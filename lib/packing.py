@@ -19,12 +19,12 @@ from lib import kernels
 from lib.attention import packed_attention
 from lib.transformer import Transformer
 
-Rows = list[list[int]]  # token lists
+TokenLists = list[list[int]]
 MAX_LOGITS = {"cuda": 2**27, "cpu": 2**24}  # that exist at a time
 LONG_PREFIX = 16  # tokens that all prompts share are worth a segment of their own from here on
 
 
-def pad(rows: Rows, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def pad(rows: TokenLists, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Pad token lists on the right with zeros: return (B, T) and the lengths (B,)."""
     padded = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
     return padded.to(device), torch.tensor([len(row) for row in rows], device=device)
@@ -109,7 +109,7 @@ def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:
     return pack(prompts, lengths, none[:, None], none, none)
 
 
-def pack_examples(prompts: Rows, responses: Rows, device: torch.device) -> Packed:
+def pack_examples(prompts: TokenLists, responses: TokenLists, device: torch.device) -> Packed:
     """Pack prompts, each with one response; compute the prefix that all prompts share once."""
     differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
     shared = next(differ, min(map(len, prompts)))
@@ -119,7 +119,9 @@ def pack_examples(prompts: Rows, responses: Rows, device: torch.device) -> Packe
     return pack(*prefix, rests, lengths, torch.zeros_like(lengths), scored=scored)
 
 
-def pack_with_gaps(prompts: Rows, responses: Rows, device: torch.device, gaps: list) -> Packed:
+def pack_with_gaps(
+    prompts: TokenLists, responses: TokenLists, device: torch.device, gaps: list
+) -> Packed:
     """Pack prompts, each with one response; `gaps` are random_position_gaps' arguments for each."""
     rows = [random_position_gaps(p, r, *how) for p, r, how in zip(prompts, responses, gaps)]
     positions = tuple(pad(list(column), device)[0] for column in zip(*rows))
@@ -146,15 +148,15 @@ def random_position_gaps(
 def micro_batches(
     prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor, budget: int, workers: int = 1
 ) -> list[Tensor]:
-    """Split the groups `active` into runs of at most `budget` tokens: return their indices.
+    """Split the groups `active` into micro-batches of at most `budget` tokens: their indices.
 
     prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
-    What all prompts begin with counts for each.
-    Where the budget allows, runs are of like size, and as many for each of the workers.
+    What all prompts begin with counts for each prompt.
+    Where the budget allows, micro-batches are of like size, and each worker gets as many.
     """
     costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
     share = sum(costs) / (workers * math.ceil(sum(costs) / (workers * budget)) or 1)
-    sizes, total, before = [], 0, 0  # groups of each run, tokens of the last run and of all
+    sizes, total, before = [], 0, 0  # groups of each, tokens of the last one and of all
     for cost in costs:
         full = total + cost > budget or before + cost / 2 > share * len(sizes)
         if full or not sizes:
@@ -177,12 +179,11 @@ def response_logps(
     temperature: float = 1.0,
     entropy: bool = False,
     dropout_key: int | None = None,
-    max_logits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs (M,) of the response tokens, and their entropies (M,) if asked for.
 
-    `temperature` is the sampler's. Entropies carry no gradient. At most `max_logits` logits (0:
-    MAX_LOGITS) exist at a time, so that memory does not grow with tokens x vocabulary.
+    `temperature` is the sampler's. Entropies carry no gradient. At most MAX_LOGITS logits exist at
+    a time, so that memory does not grow with tokens x vocabulary.
     """
     attend = packed_attention(batch, model)
     hidden = model(batch.tokens, batch.positions, attend, dropout_key)  # (N, D)
@@ -207,8 +208,7 @@ def response_logps(
             return FrozenHead.apply(hidden, head, targets)
         return checkpoint(head, hidden, targets, use_reentrant=False)
 
-    max_logits = max_logits or MAX_LOGITS[hidden.device.type]
-    chunk = max(1, max_logits // model.config.vocab_size)
+    chunk = max(1, MAX_LOGITS[hidden.device.type] // model.config.vocab_size)
     chunk -= chunk % 64 if chunk > 256 else 0  # which need no extra rows
     predictors = hidden.index_select(0, batch.logit_indices).split(chunk)
     outputs = [chunk_logps(h, t) for h, t in zip(predictors, batch.targets.split(chunk))]

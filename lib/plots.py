@@ -16,6 +16,7 @@ os.environ["MPLBACKEND"] = "agg"  # a name that matplotlib does not know would e
 from matplotlib.figure import Figure
 
 from lib.flags import parse_flags, quiet_pipes, require, require_writable, user_errors
+from lib.gain import CAUSES
 from lib.openings import PARTS
 from lib.run_dir import read_log
 from lib.tables import rows_of
@@ -126,13 +127,12 @@ def draw_reasons(axis, reasons: dict, imputed: dict) -> None:
 
     A cross marks what they are if accuracies are imputed, where that is something else.
     """
-    rows, guessed = map(rows_of, (reasons, imputed))
-    causes = [key for key in rows["all"] if key not in ("gain", "selection", "improvement")]
+    rows, of_imputed = map(rows_of, (reasons, imputed))
     means = {key: np.array([row[key]["mean"] for row in rows.values()]) for key in rows["all"]}
     x = np.arange(len(rows))
     axis.bar(x - 0.2, means["selection"], 0.38, color="tab:green", label="selection")
     above, below = np.zeros(len(rows)), np.zeros(len(rows))
-    for cause, colour in zip(causes, CAUSE_COLOURS):
+    for cause, colour in zip(CAUSES, CAUSE_COLOURS):
         part = means[cause]
         if np.abs(part).max() > 0.001:
             style = {"color": colour, "label": f"improvement: {cause}"}
@@ -143,7 +143,9 @@ def draw_reasons(axis, reasons: dict, imputed: dict) -> None:
         draw_intervals(axis, x + side, [row[key] for row in rows.values()], "mean", **style)
         if imputed != reasons:
             label = "imputed" if key == "selection" else None
-            axis.plot(x + side, [row[key]["mean"] for row in guessed.values()], "kx", label=label)
+            axis.plot(
+                x + side, [row[key]["mean"] for row in of_imputed.values()], "kx", label=label
+            )
     axis.plot(x, means["gain"], "k_", markersize=22, label="gain: their sum")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(ylabel="change of pass@1", title="Why accuracy changed")

@@ -30,7 +30,7 @@ from lib.checkpoint import (
     is_hub_name,
     load_meta,
     load_model,
-    save_model,
+    save_configs,
     save_weights,
     weights_sha256,
 )
@@ -181,7 +181,7 @@ def write_checkpoint(
         delete(old)
     with written_whole(folder, run / LOG, run / RESPONSES) as draft:
         torch.save(state, draft / "training_state.pt")
-        save_model(draft, config, tokenizer, meta)
+        save_configs(draft, config, tokenizer, meta)
         last = meta["update"] == meta.get("total")
         if not meta.get("lora"):
             save_weights(weights, draft)

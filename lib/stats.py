@@ -10,8 +10,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def wilson(mean: float, n: int, z: float = 1.96) -> list[float]:
+def wilson(mean: float, n: int) -> list[float]:
     """Return Wilson's score interval of a rate over n problems."""
+    z = 1.96
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
     return [max(0.0, centre - half), min(1.0, centre + half)]

@@ -1,5 +1,6 @@
 """Tables of eval.py's metrics, in percent."""
 
+from lib.gain import CAUSES
 from lib.openings import PARTS
 
 
@@ -55,7 +56,7 @@ def table(summary: dict) -> str:
     return format_table(rows)
 
 
-def comparison_table(metrics: dict, causes) -> str:
+def comparison_table(metrics: dict) -> str:
     """Format two checkpoints, what changed, and why: what eval.report has found of them."""
     parts = ("before", "after", "difference", "reasons")
     before, after, difference, reasons = (metrics[part] for part in parts)
@@ -74,14 +75,14 @@ def comparison_table(metrics: dict, causes) -> str:
     note = f"all problems: {key} {change_of(a, b, key)}"
     found = f"problems solved only after: {of_all['solved']}, only before: {of_all['lost']}"
     if "matching" in columns:
-        shown = (f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in causes)
+        shown = (f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in CAUSES)
         note += f"; improvement by {', '.join(shown)}"
         keys = dict.fromkeys(("verified@1", key.replace("pass", "verified")))
         verified = ", ".join(f"{key} {change_of(a, b, key)}" for key in keys)
         found = f"right without a wrong line or a guess: {verified}; {found}"
     if reasons != metrics["imputed"]:
-        guessed = {part: of_part["mean"] for part, of_part in metrics["imputed"]["overall"].items()}
-        selection, improvement = (100 * guessed[part] for part in ("selection", "improvement"))
+        parts = [metrics["imputed"]["overall"][part] for part in ("selection", "improvement")]
+        selection, improvement = (100 * part["mean"] for part in parts)
         found += "\nstrategies that only one policy took were forced; with imputed accuracies:"
         found += f" selection {selection:+.1f}, improvement {improvement:+.1f}"
     return f"{format_table(rows)}\n{note}\n{found}"

@@ -239,8 +239,8 @@ def accumulate_gradients(
 def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, float | bool]:
     """Sum gradients over the ranks, clip, step, sync the policy's weights; return metrics.
 
-    Skips updates without signal (momentum alone must not move the weights) and those whose loss or
-    gradient is not finite; the fifth of these in a row ends the run.
+    Skips steps without signal (momentum alone must not move the weights) and those whose loss or
+    gradient is not finite; five updates of these in a row end the run.
     """
     world.all_reduce_gradients(run.master)
     weights = trainable_parameters(run.master)
@@ -263,7 +263,7 @@ def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, 
 
 
 # ------------------------------------------------------------------------------------------------
-# GRPO's log
+# Logging and saving
 
 
 def mean_metrics(of_batches: list[dict], names) -> dict[str, float | None]:

@@ -36,8 +36,7 @@ Series = tuple[str, str, Labels]  # a name, a key of rows (of logs for curves), 
 @dataclass
 class ReproduceConfig:
     experiment: list = field(default_factory=list)  # its name, or all
-    scale: Literal["tiny"] = "tiny"  # the model made here from scratch, where no --model is named
-    model: str = ""  # a pretrained model's folder or hub name, with the paper's recipe
+    model: str = ""  # a pretrained model's folder or hub name, with the paper's recipe [tiny]
     laptop: bool = False  # train --model with --laptop, and evaluate it on 128 problems
     only: str = ""  # B, F or FB: run its commands alone; rows of the others are kept
     seeds: int = 1  # runs of each cell, with seeds 0, 1, ...
@@ -113,8 +112,8 @@ class Experiment:
 
     def sft(self, model: str, seed: int, **flags) -> Run:
         """Add SFT on the strategies of B, F or FB."""
-        scale = Path(self.config.model).name or self.config.scale
-        out = Path("ckpt/reproduce") / scale / name_of(f"sft-{model}-{seed}", flags)
+        name = name_of(f"sft-{model}-{seed}", flags)
+        out = Path("ckpt/reproduce") / (Path(self.config.model).name or "tiny") / name
         if self.config.model:
             laptop = {"laptop": True, "epochs": 8} if self.config.laptop else {}
             flags = {"model": self.config.model} | laptop | flags
@@ -218,29 +217,24 @@ class Cell:
     def name(self) -> str:
         return ", ".join(map(str, self.labels.values()))
 
-    def row(self, seed: int, sft: Run, evaluation: Run | None) -> dict:
-        """Return eval.py's metrics, and SFT's last; 0 for an accuracy over no responses."""
+    def row(self, seed: int, evaluation: Run | None) -> dict:
+        """Return eval.py's metrics in percent; 0 for an accuracy over no responses."""
         row = self.labels | {"seed": seed}
         if evaluation is None:
             return row
         found = read_json(evaluation.output)
-        summary, row["by_steps"], row["by_k"] = found[self.side], {}, {}
-        for steps, metrics in summary["by_difficulty"].items():
-            row["by_steps"][int(steps.split()[0])] = 100 * metrics["pass@1"]
-        overall, groups = summary["overall"], {"all": summary["overall"], **summary["by_type"]}
+        summary, overall = found[self.side], found[self.side]["overall"]
+        groups, by_difficulty = {"all": overall, **summary["by_type"]}, summary["by_difficulty"]
+        row["by_steps"] = {int(x.split()[0]): 100 * y["pass@1"] for x, y in by_difficulty.items()}
         row |= {name: 100 * groups[name]["pass@1"] for name in ACCURACIES if name in groups}
         row |= {name: 100 * x for name, x in overall.items() if "@" in name}
-        for name in (name for name in overall if name.startswith("verified@")):
-            row["by_k"][int(name.partition("@")[2])] = row[name]
         others = ("match_rate", "accuracy_given_match", "forward_share", "backward_share")
         row |= {name: 100 * (overall[name] or 0.0) for name in others}
-        row |= {"verified": row["verified@1"]}
         for name in ("solved", "lost"):  # by RL, so none of SFT's own
             row[name] = found["difference"]["overall"][name] if self.side == "after" else 0
         if "openings" in found:
             row |= forced_row(found["openings"][self.side])
-        of_sft = sft.log()[-1]["accuracy_given_match"]
-        return row | {"sft_accuracy_given_match": 100 * (of_sft or 0.0)}
+        return row
 
 
 def forced_row(measured: dict) -> dict[str, float]:
@@ -384,8 +378,7 @@ def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict
 
 def curve_figure(rows: list[dict], panels: dict[str, list[Series]]):
     """Draw metrics of the logs, panels by title: a curve for each seed, in one colour."""
-    has_rows = {t: any(values(rows, "log", **x[2]) for x in xs) for t, xs in panels.items()}
-    panels = {title: curves for title, curves in panels.items() if has_rows[title]}
+    panels = {t: xs for t, xs in panels.items() if any(values(rows, "log", **x[2]) for x in xs)}
     figure, axes = new_figure(max(7, 4.5 * len(panels)), 4, 1, len(panels))
     for axis, (title, curves) in zip(axes, panels.items()):
         for color, (name, metric, labels) in enumerate(curves):
@@ -406,7 +399,9 @@ def line_figure(rows: list[dict], by: str):
     """Draw a line for each stage and seed: pass@1 by "steps", or verified@k by "k"."""
     figure, (axis,) = new_figure(6, 4, 1, 1)
     for color, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
-        for i, of_seed in enumerate(values(rows, f"by_{by}", stage=stage)):
+        for i, row in enumerate(row for row in rows if row["stage"] == stage):
+            of_k = {int(key[9:]): x for key, x in row.items() if key.startswith("verified@")}
+            of_seed = row["by_steps"] if by == "steps" else of_k
             style = {"color": f"C{color}", "markersize": 4, "label": stage if i == 0 else None}
             axis.plot(list(of_seed), list(of_seed.values()), "o-", **style)
     axis.set(xlabel="number of steps", ylabel="pass@1 on validation problems, %", ylim=(0, 102))

@@ -149,13 +149,13 @@ EXPERIMENTS["ceiling"] = Plan(
     "FB on 128 problems of 6-9 steps: one of k right, without a wrong line or a guess. In %:",
     [
         Claim("(ours) RL on 2-5 steps moves verified@1", grows(10),
-              series("verified", "stage", ("SFT", "RL 2-5"))),
+              series("verified@1", "stage", ("SFT", "RL 2-5"))),
         Claim("(ours) and not the end of the curve, verified@256", stays(),
               series("verified@256", "stage", ("SFT", "RL 2-5"))),
         Claim("(ours) RL on 6-9 steps moves the end, too", grows(),
               series("verified@256", "stage", ("SFT", "RL 6-9"))),
     ],
-    {"pass@1": "all", "verified@1": "verified", "verified@16": "verified@16",
+    {"pass@1": "all", "verified@1": "verified@1", "verified@16": "verified@16",
      "verified@256": "verified@256", "pass@256": "pass@256",
      "problems solved only after RL (number)": "solved", "only before": "lost"},
     lines="k",
@@ -276,11 +276,11 @@ EXPERIMENTS["composition"] = Plan(
     "Compositions of 3-5 parts, by what SFT showed. In %:",
     [
         Claim("RL learns 3-5 parts if SFT showed two: verified, by 30 points or more",
-              grows(30), series("verified", "stage", SIDES, sft="the last two parts")),
+              grows(30), series("verified@1", "stage", SIDES, sft="the last two parts")),
         Claim("and not if it showed single parts",
-              stays(5), series("verified", "stage", SIDES, sft="single parts")),
+              stays(5), series("verified@1", "stage", SIDES, sft="single parts")),
     ],
-    {"pass@1": "all", "verified": "verified", "every part matches": "match_rate"},
+    {"pass@1": "all", "verified": "verified@1", "every part matches": "match_rate"},
     curves={"reward on 3-5 parts": series("reward", "sft", SFT_PARTS, stage="RL")},
 )  # fmt: skip
 

@@ -41,7 +41,7 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
         if (evaluation or rl).output in left_out:
             continue
         experiment.runs |= {run.output: run for run in (sft, rl, evaluation) if run}
-        row, log = cell.row(seed, sft, evaluation), rl.log()
+        row, log = cell.row(seed, evaluation), rl.log()
         rows.append(row | (plan.measure(cell, log) if plan.measure else {}))
         drawn.append(rows[-1] | {"log": log})
     claims = [claim for claim in plan.claims if claim.has_rows(rows, config.seeds)]

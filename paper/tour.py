@@ -95,7 +95,7 @@ def experiments(rollout: Rollout, lr: float) -> list[tuple]:
 
 def main(config: TourConfig, world: World) -> None:
     flags = GrpoConfig(init=config.init)
-    start = train_sft.find_start(flags) or train_sft.train_start(flags, world)
+    start = train_sft.find_init(flags) or train_sft.train_start(flags, world)
     meta, (model, tokenizer) = load_meta(start), load_model(start)
     require(tokenizer.word_level and "field" in meta, "the tour is of a tiny model of ours")
     with user_errors():

@@ -33,18 +33,11 @@ def check(problem: Problem, text: str) -> None:
     assert found == tag(problem, normal), "line breaks do not matter"
     assert found.strategy in (FORWARD, BACKWARD, MIXED, NONE)
     assert len(found.parts) == len(found.guessed) == len(problem.parts)
-    assert 0 <= found.steps_right <= problem.steps
     right = problem.reward(text) == 1.0
     assert any(found.guessed) or not found.misguessed
-    assert score_response(problem, text, True).correct == right and (
-        not right or found.answer == problem.answer
-    )
+    assert score_response(problem, text, True).correct == right
     if found.error is None:
-        assert (
-            found.steps_right == problem.steps
-            and NONE not in found.parts
-            and MIXED not in found.parts
-        )
+        assert NONE not in found.parts and MIXED not in found.parts
         assert right != found.misguessed, (
             "a response without error is right unless it guessed wrong"
         )

@@ -181,7 +181,6 @@ INVOCATIONS = [
     ("reproduce", "", "name an experiment"),
     ("reproduce", "table9", "table9"),
     ("reproduce", "table1 --seeds 0", "--seeds"),
-    ("reproduce", "table1 --scale huge", "huge"),
 ]
 
 

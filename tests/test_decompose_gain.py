@@ -8,7 +8,7 @@ import pytest
 from conftest import response
 
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION, MATCHING_STRATEGY
-from eval import CAUSES, compare, decompose_gain
+from lib.gain import CAUSES, compare, decompose_gain
 from strategies import ARITHMETIC, GUESS, NO_ANSWER, NONE, SKIPPED
 
 OTHER = {FORWARD: BACKWARD, BACKWARD: FORWARD}

@@ -23,7 +23,6 @@ from data.finite_field import (
     is_validation,
 )
 from eval import (
-    CAUSES,
     EvalConfig,
     compare,
     decompose_gain,
@@ -200,7 +199,7 @@ def test_the_table_shows_what_was_gained_and_why():
     scored = [score_groups(problems, some, [True] * len(some)) for some in (texts, right)]
     metrics = dict(zip(("before", "after"), map(summarise, scored)))
     metrics |= dict.fromkeys(("reasons", "imputed"), decompose_gain(*scored))
-    text = comparison_table(metrics | {"difference": compare(*scored)}, CAUSES)
+    text = comparison_table(metrics | {"difference": compare(*scored)})
     (cells,) = (re.split("  +", line) for line in text.splitlines() if line.startswith("all  "))
     assert cells[1:4] == ["50.0 -> 100.0", "50.0 -> 100.0", "100.0 -> 100.0"]
     assert cells[4].startswith("+50.0 (") and cells[5].startswith("+50.0 (")

@@ -80,14 +80,12 @@ class FakeExperiment(Experiment):
             seeded = "window" in name or "parts" not in name
             run.output.parent.mkdir(parents=True, exist_ok=True)
             run.minutes_file.write_text("3.0")
-            if run.script == "train_sft.py":
-                write_log(run.output, [{"update": 1, "accuracy_given_match": 0.9}])
-            elif run.script == "train_grpo.py":
+            if run.script == "train_grpo.py":
                 n = round(20 * float(run.flags.get("evaluation_share", 0.5)))
                 after = responses(shown, 1.0, 1.0, [EVALUATION] * n + [INVERSION] * (20 - n))
                 metrics = rollout_metrics(after) | {"reward": 0.9, "clip_ratio": 0.1}
                 write_log(run.output, [{"update": u} | metrics for u in range(1, 31)])
-            else:
+            elif run.script == "eval.py":
                 before = responses(shown, 0.5, 0.6 if seeded else 0.0)
                 after = responses(shown, 1.0, (1.0 if harder else 0.6) if seeded else 0.0)
                 if "samples" in run.flags and "force" not in run.flags:
@@ -196,11 +194,11 @@ def rows_of(name: str) -> list[dict]:
             for stage, opens, right in (("SFT", 50, 60), ("RL 2-5", 99, 60), ("RL 6-9", 99, 99))
         ],
         "ceiling": [
-            {"stage": stage, "verified": first, "verified@256": last}
+            {"stage": stage, "verified@1": first, "verified@256": last}
             for stage, first, last in (("SFT", 20, 80), ("RL 2-5", 60, 80), ("RL 6-9", 99, 99))
         ],
         "composition": [
-            {"sft": sft, "stage": stage, "verified": 5 if stage == "SFT" else after}
+            {"sft": sft, "stage": stage, "verified@1": 5 if stage == "SFT" else after}
             for sft, after in zip(plans.SFT_PARTS, (5, 90))
             for stage in ("SFT", "RL")
         ],
@@ -267,11 +265,11 @@ BOUNDS = [
     ("openings", {"stage": "RL 2-5"}, "faultless, matching", 62.9, 63.1, "no better"),
     ("openings", {"stage": "RL 6-9"}, "faultless, matching", 65, 64.9, "executes it better"),
     ("openings", {"stage": "RL 6-9"}, "faultless, other", 65, 64.9, "the other one, too"),
-    ("ceiling", {"stage": "RL 2-5"}, "verified", 30, 29.9, "moves verified@1"),
+    ("ceiling", {"stage": "RL 2-5"}, "verified@1", 30, 29.9, "moves verified@1"),
     ("ceiling", {"stage": "RL 2-5"}, "verified@256", 82.9, 83.1, "not the end"),
     ("ceiling", {"stage": "RL 6-9"}, "verified@256", 83, 82.9, "moves the end, too"),
-    ("composition", at("the last two parts", "RL"), "verified", 35, 34.9, "if SFT showed two"),
-    ("composition", at("single parts", "RL"), "verified", 9.9, 10, "single parts"),
+    ("composition", at("the last two parts", "RL"), "verified@1", 35, 34.9, "if SFT showed two"),
+    ("composition", at("single parts", "RL"), "verified@1", 9.9, 10, "single parts"),
     ("third-part", at("single parts", "SFT"), "access, other", 1.9, 2, "never opens"),
     ("third-part", at("the last two parts", "RL"), "access, matching", 95.1, 95, "opens it"),
     ("gf13", of("B", "SFT, on 2-5"), "inversion", 95.1, 95, "matches alone"),

@@ -59,8 +59,6 @@ def test_every_solution_is_tagged_as_what_it_is(task):
         for strategy in (FORWARD, BACKWARD):
             found = tag(problem, problem.solution(strategy))
             assert found.strategy == strategy and found.error is None
-            assert found.steps_right == problem.steps
-            assert found.answer == problem.answer
             assert found.guessed == tuple(
                 MATCHING_STRATEGY[part.kind] != strategy for part in problem.parts
             )
@@ -109,9 +107,8 @@ def test_one_changed_symbol_is_found_where_it_is(task):
                         changed = " ".join([*symbols[:j], word, *symbols[j + 1 :]])
                         found = tag(problem, "\n".join([*lines[:i], changed, *lines[i + 1 :]]))
                         assert found.error is not None
-                        assert (found.error.line, found.error.label) == (i, int(symbols[0][:-1])), (
-                            changed
-                        )
+                        assert found.error.line == i, changed
+                        assert found.error.due.split()[0] == symbols[0]
                         assert found.strategy in (strategy, NONE, MIXED)
                         if task is TASKS["easy"]:
                             assert found.strategy == strategy
@@ -155,7 +152,6 @@ def test_what_is_cut_off_or_added(example):
     for n in range(1, len(GOOD)):
         found = tag(example, "\n".join(GOOD[:n]))
         assert (found.error.kind, found.error.line) == (NO_ANSWER, n)
-        assert found.steps_right == max(0, min(3, n - 1))
     assert tag(example, "\n".join([*GOOD, "answer e5"])).error.kind == ORDER
     assert tag(example, "\n".join([*GOOD, "so there"])).error.kind == FORMAT
     assert tag(example, "").strategy == NONE

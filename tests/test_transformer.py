@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lib.attention import packed_attention, padded_attention, torch_varlen, varlen_attention
 from lib.checkpoint import hf_config, load_model
-from lib.packing import pack, pack_prompts, pad, response_logps
+from lib.packing import MAX_LOGITS, pack, pack_prompts, pad, response_logps
 from lib.policy import make_policy, sync_weights
 from lib.run_dir import save_checkpoint
 from lib.transformer import (
@@ -130,7 +130,7 @@ def one_by_one(model, reference, prompts, responses, prompt_index, temperature):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("temperature, shared", [(0.7, 0), (1.0, 0), (0.7, 20)])
-def test_response_log_probs_equal_transformers(shape, tokenizer, temperature, shared):
+def test_response_log_probs_equal_transformers(shape, tokenizer, temperature, shared, monkeypatch):
     """Ragged prompts, groups of any size, a response of one token; and their gradients."""
     model = small_model(**shape)
     reference = twin(model, tokenizer)
@@ -141,7 +141,8 @@ def test_response_log_probs_equal_transformers(shape, tokenizer, temperature, sh
     batch = pack(*pad(prompts), *pad(responses), torch.tensor(prompt_index))
     assert batch.shared == shared and len(batch.tokens) == shared + 14 + 14
     chunk = 4 * model.config.vocab_size
-    log_probs, entropy = response_logps(model, batch, temperature, entropy=True, max_logits=chunk)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", chunk)
+    log_probs, entropy = response_logps(model, batch, temperature, entropy=True)
     expected = one_by_one(model, reference, prompts, responses, prompt_index, temperature)
     torch.testing.assert_close(log_probs, expected, atol=2e-5, rtol=0)
     assert entropy.shape == log_probs.shape and not entropy.requires_grad
@@ -156,13 +157,13 @@ def test_response_log_probs_equal_transformers(shape, tokenizer, temperature, sh
     torch.testing.assert_close(dict(hf_weights(gradient)), theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_chunks_leave_log_probs_and_gradient_as_they_are(model):
+def test_chunks_leave_log_probs_and_gradient_as_they_are(model, monkeypatch):
     batch = pack(*pad([[3, 4, 5]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 0]))
     results = []
     for chunk in (1, 3, 100):
         model.zero_grad()
-        largest = chunk * model.config.vocab_size
-        log_probs, entropy = response_logps(model, batch, entropy=True, max_logits=largest)
+        monkeypatch.setitem(MAX_LOGITS, "cpu", chunk * model.config.vocab_size)
+        log_probs, entropy = response_logps(model, batch, entropy=True)
         log_probs.sum().backward()
         results.append((log_probs.detach(), entropy, model.lm_head.weight.grad.clone()))
     for other in results[1:]:
@@ -181,8 +182,8 @@ def test_a_frozen_heads_gradient_is_that_of_a_trained_one(precision, bound, comp
     for trained in (False, True):
         model = make_policy(small_model(tie_word_embeddings=False), precision)
         model.lm_head.weight.requires_grad_(trained)
-        chunk = 3 * model.config.vocab_size
-        logps, entropies = response_logps(model, batch, 0.7, entropy=True, max_logits=chunk)
+        monkeypatch.setitem(MAX_LOGITS, "cpu", 3 * model.config.vocab_size)
+        logps, entropies = response_logps(model, batch, 0.7, entropy=True)
         assert not entropies.requires_grad
         (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
         gradients = [w.grad.flatten() for w in model.model.parameters()]
@@ -191,7 +192,7 @@ def test_a_frozen_heads_gradient_is_that_of_a_trained_one(precision, bound, comp
         assert (ours - expected).norm() <= bound * expected.norm() and expected.norm() > 0
 
 
-def test_logits_are_never_all_there():
+def test_logits_are_never_all_there(monkeypatch):
     """Bug: logits kept for the backward pass (trl #3678). Memory ignores the vocabulary."""
     kept, largest = {}, {}
 
@@ -210,9 +211,10 @@ def test_logits_are_never_all_there():
     batch = pack(*pad([[3, 4, 5]] * 4), *pad([[6] * 50] * 16), torch.arange(16) % 4)
     for size in (100, 10_000):
         model = Transformer(ModelConfig(size, 32, 48, 1))
+        monkeypatch.setitem(MAX_LOGITS, "cpu", 20 * size)
         with Largest():
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                log_probs, _ = response_logps(model, batch, entropy=True, max_logits=20 * size)
+                log_probs, _ = response_logps(model, batch, entropy=True)
             log_probs.sum().backward()
     assert kept[100] == kept[10_000] > 0
     assert largest[10_000] <= 32 * 10_000, (
