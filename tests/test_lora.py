@@ -203,10 +203,12 @@ def test_sampling_on_the_cpu_multiplies_matrix_and_adapter_at_once():
         with torch.no_grad():
             at_once = linear(x, None)
             assert torch.equal(copy.deepcopy(linear)(x, None), at_once)
+        assert linear.adapter in packed_adapters
         one_by_one = linear(x, None)
+        assert linear.adapter not in packed_adapters, "training frees what sampling has packed"
         for found in (at_once, one_by_one):
             assert (found - expected).abs().max() < 0.01 * expected.abs().max()
-        assert linear.adapter in packed_adapters and not torch.equal(at_once, one_by_one)
+        assert not torch.equal(at_once, one_by_one)
 
 
 def test_dropout_is_the_same_when_activations_are_computed_again():
