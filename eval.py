@@ -272,9 +272,9 @@ def report(evaluations: dict[str, Evaluation], json: Path | None, plot: Path | N
         text = table(metrics)
     else:
         named = dict(zip(("before", "after"), summaries))
-        metrics = named | {"difference": compare(*scored), "imputed": decompose_gain(*scored)}
-        forced = [of_one.forced for of_one in evaluations.values()]
-        metrics["reasons"] = decompose_gain(*scored, forced)
+        imputed, forced = decompose_gain(*scored), [x.forced for x in evaluations.values()]
+        reasons = decompose_gain(*scored, forced) if any(map(any, forced)) else imputed
+        metrics = named | {"difference": compare(*scored), "reasons": reasons, "imputed": imputed}
         text = comparison_table(metrics)
     if measured := [of_one.measured for of_one in evaluations.values() if of_one.measured]:
         metrics = metrics | openings.compare(dict(zip(named, measured)))
@@ -330,10 +330,10 @@ def main(config: EvalConfig, world: World) -> None:
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
     one = World(0, 1, world.device)
-    chosen = {x: choose_dtype(config.precision, read_config(x), x, one) for x in paths}
+    precisions = {x: choose_dtype(config.precision, read_config(x), x, one) for x in paths}
 
     def load(path: Path) -> Policy:
-        model, tokenizer = load_model(path, world.device, DTYPES[chosen[path]], template)
+        model, tokenizer = load_model(path, world.device, DTYPES[precisions[path]], template)
         if tokenizer.word_level or not config.data:
             tokenizer.require_vocabulary(task.words)
         limits = (model.config.max_position_embeddings, wanted)

@@ -353,8 +353,10 @@ void attend(long P, long G, long H, long K, long Tp, long T, long t, const real 
                     score(t + 1, queries + u * d, response_k + own, response_v + own, scores + n);
                     sums[u] = exponentials(n + t + 1, scores, &top);
                 }
-                memset(mixed, 0, sizeof mixed);
-                if (tiled) with_values(n, weights, size, values, mixed);
+                if (tiled)
+                    with_values(n, weights, size, values, mixed);
+                else
+                    memset(mixed, 0, sizeof mixed);
                 for (long u = 0; u < tile; u++) {
                     const long own = (places[u] / H * K + k) * T * d, next_tile = own + TILE * K / H * K * T * d;
                     const float *scores = weights + u * size;

@@ -58,8 +58,8 @@ def table(summary: dict) -> str:
 
 def comparison_table(metrics: dict) -> str:
     """Format two checkpoints, what changed, and why: what eval.report has found of them."""
-    parts = ("before", "after", "difference", "reasons")
-    before, after, difference, reasons = (metrics[part] for part in parts)
+    names = ("before", "after", "difference", "reasons")
+    before, after, difference, reasons = (metrics[name] for name in names)
 
     def change_of(a: dict, b: dict, key: str) -> str:
         return f"{percent(a.get(key, 0.0))} -> {percent(b.get(key, 0.0))}"
@@ -81,8 +81,8 @@ def comparison_table(metrics: dict) -> str:
         verified = ", ".join(f"{key} {change_of(a, b, key)}" for key in keys)
         found = f"right without a wrong line or a guess: {verified}; {found}"
     if reasons != metrics["imputed"]:
-        parts = [metrics["imputed"]["overall"][part] for part in ("selection", "improvement")]
-        selection, improvement = (100 * part["mean"] for part in parts)
+        imputed = [metrics["imputed"]["overall"][part] for part in ("selection", "improvement")]
+        selection, improvement = (100 * part["mean"] for part in imputed)
         found += "\nstrategies that only one policy took were forced; with imputed accuracies:"
         found += f" selection {selection:+.1f}, improvement {improvement:+.1f}"
     return f"{format_table(rows)}\n{note}\n{found}"
