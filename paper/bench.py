@@ -7,7 +7,7 @@
 
 Ours and the peer take turns on the same random weights and numbers of tokens; the best of a few
 rounds counts, as on an idle machine. Responses always run to their full length. The tiny rows use
-the main job's model. Peers: transformers' `generate`; TRL if installed (pip install trl==1.16.0).
+the main job's model. Peers, in paper/peers.py: transformers, and where installed TRL and llama.cpp.
 
 The limit is a roofline: a step's minimum bytes and FLOPs over measured bandwidth and matmul rate.
 A decoding step reads weights and KV cache once; a token costs two FLOPs a weight, in training six.
@@ -18,16 +18,13 @@ import os
 import random
 import re
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from data.finite_field import MATCHING_STRATEGY, Task, vocabulary
 from lib import checkpoint
@@ -44,7 +41,8 @@ from lib.policy import (
     trainable_parameters,
 )
 from lib.tokenizer import word_tokenizer
-from lib.transformer import ModelConfig, Transformer, hf_weights
+from lib.transformer import ModelConfig, Transformer
+from paper import peers
 from rollout import Rollout, Sampler
 from train_grpo import GrpoConfig, group_advantages, grpo_backward
 
@@ -170,66 +168,6 @@ class Ours:
         self.train(self.rollout())
 
 
-def peer_model(ours: Ours, eos_token_id: int | None) -> Qwen2ForCausalLM:
-    """Return transformers' model of the same shape and weights."""
-    config = checkpoint.hf_config(ours.work.shape, WORDS) | {"eos_token_id": eos_token_id}
-    with ours.world.device:
-        peer = Qwen2ForCausalLM(Qwen2Config(**config))
-    peer.load_state_dict(dict(hf_weights(ours.master)), strict=False)  # tied: without the head
-    return peer
-
-
-def generate(ours: Ours, dtype: torch.dtype, cache: str) -> Callable[[], object]:
-    """Return a call of transformers' generate that does the same work with the same weights."""
-    work, device = ours.work, ours.world.device
-    peer = peer_model(ours, None).eval().to(device, dtype)
-    prompts = torch.tensor(ours.prompts, device=device).repeat_interleave(work.group, 0)
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
-    options |= {"max_new_tokens": work.new_tokens, "min_new_tokens": work.new_tokens}
-    options |= {"cache_implementation": "static"} if cache == "static" else {}
-    return lambda: peer.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
-
-
-def trl_update_seconds(ours: Ours, precision: str, rounds: int) -> float:
-    """Return the seconds of the fastest update of TRL's GRPOTrainer, without the first."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            seconds.append(time.perf_counter() - self.start)
-
-    work, seconds = ours.work, []
-    # The tokenizer adds three special tokens to the words. Rewards are random: a hash's last bit.
-    tokenizer = word_tokenizer([f"w{i}" for i in range(work.shape.vocab_size - 3)]).inner
-    prompts = [{"prompt": " ".join(["w5"] * work.prompt_len)}] * (work.prompts * (rounds + 2))
-    data = {"train_dataset": Dataset.from_list(prompts), "processing_class": tokenizer}
-    data |= {"reward_funcs": lambda completions, **_: [float(hash(c) % 2) for c in completions]}
-    batch_size = work.prompts * work.group
-    options = {"use_cpu": not torch.cuda.is_available(), "bf16": precision == "bf16"}
-    options |= {"per_device_train_batch_size": min(batch_size, 64)}
-    options |= {"gradient_accumulation_steps": max(1, batch_size // 64)}
-    options |= {"num_generations": work.group, "max_completion_length": work.new_tokens}
-    options |= {"generation_kwargs": {"min_new_tokens": work.new_tokens}, "max_steps": 1 + rounds}
-    options |= {"learning_rate": 1e-5, "beta": ours.config.beta, "temperature": 1.0, "top_k": 0}
-    options |= {"gradient_checkpointing": False, "save_strategy": "no"}
-    options |= {"report_to": [], "disable_tqdm": True, "logging_steps": 1000}
-    with tempfile.TemporaryDirectory() as folder:  # TRL loads policy and reference from it
-        peer_model(ours, WORDS.inner.eos_token_id).save_pretrained(folder)
-        if work.lora:
-            from peft import LoraConfig
-
-            sizes = {"r": work.lora, "lora_alpha": 2 * work.lora, "lora_dropout": 0.0}
-            data["peft_config"] = LoraConfig(**sizes, target_modules="all-linear")
-        GRPOTrainer(folder, args=GRPOConfig(folder, **options), callbacks=[Clock()], **data).train()
-    return min(seconds[1:])
-
-
 # ------------------------------------------------------------------------------------------------
 # Rows, as tuples: name, text, and the seconds of ours, of the peer and of the limit
 
@@ -241,17 +179,22 @@ def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
     better = ", its better of 2" if len(dtypes) > 1 else ""
     for cache in ("dynamic", "static") if on_gpu else ("dynamic",):
         ours = Ours(work, machine)
-        peers = [generate(ours, dtype, cache) for dtype in dtypes]
+        calls = [peers.generate(ours, dtype, cache) for dtype in dtypes]
         if on_gpu:  # not in turn: compiling the peer frees memory that our CUDA graphs use
-            of_peers = fastest(rounds, *peers, warmup=2)
+            of_peers = fastest(rounds, *calls, warmup=2)
             (seconds,) = fastest(rounds, ours.rollout, warmup=2)
         else:
-            seconds, *of_peers = fastest(rounds, ours.rollout, *peers)
+            seconds, *of_peers = fastest(rounds, ours.rollout, *calls)
         alone = " without adapters" * (work.lora > 0)
         peer = f"transformers generate{alone}, {cache} cache"
         what = f"rollout in {machine.precision}, {work}; {peer}"
         name = name if cache == "dynamic" else f"{name}-static"
         yield name, what + better, seconds, min(of_peers), machine.decode_seconds(work)
+    if not on_gpu and importlib.util.find_spec("llama_cpp"):
+        calls = peers.llama_cpp_rollouts(ours, machine.precision)
+        seconds, *of_peers = fastest(rounds, ours.rollout, *calls)
+        what = f"rollout in {machine.precision}, {work}; llama.cpp{alone}, its best setting of 4"
+        yield f"{name}-llama-cpp", what, seconds, min(of_peers), machine.decode_seconds(work)
 
 
 def update_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
@@ -262,8 +205,8 @@ def update_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
         if importlib.util.find_spec("trl"):
             # TRL computes in our precision; a small model also in fp32, which may be faster.
             small = {"fp32"} if work.shape.hidden_size < 512 else set()
-            precisions = {machine.precision} | small
-            peer = min(trl_update_seconds(ours, precision, rounds) for precision in precisions)
+            times = [peers.trl_update_seconds(ours, x, rounds) for x in {machine.precision} | small]
+            peer = min(times)
             seconds = min(seconds, *fastest(rounds, ours.update, warmup=0))
         what = f"GRPO update in {machine.precision}, KL {beta}, {work}; TRL"
         yield name + "-no-kl" * (beta == 0), what, seconds, peer, None
