@@ -345,7 +345,7 @@ def main(config: EvalConfig, world: World) -> None:
     with ProgressBar(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:
         evaluations = evaluate_policies(policies, problems, config.seed, strategies, given, bar)
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
-    which = f"{len(problems)} validation {task.about}" + f", {given} parts given" * bool(given)
+    which = f"{len(problems)} validation {task.about}" + f", parts given: {given}" * (given > 0)
     files = config.json and Path(config.json), config.plot and Path(config.plot)
     text = report(evaluations, *files)
     print(f"{' -> '.join(evaluations)}: {which}, {how}; in %\n\n{text}")

@@ -250,6 +250,23 @@ def test_command_forces_openings(checkpoints, tmp_path, capsys):
     assert "evaluation, forward" in out and "evaluation, backward" not in out
 
 
+def test_command_forces_a_part_of_compositions_and_compares_two(checkpoints, tmp_path, capsys):
+    files = {"json": str(tmp_path / "a.json"), "plot": str(tmp_path / "a.png")}
+    few = {"problems": 10, "steps": "1-2", "parts": "2-3", "given": 1, "greedy": True}
+    eval.main(eval.EvalConfig(checkpoints, force=FORWARD, **few, **files), ONE)
+    found, out = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
+    assert "parts given: 1, greedy" in out and found["before"]["overall"]["samples"] == 1
+    for of_one in (*found["openings"].values(), found["openings_change"]):
+        assert {*of_one} == {"evaluation", "inversion"}  # of the part that is opened
+        assert all([*of_kind] == [FORWARD] for of_kind in of_one.values())
+    changes = found["openings_change"]["evaluation"][FORWARD]["execution"]
+    before, after = (found["openings"][x]["evaluation"][FORWARD] for x in ("before", "after"))
+    difference = after["execution"]["mean"] - before["execution"]["mean"]
+    assert changes["mean"] == pytest.approx(difference)
+    assert found["reasons"] == found["imputed"], "the strategies of compositions are not forced"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_forced_responses_begin_with_their_opening(checkpoints, monkeypatch):
     """It stands in the prompt and counts in the score; each stream has its own random numbers."""
     asked, scored = [], []

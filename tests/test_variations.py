@@ -207,7 +207,7 @@ def test_weights(name, tied, bases, tmp_path, capsys):
         elif was_tied:
             weights[HEAD] = weights[EMBEDDINGS].clone()
         save_file(change(weights), folder / "model.safetensors", {"format": "pt"})
-        assert compare(folder, capsys) == (expected or compare(folder, capsys)), family
+        assert compare(folder, capsys) == expected or expected is None, family
 
 
 def test_a_head_of_its_own_is_kept(bases, tmp_path):
@@ -334,4 +334,4 @@ def test_files(name, bases, tmp_path, capsys):
     for family in ("qwen3", "llama3"):
         folder = Path(shutil.copytree(bases[family], tmp_path / family / family))
         change(folder)
-        assert compare(folder, capsys) == (expected or compare(folder, capsys)), family
+        assert compare(folder, capsys) == expected or expected is None, family
