@@ -50,8 +50,8 @@ write "$(python -c 'import flash_attn; print("flash-attn", flash_attn.__version_
 write
 write "| step | result | s | if it passed | command |"
 write "| --- | --- | ---: | --- | --- |"
-step tests 'paper/README.md says that the bound on the rms holds on a card' -m pytest -q -m gpu tests/test_gpu.py
-step bench "paper/README.md takes bench.json's rows" -m paper.bench --json "$out/bench.json" "${small[@]}"
+step tests 'paper/SPEED.md names the card, and the tests that passed' -m pytest -q -m gpu tests/test_gpu.py
+step bench "paper/SPEED.md takes bench.json's rows" -m paper.bench --json "$out/bench.json" "${small[@]}"
 if [ -d models/smollm2 ] || [ -n "$rehearse" ]; then
     for name in mixed forward; do
         step sft-$name "" train_sft.py "${sft[@]}" --strategy $name --out "$out/sft-$name"
