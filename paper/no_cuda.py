@@ -1,7 +1,7 @@
 """Let PyTorch's CPU build carry tensors that say they are on a GPU.
 
 Autograd asks the device of each tensor for its streams. The CPU build has no CUDA to ask, so a
-backward pass over such tensors, FakeTensors or those of paper/pretend.py, fails there. `load`
+backward pass over such tensors, FakeTensors or those of tests/pretend.py, fails there. `load`
 builds a CUDA that does nothing (no_cuda.cpp) by g++. It must come before the first import of torch,
 which looks for devices once.
 """

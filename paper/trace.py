@@ -3,7 +3,7 @@
     python -m paper.bench --trace     # Qwen2.5-1.5B: a decoding step and a micro-batch
 
 The code runs unmodified, in half a minute, on FakeTensors of cuda:0, which have shapes, dtypes and
-devices but no data. The tables say how they count. What such code computes: paper/pretend.py.
+devices but no data. The tables say how they count. What such code computes: tests/pretend.py.
 """
 
 import functools

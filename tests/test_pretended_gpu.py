@@ -1,4 +1,4 @@
-"""The GPU's path without a GPU: updates on paper/pretend.py's, against those on the CPU.
+"""The GPU's path without a GPU: updates on pretend.py's, against those on the CPU.
 
 They run in processes of their own (pretended_gpu.py), since a CUDA of no-ops loads before torch.
 """
@@ -126,7 +126,7 @@ def test_the_scripts_log_what_they_log_on_the_cpu(tmp_path):
     flags = f"{task} --init {sft} --prompts-per-update 4 --group-size 4 --eval-problems 8"
     flags += " --updates 2 --save-every 1 --eval-every 1 --beta 0.05"
     rows = {}
-    for device, where in ("cuda", "-m paper.pretend"), ("cpu", ""):
+    for device, where in ("cuda", "tests/pretend.py"), ("cpu", ""):
         out = tmp_path / device
         printed = python(f"{where} train_grpo.py {flags} --out {out}")
         assert f"Computing on {device} in fp32" in printed
@@ -143,5 +143,5 @@ def test_the_scripts_log_what_they_log_on_the_cpu(tmp_path):
 @pytest.mark.slow
 def test_the_tests_for_a_gpu_can_be_rehearsed():
     for flash in ("", "--flash"):
-        out = python(f"-m paper.pretend {flash} pytest -q -m gpu tests/test_gpu.py")
+        out = python(f"tests/pretend.py {flash} pytest -q -m gpu tests/test_gpu.py")
         assert " passed" in out and ("skipped" in out) == (not flash)

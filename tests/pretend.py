@@ -1,7 +1,8 @@
 """Pretend a GPU: tensors that say they are on cuda:0, with their data on the CPU.
 
-    python -m paper.pretend [--flash] paper.bench --small        # a module or a script, with flags
-    python -m paper.pretend pytest -m gpu                        # --flash: flash-attn is there, too
+    export PYTHONPATH=.                                       # from the repository root
+    python tests/pretend.py [--flash] paper.bench --small     # a module or a script, with flags
+    python tests/pretend.py pytest -m gpu                     # --flash: flash-attn is there, too
 
 What depends on the device then runs as on a GPU, with real numbers: the unmodified sampler, trainer
 and optimizer. What would fail on a GPU fails here: tensors of two devices in one operation, kernels
