@@ -329,13 +329,26 @@ EXPERIMENTS["gf13"] = Plan(
 )  # fmt: skip
 
 
-EXTREME_SIDES = {"SFT": "before", "RL 6-15": "after"}
+GAPS_260 = {"position_gap": 260}  # of SFT, whose solutions then span as many positions as 15 steps
+EXTREME_STAGES = {
+    "SFT": ({}, "before"),
+    "RL 6-15": ({}, "after"),
+    "SFT, gaps to 260": (GAPS_260, "before"),
+    "RL 6-15, gaps to 260": (GAPS_260, "after"),
+}
 EXPERIMENTS["extreme"] = Plan(
-    "FB reinforced on 6-15 steps",
-    [Cell({"stage": stage}, "FB", EXTREME, EXTREME, side) for stage, side in EXTREME_SIDES.items()],
+    "FB reinforced on 6-15 steps, after SFT with position gaps up to 130, as usual, or to 260",
+    [
+        Cell({"stage": stage}, "FB", EXTREME, EXTREME, side, sft)
+        for stage, (sft, side) in EXTREME_STAGES.items()
+    ],
     "Pass@1 in % on 6-15 steps:",
-    [Claim("FB still improves clearly on 6-15 steps", grows(10),
-           series("all", "stage", EXTREME_SIDES))],
+    [
+        Claim("FB still improves clearly on 6-15 steps", grows(10),
+              series("all", "stage", ("SFT", "RL 6-15"))),
+        Claim("(ours) and to above 90% if SFT has shown distances as long as theirs", above(90),
+              series("all", "stage", ["RL 6-15, gaps to 260"])),
+    ],
     lines="steps",
 )  # fmt: skip
 
