@@ -329,7 +329,8 @@ EXPERIMENTS["gf13"] = Plan(
 )  # fmt: skip
 
 
-GAPS_260 = {"position_gap": 260}  # of SFT, whose solutions then span as many positions as 15 steps
+# SFT whose solutions span as many positions as 15 steps; it has more to learn
+GAPS_260 = {"position_gap": 260, "updates": 2400}
 EXTREME_STAGES = {
     "SFT": ({}, "before"),
     "RL 6-15": ({}, "after"),
