@@ -23,9 +23,18 @@ from pathlib import Path
 
 from data.finite_field import BACKWARD, FORWARD, MATCHING_STRATEGY, Problem
 from data.parse import Line, parse_lines, parse_prompt
-from lib import responses
 from lib.flags import parse_flags, parse_json_lines, quiet_pipes, require, user_errors
-from lib.responses import ARITHMETIC, GUESS, NONE, Response
+from lib.responses import (
+    ARITHMETIC,
+    GUESS,
+    KEYS,
+    NONE,
+    RESPONSES,
+    Response,
+    ShowConfig,
+    select,
+    show,
+)
 
 MIXED = "mixed"
 STRATEGIES = (FORWARD, BACKWARD, MIXED, NONE)  # what a response can be tagged as
@@ -212,10 +221,10 @@ def lines_of(response: str) -> list[str]:
 def tagged_rows(path: Path, p: int) -> list[dict]:
     """Read a run's responses; or tag responses from elsewhere to our prompts, in GF(p)."""
     rows, content = [], path.read_bytes()
-    if path.name == responses.RESPONSES:  # of a run that may be writing its last line
+    if path.name == RESPONSES:  # of a run that may be writing its last line
         content = content.rpartition(b"\n")[0]
     for number, row in parse_json_lines(path, content):
-        if not row.keys() >= responses.KEYS:
+        if not row.keys() >= KEYS:
             at, prompt, text = f"{path}, line {number}: ", row.get("prompt"), row.get("response")
             texts = isinstance(prompt, str) and isinstance(text, str)
             require(texts, f"{at}prompt or response is missing, or is no text")
@@ -227,17 +236,17 @@ def tagged_rows(path: Path, p: int) -> list[dict]:
     return rows
 
 
-def main(config: responses.ShowConfig) -> None:
+def main(config: ShowConfig) -> None:
     require(len(config.place) == 1, "name one run, or one file of JSON lines")
     path = Path(config.place[0])
     with user_errors():
-        file = path / responses.RESPONSES if path.is_dir() else path
-        rows = responses.select(tagged_rows(file, config.field), config)
+        file = path / RESPONSES if path.is_dir() else path
+        rows = select(tagged_rows(file, config.field), config)
     require(bool(rows), f"{path} holds no such response")
-    shown = map(json.dumps, rows) if config.json else responses.show(rows, lines_of, config.n)
+    shown = map(json.dumps, rows) if config.json else show(rows, lines_of, config.n)
     print(*shown, sep="\n")
 
 
 if __name__ == "__main__":
     with quiet_pipes():
-        main(parse_flags(responses.ShowConfig, __doc__, positional="place"))
+        main(parse_flags(ShowConfig, __doc__, positional="place"))
