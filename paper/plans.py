@@ -329,27 +329,20 @@ EXPERIMENTS["gf13"] = Plan(
 )  # fmt: skip
 
 
-# SFT whose solutions span as many positions as 15 steps; it has more to learn
-GAPS_260 = {"position_gap": 260, "updates": 2400}
-EXTREME_STAGES = {
+EXTREME_STAGES = {  # RL before, if there is any
     "SFT": ({}, "before"),
     "RL 6-15": ({}, "after"),
-    "SFT, gaps to 260": (GAPS_260, "before"),
-    "RL 6-15, gaps to 260": (GAPS_260, "after"),
+    "RL 6-9, then 6-15": (HARD, "after"),
 }
 EXPERIMENTS["extreme"] = Plan(
-    "FB reinforced on 6-15 steps, after SFT with position gaps up to 130, as usual, or to 260",
+    "FB reinforced on 6-15 steps, at once or after RL on 6-9",
     [
-        Cell({"stage": stage}, "FB", EXTREME, EXTREME, side, sft)
-        for stage, (sft, side) in EXTREME_STAGES.items()
+        Cell({"stage": stage}, "FB", EXTREME, EXTREME, side, rl_first=first)
+        for stage, (first, side) in EXTREME_STAGES.items()
     ],
     "Pass@1 in % on 6-15 steps:",
-    [
-        Claim("FB still improves clearly on 6-15 steps", grows(10),
-              series("all", "stage", ("SFT", "RL 6-15"))),
-        Claim("(ours) and to above 90% if SFT has shown distances as long as theirs", above(90),
-              series("all", "stage", ["RL 6-15, gaps to 260"])),
-    ],
+    [Claim("FB still improves clearly on 6-15 steps", grows(10),
+           series("all", "stage", ("SFT", "RL 6-15")))],
     lines="steps",
 )  # fmt: skip
 
