@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,48 +27,53 @@ from strategies import score_response
 from train_grpo import grpo_backward
 
 ROOT = Path(__file__).parents[1]
+downloads = tempfile.TemporaryDirectory()
 BESIDE = {  # what fixtures wait for, by their names: Python's command lines
     "complaints": ("tests/pretended_gpu.py faults", "tests/pretended_gpu.py cases"),
+    "smollm2": (f"-m data.smollm2 {downloads.name}/smollm2",),
     "measured": ("tests/test_trace.py",),
 }
-started: dict[str, tuple[subprocess.Popen, Path]] = {}  # by command line
+beside = ThreadPoolExecutor(1)  # one process at a time: the tests have the other core
+running: list[subprocess.Popen] = []
+outputs: dict[str, Future] = {}  # by command line
 
 
-def start(command: str) -> tuple[subprocess.Popen, Path]:
-    """Start Python in the repository's root, unless that is done; what it prints goes to a file."""
-    if command not in started:
-        words, env = [sys.executable, *command.split()], os.environ | {"PYTHONPATH": str(ROOT)}
-        output = Path(tempfile.mkdtemp()) / "output"
-        with output.open("w") as out, output.with_name("errors").open("w") as err:
-            process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err, env=env)
-        started[command] = process, output
-    return started[command]
+def run(command: str) -> str:
+    """Run Python in the repository's root; return what it prints."""
+    words, env = [sys.executable, *command.split()], os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running.append(subprocess.Popen(words, cwd=ROOT, env=env, **pipes))
+    printed, errors = running[-1].communicate(timeout=600)
+    assert running[-1].returncode == 0, printed[-3000:] + errors[-3000:]
+    return printed
+
+
+def start(fixture: str) -> list[Future]:
+    """Queue a fixture's commands, unless that is done; return what they will print."""
+    for command in BESIDE[fixture]:
+        if command not in outputs:
+            outputs[command] = beside.submit(run, command)
+    return [outputs[command] for command in BESIDE[fixture]]
 
 
 def pytest_collection_finish(session) -> None:
-    """Start beside the first tests what takes half a minute in processes of its own."""
+    """Start beside the tests what takes half a minute in processes of its own."""
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if not session.config.option.collectonly and not no_cuda.why_not():
-        for name in BESIDE.keys() & wanted:
-            list(map(start, BESIDE[name]))
+        for name in filter(wanted.__contains__, BESIDE):
+            start(name)
 
 
 def pytest_unconfigure() -> None:
     """Kill processes whose output no test has read."""
-    for process, output in started.values():
+    beside.shutdown(wait=False, cancel_futures=True)
+    for process in running:
         process.kill()
-        process.wait()
-        shutil.rmtree(output.parent)
-    started.clear()
 
 
 def printed_by(fixture: str) -> str:
     """Return what a fixture's processes have printed."""
-    printed = ""
-    for process, output in map(start, BESIDE[fixture]):
-        status, printed = process.wait(timeout=600), printed + output.read_text()
-        assert status == 0, printed[-3000:] + output.with_name("errors").read_text()[-3000:]
-    return printed
+    return "".join(output.result() for output in start(fixture))
 
 
 CC = """#!/bin/sh

