@@ -318,11 +318,13 @@ def test_a_new_model_has_previous_token_heads():
 
 def test_rows_that_fill_up_a_batch_in_bf16_change_nothing(monkeypatch):
     """oneDNN keeps memory for each number of rows that it meets, so they are multiples of 64."""
-    model, numbers = make_policy(small_model(), "bf16"), set()
+    model, numbers, of_head = make_policy(small_model(), "bf16"), set(), set()
     generator, real = torch.Generator().manual_seed(0), F.linear
 
     def linear(x, *args):
         numbers.add(len(x))
+        if len(args[0]) == model.n_logits:
+            of_head.add(len(x))
         return real(x, *args)
 
     for n in (250, 257, 300, 400):
@@ -341,9 +343,11 @@ def test_rows_that_fill_up_a_batch_in_bf16_change_nothing(monkeypatch):
         for a, b in zip(gradients, expected):
             assert (a - b).float().norm() <= 0.03 * b.float().norm()
     assert {n for n in numbers if n >= 256 and n % 64} == set() and max(numbers) == 448
+    assert of_head == {256, 320, 448}, "250 rows are filled up, too: a last chunk has any number"
 
 
 def test_fp32_adds_no_rows():
     assert small_model().extra_rows(300) == 0
     policy = make_policy(small_model(), "bf16")
     assert [policy.extra_rows(n) for n in (8, 255, 256, 257, 300)] == [0, 0, 0, 63, 20]
+    assert [policy.extra_rows(n, varies=True) for n in (8, 64, 257)] == [56, 0, 63]
