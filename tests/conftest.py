@@ -42,9 +42,10 @@ def run(command: str) -> str:
     """Run Python in the repository's root; return what it prints."""
     words, env = [sys.executable, *command.split()], os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running.append(subprocess.Popen(words, cwd=ROOT, env=env, **pipes))
-    printed, errors = running[-1].communicate(timeout=600)
-    assert running[-1].returncode == 0, printed[-3000:] + errors[-3000:]
+    process = subprocess.Popen(words, cwd=ROOT, env=env, **pipes)
+    running.append(process)
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, printed[-3000:] + errors[-3000:]
     return printed
 
 
