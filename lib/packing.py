@@ -193,7 +193,7 @@ def response_logps(
 
     def head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         by_kernel = kernels.apply_to(hidden)
-        logits = model.logits(hidden, gradient_of, in_fp32=not by_kernel, varies=True)
+        logits = model.logits(hidden, gradient_of, in_fp32=not by_kernel)
         if by_kernel:
             logps, entropies = kernels.token_logps(logits, targets, temperature)
             return logps, entropies if entropy else entropies[:0]

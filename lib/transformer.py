@@ -191,15 +191,14 @@ class Transformer(nn.Module):
                 x, added = block(x, added, *context)
         return self.model.norm(x, added)[1][:N]
 
-    def extra_rows(self, n: int, varies: bool = False) -> int:
-        """Return how many rows fill n up to a multiple of 64, on the CPU in bf16; else 0.
+    def extra_rows(self, n: int) -> int:
+        """Return how many rows fill n up to a multiple of 64 (below 256: of 8) in bf16 on the CPU.
 
         There oneDNN compiles each product anew for every number of rows, and keeps half a megabyte
         of it for ever: a run whose batches vary in length would grow by tens of MB an update.
         """
-        varies = varies or n >= 256  # a training batch or prompts; decoding has few sizes
         on_cpu = self.device.type == "cpu" and self.dtype == torch.bfloat16
-        return -n % 64 if varies and on_cpu else 0
+        return -n % (64 if n >= 256 else 8) if on_cpu else 0
 
     def head_weight(self) -> Tensor:
         """Return the rows (V, D) of the head up to the last token allowed."""
@@ -207,20 +206,15 @@ class Transformer(nn.Module):
         return weight[: self.n_logits] if self.n_logits < len(weight) else weight
 
     def logits(
-        self,
-        hidden: Tensor,
-        gradient_of: Tensor | None = None,
-        in_fp32: bool = True,
-        varies: bool = False,
+        self, hidden: Tensor, gradient_of: Tensor | None = None, in_fp32: bool = True
     ) -> Tensor:
         """Return the logits (N, V) of hidden states (N, D), V up to the last token allowed.
 
         What is not allowed gets a logit so low that its probability is zero and its p log p, too.
         `gradient_of` is what takes the gradient of 16-bit weights on a GPU: fused.LogitsInFp32.
         They are in fp32; with in_fp32=False on the CPU in the weights' dtype, as computed.
-        `varies`: N is another one in nearly every call.
         """
-        weight, extra = self.head_weight(), self.extra_rows(len(hidden), varies)
+        weight, extra = self.head_weight(), self.extra_rows(len(hidden))
         if hidden.is_cuda and hidden.dtype != torch.float32:
             logits = fused.LogitsInFp32.apply(hidden, weight.detach(), gradient_of)
         else:
