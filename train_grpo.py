@@ -328,7 +328,7 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, object, list, int]:
     max_new_tokens = training.validate(config, tokenizer, init, task, problems, world)
     first_update, start = open_run(folder, resume_from, config, "grpo", world)
     init = start or init or train_sft.train_start(config, world)
-    where = (first_update, init, resume_from, task.words, world)
+    where = (first_update, init, resume_from, tokenizer, world)
     run = training.load_run(config, "grpo", config.updates, *where)
     training.print_laptop(config, LAPTOP, world)
     return run, task, problems, max_new_tokens

@@ -37,7 +37,7 @@ from lib.flags import (
 from lib.lora import adapters_alone, add_adapters, add_lora, load_adapters, read_adapters
 from lib.policy import DTYPES, detect_dtype, empty_model
 from lib.rng import torch_rng
-from lib.tokenizer import Tokenizer, load_tokenizer, word_tokenizer
+from lib.tokenizer import Tokenizer, load_tokenizer
 from lib.transformer import ModelConfig, RopeScaling, Transformer, hf_weights, init_weights
 
 TINY = ModelConfig(vocab_size=0)  # the task's vocabulary sets the size
@@ -49,12 +49,11 @@ FOREIGN += ("per_layer_config", "fusion_config", "decoder", "generator", "text_e
 FOREIGN += ("attribute_map",)
 
 
-def new_model(words: list[str], seed: int) -> tuple[Transformer, Tokenizer]:
-    """Return the tiny model, with random weights, and a tokenizer over `words`."""
-    tokenizer = word_tokenizer(words)
-    model = Transformer(replace(TINY, vocab_size=len(tokenizer)))
+def new_model(vocab_size: int, seed: int) -> Transformer:
+    """Return the tiny model, with random weights."""
+    model = Transformer(replace(TINY, vocab_size=vocab_size))
     init_weights(model, torch_rng(seed, "weights"))
-    return model, tokenizer
+    return model
 
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
@@ -246,16 +245,16 @@ def read_weight(file: Path, name: str, device: torch.device | str = "cpu") -> Te
 
 def load_master(
     config, init: Path, resume_from: Path | None, precision: str, device: torch.device
-) -> tuple[Transformer, Tokenizer]:
-    """Load the weights that training changes, from `resume_from` where given, and the tokenizer.
+) -> Transformer:
+    """Load the weights that training changes, from `resume_from` where given.
 
     These are all weights in fp32 or, with --lora, adapters on the frozen `init`.
     """
     template = not config.no_chat_template
     if not config.lora:
         device = "cpu" if config.fsdp else device
-        return load_model(resume_from or init, device, chat_template=template)
-    base, tokenizer = load_model(init, device, DTYPES[precision], template)
+        return load_model(resume_from or init, device, chat_template=template)[0]
+    base, _ = load_model(init, device, DTYPES[precision], template)
     if resume_from:
         same = base.config == read_config(resume_from)
         require(same, f"{init / 'config.json'} is not the one that {resume_from} started from")
@@ -263,7 +262,7 @@ def load_master(
     master = add_lora(base, config.lora, config.lora_alpha, config.lora_dropout, generator)
     if resume_from:
         load_adapters(master, resume_from / "adapter")
-    return master, tokenizer
+    return master
 
 
 def load_meta(checkpoint: Path) -> dict:

@@ -19,16 +19,20 @@ def memory_limit() -> int:
     return min([total, *(int(limit) for limit in limits)])
 
 
-def return_freed_memory() -> None:
-    """Let the C library give blocks above 1 MB back to the system when they are freed.
+def save_memory() -> None:
+    """Keep less for reuse of what was freed and compiled; call it before the first product.
 
-    glibc would keep those up to 32 MB in a heap for each thread, which tensors of ever other sizes
-    fragment: five layers of SmolLM2 peaked at 2.3 GB in the first update and at 3.1 in the tenth.
-    A tiny model is 4% slower with this, and has no need of it.
+    glibc would keep freed blocks up to 32 MB in a heap for each thread, which tensors of ever other
+    sizes fragment: five layers of SmolLM2 peaked at 2.3 GB in the first update and at 3.1 in the
+    tenth. Blocks above 1 MB now go back to the system. In bf16 oneDNN compiles a product for every
+    shape, up to half a megabyte, and keeps 1024, as PyTorch does; a thread needs some forty at a
+    time. A tiny model would be slower with this, and has no need of it.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             ctypes.CDLL("libc.so.6").mallopt(option, 2**20)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(64 * core_limit()))  # of all
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # of a thread
 
 
 def core_limit() -> int:

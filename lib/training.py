@@ -21,7 +21,7 @@ from lib.attention import describe
 from lib.diagnose import LEARNED, UNLEARNED, diagnose
 from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads, peak_memory
 from lib.flags import flag_name, require, require_min, user_errors, warn
-from lib.limits import return_freed_memory
+from lib.limits import save_memory
 from lib.lora import validate_lora, without_adapters
 from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
 from lib.responses import RESPONSES, response_rows
@@ -87,13 +87,15 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
 
 
 def load_run(
-    config, stage: str, updates: int, first_update: int, init, resume_from, words, world: World
+    config, stage: str, updates: int, first_update: int, init, resume_from, tokenizer, world: World
 ) -> Run:
     """Load weights, optimizer and log of a run that `open_run` has opened.
 
     The weights are those of the checkpoint `resume_from`, else of `init` (both folders or None),
-    else of a new tiny model over the vocabulary `words`, a list.
+    else of a new tiny model over the tokenizer's words.
     """
+    if not tokenizer.word_level:
+        save_memory()
     folder, log, responses, start = Path(config.out), None, None, {}
     if init:  # first: it may change while it is loaded
         named = run_dir.named_start(config)
@@ -105,11 +107,9 @@ def load_run(
     precision = checkpoint.choose_dtype(config.precision, shape, resume_from, world)
     if source:
         where = (init, resume_from, precision, world.device)
-        master, tokenizer = checkpoint.load_master(config, *where)
+        master = checkpoint.load_master(config, *where)
     else:
-        master, tokenizer = checkpoint.new_model(words, config.seed)
-    if not tokenizer.word_level:
-        return_freed_memory()
+        master = checkpoint.new_model(len(tokenizer), config.seed)
     master = master.to(world.device)
     policy = fsdp.shard(master, precision, world) if config.fsdp else make_policy(master, precision)
     computes = master if config.fsdp else policy
