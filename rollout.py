@@ -185,7 +185,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
     inside = logits.gather(1, index.clamp(max=logits.shape[1] - 1))
     inside = inside.masked_fill(index >= logits.shape[1], -torch.inf)
     tokens, logps, _ = invert_cdf(inside, rest, temperature)
-    return blocks * BLOCK + tokens, block_logps + logps
+    return (blocks * BLOCK + tokens).clamp(max=logits.shape[1] - 1), block_logps + logps
 
 
 def invert_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, ...]:

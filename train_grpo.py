@@ -134,7 +134,7 @@ def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
     if kind == "leave-one-out":
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
-    return advantages
+    return advantages * (rewards != rewards[:, :1]).any(1, keepdim=True)  # their mean is rounded
 
 
 def grpo_loss(

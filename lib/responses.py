@@ -143,7 +143,7 @@ def response(row: dict, lines: list[str]) -> Iterator[str]:
     match = {True: " (matches)", False: " (does not match)"}.get(row["matches"], "")
     head = [row["strategy"] + match, "right" if row["correct"] else "wrong"]
     head += [f"guess {row['guess']}"] if row["guess"] else []
-    head += [f"reward {row['reward']:g}"]
+    head += [f"reward {row['reward']:g}"] if "update" in row else []  # else it is as right
     head += [f"advantage {row['advantage']:+.2f}"] if row.get("advantage") is not None else []
     head += [] if row["stopped"] else ["cut off"]
     yield from indented("", printable(", ".join(head)), BOLD)

@@ -70,7 +70,7 @@ def open_run(
                 lock(file, run)
     done, start = 0, None
     if config.resume:
-        require(resume_from is not None, f"{run} holds no checkpoint to resume")
+        require(resume_from is not None, f"{run} holds no checkpoint to resume: leave --resume out")
         meta = load_meta(resume_from)
         ours = meta.get("stage") == stage and "update" in meta
         require(ours, f"{resume_from} is no checkpoint of this script")

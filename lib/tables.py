@@ -20,7 +20,7 @@ def signed(part: dict, key: str = "mean") -> str:
 
 def largest_pass_rate(metrics: dict) -> str:
     """Return the key of pass@k with the largest k, which comes last."""
-    return [key for key in metrics if key.startswith("pass@")][-1]
+    return [key for key in metrics if key.startswith("pass@") and key[5:].isdigit()][-1]
 
 
 def format_table(rows: list[list[str]]) -> str:

@@ -6,6 +6,7 @@ problem and a task are.
 """
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,7 +105,7 @@ class Tokenizer:
         questions = [self.question(problem) for problem in problems]
         for problem, prompt, text in zip(problems, questions, self.decode(questions)):
             asked, at = [m["content"] for m in self.messages(problem)], in_file(problem)
-            held = all(" ".join(x.split()) in " ".join(text.split()) for x in asked)
+            held = all(composed(x) in composed(text) for x in asked)
             require(held, f"{at}the model's prompts do not hold the problem ({NO_TEMPLATE})")
             for token in reversed(prompt):
                 ends = f"{at}the model's prompts end in a stop token, which begins no answer"
@@ -143,13 +144,18 @@ class Tokenizer:
         return budget
 
 
+def composed(text: str) -> str:
+    """Return a text without what a tokenizer may change: white space, and letters in two parts."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def in_file(problem) -> str:
     return f"{problem.where}: " if problem.where else ""
 
 
 def word_tokenizer(words: list[str]) -> Tokenizer:
     """Return a word-level tokenizer over `words`; any white space separates words."""
-    vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNKNOWN, *words])}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, EOS, UNKNOWN, *words]))}
     backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {key: NEW_CONFIG[key] for key in ("pad_token", "eos_token", "unk_token")}

@@ -359,7 +359,7 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     if run.saving and (last or stopping):
         run.saving.result()
     world.barrier()
-    if stopping and not last:
+    if stopping:
         warn(f"stopped and saved; --resume continues {run.folder}")
         raise SystemExit(128 + (signals.caught or signal.SIGTERM))  # another rank may have it
     say_how_long(run, update, signals.bar)

@@ -475,7 +475,9 @@ def test_training_goes_on_where_nobody_reads_its_bar(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
-def test_a_closed_terminal_saves_as_a_kill_does(number, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("updates", [9, 1])
+def test_a_closed_terminal_saves_as_a_kill_does(number, updates, tmp_path, monkeypatch, capsys):
+    """In the last update, too: the main job's SFT must not go on to GRPO."""
     real = training.optimizer_step
 
     def interrupted(run, *args, **kwargs):
@@ -484,7 +486,7 @@ def test_a_closed_terminal_saves_as_a_kill_does(number, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(training, "optimizer_step", interrupted)
     with pytest.raises(SystemExit) as stop:
-        sft(tmp_path / "run", examples=0, updates=9, save_every=9)
+        sft(tmp_path / "run", examples=0, updates=updates, save_every=9)
     assert stop.value.code == 128 + number and "stopped and saved" in capsys.readouterr().err
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-1"]
 

@@ -69,6 +69,13 @@ def test_answers_are_equal_as_text_or_as_exact_numbers(answer, found, equal):
     assert same_answer(answer, found) is equal
 
 
+def test_a_pattern_may_find_a_number_in_another_spelling(tmp_path):
+    rows = [{"prompt": f"{i} / 2?", "answer": f"{i / 2:g}"} for i in range(40)]
+    task = read(tmp_path / "halves.jsonl", rows, r"(\d+\.\d\d)$")
+    problem = task.train[0]
+    assert problem.is_correct(f"It is {float(problem.answer):.2f}")
+
+
 def test_a_division_by_zero_is_no_number():
     assert number("3/0") is number("3/000") is number("") is number("-") is number("1/2/3") is None
     assert 2 * number("-1,234.5") == -2469
@@ -257,7 +264,6 @@ def without(key: str) -> dict:
         (GOOD[0] | {"kind": []}, "line 3: 'kind' is no text"),
         (GOOD[0] | {"split": "test"}, "line 3: 'split' is neither train nor validation"),
         (GOOD[0] | {"split": "validation"}, "line 3: the prompt of line 1, of another split"),
-        (GOOD[0] | {"prompt": "x", "answer": "ten"}, "line 3: --answer-pattern never matches"),
         (GOOD[0] | {"prompt": "x", "answer": "2"}, "line 3: the answer of 'response' is '1'"),
         (GOOD[0] | {"prompt": "x", "response": "none"}, "line 3: the answer of 'response' is None"),
         (GOOD[0] | {"prompt": "x" * 3000}, "line 3: prompt and response take"),
@@ -398,6 +404,17 @@ def test_a_system_prompt_ends_up_in_the_chat_template(pretrained, tmp_path):
     assert without_system == "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
     plain = load_tokenizer(pretrained, chat_template=False)
     assert plain.decode([plain.prompt(task.train[0])]) == ["Answer with a number.\n\none"]
+
+
+def test_a_tokenizer_may_compose_letters(pretrained, tmp_path):
+    """Qwen's do: a letter and its accent come back as one character."""
+    file = pretrained / "tokenizer.json"
+    backend = json.loads(file.read_text())
+    file.write_text(json.dumps(backend | {"normalizer": {"type": "NFC"}}))
+    rows = [row | {"system": "cafe\N{COMBINING ACUTE ACCENT}, 5 \N{OHM SIGN}"} for row in GOOD]
+    task = read(tmp_path / "sums.jsonl", rows, PATTERN)
+    for chat in (False, True):
+        assert load_tokenizer(pretrained, chat).checked_prompts(task.train)
 
 
 def test_a_template_that_drops_the_system_prompt_is_refused(

@@ -289,7 +289,7 @@ def test_lines_are_marked(tmp_path, capsys):
     lines, due = with_wrong_step(problem)
     row = {"prompt": problem.prompt(), "response": "\n".join(lines)}
     out = show(capsys, write_rows(tmp_path / "theirs.jsonl", row)).splitlines()
-    head = out.index("forward (matches), wrong, reward 0")
+    head = out.index("forward (matches), wrong")
     assert out[0] == f"evaluation, 3 steps, answer {problem.answer}"
     assert out[1] == " | ".join(problem.prompt().split("\n")[:-1])
     assert out[head + 1 :] == [

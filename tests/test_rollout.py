@@ -332,14 +332,15 @@ def test_a_batch_is_freed_at_once(model, monkeypatch):
         gc.enable()
 
 
-def test_logits_that_are_not_finite_do_not_stop_the_sampler():
+@pytest.mark.parametrize("V", [5, 700])
+def test_logits_that_are_not_finite_do_not_stop_the_sampler(V):
     """On a GPU a token beyond the vocabulary would end the process; here the loss becomes NaN."""
-    logits = torch.zeros(3, 5)
+    logits = torch.zeros(3, V)
     logits[0], logits[1, 2] = torch.nan, torch.inf
     for temperature in (0.0, 1.0):
         tokens, log_probs = sample_tokens(logits, torch.full((3,), 0.5), temperature)
         assert (
             (tokens >= 0).all()
-            and (tokens < 5).all()
+            and (tokens < V).all()
             and log_probs.isfinite().tolist() == [False, False, True]
         )

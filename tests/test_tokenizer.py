@@ -6,6 +6,7 @@ import random
 import pytest
 from conftest import CHAT, refusal, word_tokenizer
 
+import lib.tokenizer
 from data.finite_field import BACKWARD, FORWARD, Task, vocabulary
 from lib.tokenizer import load_tokenizer
 
@@ -145,6 +146,12 @@ def test_a_chat_template_that_spoils_the_prompts_is_refused(how, pretrained, cap
 def test_a_chat_template_may_trim_the_message(template, pretrained):
     (pretrained / "chat_template.jinja").write_text(template)
     assert load_tokenizer(pretrained).max_response_tokens(Task(), 2048) > 50
+
+
+def test_a_word_may_be_a_special_token():
+    """It has that token's number, which is below the model's vocabulary."""
+    tokenizer = lib.tokenizer.word_tokenizer(["a", "<eos>", "b"])
+    assert sorted(tokenizer.inner.get_vocab().values()) == [*range(len(tokenizer))] == [*range(5)]
 
 
 def test_a_tokenizer_that_ends_every_prompt_is_refused(pretrained, capsys):
