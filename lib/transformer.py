@@ -194,8 +194,8 @@ class Transformer(nn.Module):
     def extra_rows(self, n: int) -> int:
         """Return how many rows fill n up to a multiple of 64 (below 256: of 8) in bf16 on the CPU.
 
-        There oneDNN compiles each product anew for every number of rows, and keeps half a megabyte
-        of it for ever: a run whose batches vary in length would grow by tens of MB an update.
+        There oneDNN compiles each product anew for every number of rows, in a millisecond or two:
+        the tiny model trains 10 to 25% faster by this, and what was compiled takes memory.
         """
         on_cpu = self.device.type == "cpu" and self.dtype == torch.bfloat16
         return -n % (64 if n >= 256 else 8) if on_cpu else 0
