@@ -76,6 +76,21 @@ def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
     return (matches[-1][min(1, pattern.groups)] or "").strip() if matches else None
 
 
+def answer_form(pattern: re.Pattern | None) -> re.Pattern | None:
+    """Return the pattern of an answer alone: of the only group; None where it is hard to tell."""
+    if pattern is None or pattern.groups > 1 or re.search(r"\(\?|\\[1-9]", pattern.pattern):
+        return None
+    if pattern.groups == 0:
+        return pattern
+    inner = re.split(r"(?<!\\)\(", pattern.pattern, maxsplit=1)[1]
+    for end in re.finditer(r"\)", inner):  # the first that leaves a whole pattern
+        try:
+            return re.compile(inner[: end.start()], pattern.flags)
+        except re.error:
+            continue
+    return None
+
+
 def load_function(place: str) -> Callable | None:
     """Return the function of FILE.py:function. Raises ValueError if there is none."""
     if not place:
@@ -151,6 +166,7 @@ class Task:
             self.pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
         except re.error as error:
             raise ValueError(f"--answer-pattern {config.answer_pattern!r}: {error}") from None
+        self.form = answer_form(self.pattern)
         seen, splits = {}, {"train": [], "validation": []}
         for n, row in parse_json_lines(path, path.read_bytes()):
             problem = self.read(row, f"{path}, line {n}", path.stem)
@@ -190,9 +206,17 @@ class Task:
         return Problem(row, where, self, *texts)
 
     def check_answer(self, answer: str, response: str | None, where: str) -> None:
-        """Raise ValueError if an answer cannot be compared, or the line's response lacks it."""
-        if number(answer) is None and LATEX.search(answer) and not find_spec("math_verify"):
+        """Raise ValueError if no response could match an answer, or if the line's own does not."""
+        value, forms = number(answer), [answer]
+        if value is None and LATEX.search(answer) and not find_spec("math_verify"):
             raise ValueError(f"{where}: to compare LaTeX, pip install math-verify")
+        if value is not None:
+            forms += [f"{value}", f"{value.evalf(15)}".rstrip("0")]
+            forms += [f"{value}.0", f"{int(value):,}"] * value.is_integer
+            forms += [f"{int(value)}.{'0' * n}" for n in (1, 2, 3)]  # with as many decimals
+        form = None if LATEX.search(answer) else self.form
+        if form and not any(map(form.fullmatch, forms)):
+            raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")
         found = answer if response is None else find_answer(response, self.pattern)
         if found is None or not same_answer(answer, found):
             raise ValueError(f"{where}: the answer of 'response' is {found!r}, not {answer!r}")

@@ -264,6 +264,7 @@ def without(key: str) -> dict:
         (GOOD[0] | {"kind": []}, "line 3: 'kind' is no text"),
         (GOOD[0] | {"split": "test"}, "line 3: 'split' is neither train nor validation"),
         (GOOD[0] | {"split": "validation"}, "line 3: the prompt of line 1, of another split"),
+        (GOOD[0] | {"prompt": "x", "answer": "ten"}, "line 3: --answer-pattern never matches"),
         (GOOD[0] | {"prompt": "x", "answer": "2"}, "line 3: the answer of 'response' is '1'"),
         (GOOD[0] | {"prompt": "x", "response": "none"}, "line 3: the answer of 'response' is None"),
         (GOOD[0] | {"prompt": "x" * 3000}, "line 3: prompt and response take"),
