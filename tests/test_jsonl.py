@@ -298,6 +298,9 @@ def test_a_bad_line_is_refused_with_its_number(
         ({"tagger": "f.py:constant"}, "no function"),
         ({"reward": "broken.py:f"}, "broken.py:f cannot be loaded: SyntaxError"),
         ({"tagger": "raises.py:f"}, "raises.py:f cannot be loaded: KeyError: 'x'"),
+        ({"tagger": "says.py:all"}, "--tagger says 'all', a name of the log's"),
+        ({"tagger": "says.py:match"}, "--tagger says 'match', a name of the log's"),
+        ({"tagger": "says.py:verified"}, "--tagger says 'verified', a name of the log's"),
         ({"max_new_tokens": 5000}, "positions"),
     ],
 )
@@ -308,6 +311,8 @@ def test_bad_flags_are_refused(flags, says, pretrained, tmp_path, monkeypatch, c
     shutil.copy("f.py", "f.txt")
     Path("broken.py").write_text("def f(:\n")
     Path("raises.py").write_text("{}['x']\n")
+    names = ("all", "match", "verified")
+    Path("says.py").write_text("".join(f"def {x}(*_): return '{x}'\n" for x in names))
     assert says in refused(train_grpo, grpo_config(pretrained, **flags), capsys)
 
 
