@@ -149,9 +149,9 @@ def evaluate_policies(
         numbers = {s: lacking(problems, mine, theirs, s) for s in (FORWARD, BACKWARD)}
         wanted = numbers | dict.fromkeys(strategies, range(len(problems)))
         forced: Scored = [[] for _ in problems]
-        by_strategy, measured = {}, None
+        by_strategy, measured, sampler = {}, None, None  # frees the other policy first
         if any(wanted.values()):
-            sampler, tokenizer = policies[name]()  # again: one policy at a time is in memory
+            sampler, tokenizer = policies[name]()  # again: one at a time is in memory
             for s, chosen in wanted.items():
                 some = {i: problems[i] for i in chosen}
                 counted = bar if s in strategies else None

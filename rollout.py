@@ -141,10 +141,10 @@ class Sampler:
         in_threads(decode, [by_length[i : i + n] for i in range(0, len(prompts), n)], device)
 
         # Rows went on after their stop token until their whole group had finished.
-        T = int(lengths.max())
-        mask = torch.arange(T, device=device) < lengths[:, None]
+        longest = int(lengths.max())
+        mask = torch.arange(longest, device=device) < lengths[:, None]
         stopped = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], self.stops)
-        tokens, logps = tokens[:, :T] * mask, logps[:, :T] * mask
+        tokens, logps = tokens[:, :longest] * mask, logps[:, :longest] * mask
         return Rollout(padded, prompt_lengths, tokens, lengths, logps, stopped, self.max_new_tokens)
 
     def max_groups(self, max_prompt_len: int) -> int:

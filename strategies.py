@@ -8,8 +8,8 @@ recognised by their form and not by line breaks:
     answer e1
     anything between                   a line of another form
 
-Every line votes for a direction: an opening or closing by its side, a step by its operation. The
-lines are then compared with a faultless solution in that direction.
+Steps, the opening and the closing vote for a direction: a step by its operation, they by their
+side. The lines are then compared with a faultless solution in that direction.
 
     python strategies.py ckpt/grpo-hard-gf11                # some responses of the newest update
     python strategies.py ckpt/grpo-hard-gf11 --problem 0    # those to one problem, at each update
@@ -82,8 +82,7 @@ def score_response(problem, text: str, stopped: bool = True) -> Response:
     if isinstance(problem, Problem):
         tagged = tag(problem, text)
         found |= {"strategy": tagged.strategy, "matches": matches(problem, tagged)}
-        if any(tagged.guessed):
-            found["guess"] = "wrong" if tagged.misguessed else "right"
+        found["guess"] = any(tagged.guessed)
         if error := tagged.error:
             found |= {"error_line": error.line, "line_error": error.kind, "due": error.due}
             found["error"] = error.kind

@@ -86,8 +86,8 @@ class GrpoConfig:
     mask_truncated: bool = False  # responses that the token limit cut off teach nothing
     minibatches: int = 1  # steps per rollout, each on a share of its groups
     beta: float | None = None  # weight of the KL from the start [tiny 0, pretrained 0.05]
-    clip_low: float = 0.2  # bad responses get no gradient where their ratio is below 1 - this
-    clip_high: float = 0.2  # good responses get no gradient where their ratio is above 1 + this
+    clip_low: float = 0.2  # bad responses: no gradient at ratios below 1 - this (--clip ratio)
+    clip_high: float = 0.2  # good ones: none above 1 + this; --clip weight: at most that weight
     # Optimizer
     updates: int | None = None  # rollouts that are trained on [tiny 300, pretrained 500]
     lr: float | None = None  # peak learning rate of AdamW [tiny 3e-4, pretrained 1e-5]
@@ -134,7 +134,7 @@ def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
     if kind == "leave-one-out":
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
-    return advantages * (rewards != rewards[:, :1]).any(1, keepdim=True)  # their mean is rounded
+    return advantages * (rewards != rewards[:, :1]).any(1, keepdim=True)  # exactly
 
 
 def grpo_loss(
@@ -291,7 +291,7 @@ def main(config: GrpoConfig, world: World) -> None:
             if evaluating := config.eval_every and (update + 1) % config.eval_every == 0:
                 row |= eval.validation_metrics(prepare(policy, 1), problems, config.seed)
             training.log_update(run, row, bar)
-            if evaluating or training.is_saved(run, update):
+            if evaluating or training.save_is_due(run, update):
                 validation = eval.evaluate(sampler, *followed)
                 training.keep_responses(run, update + 1, problems, validation, rollout)
         training.end_update(run, update, signals, world)

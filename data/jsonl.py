@@ -143,7 +143,8 @@ class Problem:
 
     def label(self, response: str) -> str:
         """Return what --tagger says."""
-        label = printable(str(self.call("tagger", response))) if self.task.tagger else ""
+        label = self.call("tagger", response) if self.task.tagger else None
+        label = "" if label is None else printable(str(label))
         require(label not in TAKEN, f"{self.where}: --tagger says {label!r}, a name of the log's")
         return label
 

@@ -7,7 +7,7 @@
     torch padded   scaled_dot_product_attention         matrix products
 
 kernels.c serves the CPU. The varlen kernels need a GPU and 16 bits; flash-attn is used where it is
-installed. torch padded serves everything else. Masking happens in this file only.
+installed. torch padded serves everything else. Masking happens here, or in kernels.c.
 """
 
 import functools

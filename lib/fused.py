@@ -25,6 +25,11 @@ def has_triton() -> bool:
     """Whether torch.compile works on this machine's GPU: it needs Triton and a C compiler."""
     if importlib.util.find_spec("triton") is None:
         return False
+    from torch._inductor import config  # takes a second to import
+
+    # Compile in this process: a signal to its whole group, as of `timeout` or a batch system, would
+    # kill compiling processes, for whose answer a run would wait forever (pytorch#189290).
+    config.compile_threads = 1
     try:
         torch.compile(torch.neg)(torch.zeros(2, device="cuda"))
         return True

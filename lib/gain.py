@@ -54,7 +54,7 @@ def compare(before: Scored, after: Scored) -> dict:
     only after, or only before.
     """
     differences: dict = {"overall": paired_difference(before, after)}
-    counts = (list(right_counts(scored).values())[-1] for scored in (before, after))
+    counts = (c.get("verified", c["pass"]) for c in map(right_counts, (before, after)))
     pairs = [(bool(a), bool(b)) for a, b in zip(*counts)]
     differences["overall"] |= {"solved": pairs.count((False, True))}
     differences["overall"] |= {"lost": pairs.count((True, False))}
@@ -91,7 +91,7 @@ def decompose_gain(
     counts = [count_outcomes(scored, strategies) for scored in everything]
     kinds = [group[0].kind for group in before]
     difficulties = [group[0].difficulty for group in before]
-    names = ([*map(" ".join, zip(kinds, difficulties))], kinds)  # impute by both, then by type
+    names = [f"{a} {b}" for a, b in zip(kinds, difficulties)], kinds  # impute by both, then by type
     cells = [np.unique(of_problem, return_inverse=True)[1] for of_problem in names]
 
     groups = {("overall", ""): np.ones(len(before))}  # 1 for the problems of a group, (X,)

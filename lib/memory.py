@@ -14,7 +14,7 @@ from lib.packing import MAX_LOGITS
 from lib.policy import trainable_parameters
 from lib.transformer import ModelConfig
 
-CPU_BYTES = 0.7e9  # that a micro-batch keeps there for its backward pass, in 16 bits
+CPU_BYTES = 0.7e9  # that a micro-batch keeps there for its backward pass
 
 
 def free_bytes(device: torch.device) -> int:
@@ -87,7 +87,7 @@ def micro_batch_tokens(run, world: World, keys_per_token: float = 1.5) -> int:
     kept = *adapters, config.gradient_checkpointing, keys_per_token
     n_bytes = activation_bytes(run.policy.config, *kept)
     if world.device.type == "cpu":  # as many as its caches hold, and 0.7 GB for each thread
-        return max(256, min(2048, int(CPU_BYTES / n_bytes)))
+        return max(256, min(2048, int(2 * CPU_BYTES / n_bytes / run.policy.dtype.itemsize)))
     free = 0.9 * free_bytes(world.device) - still_to_come(run, world)
     if run.policy.dtype == torch.float32:
         n_bytes *= 3  # twice as large, and attention by PyTorch keeps its padding and its scores

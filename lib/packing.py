@@ -3,7 +3,7 @@
     batch = pack(prompts, prompt_lengths, responses, response_lengths, prompt_index)
     logps, entropies = response_logps(model, batch, temperature, entropy=True)
 
-N tokens lie one after the other in one row; lib/attention.py masks what they must not see.
+N tokens lie one after the other in one row; attention masks what they must not see.
 """
 
 import math
@@ -132,7 +132,7 @@ def pack_with_gaps(
 def random_position_gaps(
     prompt: list[int], response: list[int], starts: Tensor, max_gap: int, generator
 ) -> tuple[list[int], list[int]]:
-    """Return positions of both with random gaps, `max_gap` in all, before the tokens `starts`.
+    """Return positions of both with random gaps, up to `max_gap` in all, before `starts`.
 
     A model trained on short chains finds steps by their distance and counts lines to know when to
     stop, and fails on longer chains. With gaps it must go by the labels (arXiv 2305.16843).
@@ -151,20 +151,20 @@ def micro_batches(
     """Split the groups `active` into micro-batches of at most `budget` tokens: their indices.
 
     prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
-    What all prompts begin with counts for each prompt.
+    A prefix that all prompts share counts once for each, so costs are upper bounds.
     Where the budget allows, micro-batches are of like size, and each worker gets as many.
     """
     costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
-    share = sum(costs) / (workers * math.ceil(sum(costs) / (workers * budget)) or 1)
+    n = workers * math.ceil(sum(costs) / (workers * budget))
+    share = sum(costs) / max(1, n)  # of tokens
     sizes, total, before = [], 0, 0  # groups of each, tokens of the last one and of all
     for cost in costs:
-        full = total + cost > budget or before + cost / 2 > share * len(sizes)
-        if full or not sizes:
+        if total + cost > budget or before + cost / 2 > share * len(sizes):
             sizes.append(0)
             total = 0
         sizes[-1] += 1
         total, before = total + cost, before + cost
-    return list(active.split(sizes)) if sizes else []
+    return list(active.split(sizes))
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:

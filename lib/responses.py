@@ -40,7 +40,7 @@ class Response:
     reward: float = 0.0  # what GRPO trains on
     strategy: str = NONE  # or any label, where the task is not the paper's
     matches: bool | None = None  # whether each part takes the strategy that needs no guess
-    guess: str | None = None  # "right" or "wrong" where it guesses
+    guess: bool = False  # whether a part of it opens with a guess
     error: str | None = None  # what went wrong first: a wrong guess, or the kind of a line's error
     error_line: int | None = None  # the first line that is wrong, from 0
     line_error: str | None = None  # what is wrong with it
@@ -54,7 +54,7 @@ class Response:
     @property
     def verified(self) -> bool:
         """Whether it is right, every line of it is, and nothing was guessed."""
-        return self.correct and self.error is None and self.guess is None
+        return self.correct and self.error is None and not self.guess
 
 
 Scored = list[list[Response]]  # for each problem its responses
@@ -121,13 +121,13 @@ def show(rows: list[dict], lines_of, n: int = 0) -> Iterator[str]:
     """
     prompt = None
     for keys, group in groupby(rows, key=lambda row: [row.get(key) for key in GROUP]):
-        first, *_ = shown = list(group)[: n or None]
-        yield from indented("", printable(heading(first)), BOLD)
+        shown = list(group)[: n or None]
+        yield from indented("", printable(heading(shown[0])), BOLD)
         if keys[-1] != prompt:
             prompt = keys[-1]
             yield from indented("", printable(" | ".join(prompt.strip().splitlines())), DIM)
         for row in shown:
-            yield from ("", *response(row, lines_of(row["response"])), "")
+            yield from ("", *response_lines(row, lines_of(row["response"])), "")
 
 
 def heading(row: dict) -> str:
@@ -138,12 +138,12 @@ def heading(row: dict) -> str:
     return " ".join(filter(None, [*words, f"answer {row['answer']}"]))
 
 
-def response(row: dict, lines: list[str]) -> Iterator[str]:
+def response_lines(row: dict, lines: list[str]) -> Iterator[str]:
     """Yield a response's head line, and its lines marked as right, wrong or behind the error."""
     match = {True: " (matches)", False: " (does not match)"}.get(row["matches"], "")
     head = [row["strategy"] + match, "right" if row["correct"] else "wrong"]
-    head += [f"guess {row['guess']}"] if row["guess"] else []
-    head += [f"reward {row['reward']:g}"] if "update" in row else []  # else it is as right
+    head += [GUESS if row["error"] == GUESS else "guessed"] if row["guess"] else []
+    head += [f"reward {row['reward']:g}"] if "update" in row else []  # only a run knows
     head += [f"advantage {row['advantage']:+.2f}"] if row.get("advantage") is not None else []
     head += [] if row["stopped"] else ["cut off"]
     yield from indented("", printable(", ".join(head)), BOLD)

@@ -168,10 +168,7 @@ class ProgressBar(tqdm):
 
 
 def say_how_long(run: Run, update: int, bar: tqdm) -> None:
-    """Say after the second update how long a long run will take, without its evaluations.
-
-    The first one also compiles.
-    """
+    """Say after the second update how long a run of such updates takes; the first also compiles."""
     if update == run.first_update:
         run.first_seconds = bar.format_dict["elapsed"]
     seconds = bar.format_dict["elapsed"] - run.first_seconds
@@ -240,7 +237,7 @@ def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, 
     """Sum gradients over the ranks, clip, step, sync the policy's weights; return metrics.
 
     Skips steps without signal (momentum alone must not move the weights) and those whose loss or
-    gradient is not finite; five updates of these in a row end the run.
+    gradient is not finite (metric `skipped`); five updates of these in a row end the run.
     """
     world.all_reduce_gradients(run.master)
     weights = trainable_parameters(run.master)
@@ -338,7 +335,7 @@ def keep_responses(run: Run, update: int, problems, validation: list, rollout=No
     run.responses.write(*rows)
 
 
-def is_saved(run: Run, update: int) -> bool:
+def save_is_due(run: Run, update: int) -> bool:
     """Whether a checkpoint is due after an update."""
     return (update + 1) % run.config.save_every == 0 or update + 1 == run.updates
 
@@ -350,7 +347,7 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     the thread has failed.
     """
     (stopping,) = world.all_reduce(signals.caught)
-    last, due = update + 1 == run.updates, is_saved(run, update) or stopping
+    last, due = update + 1 == run.updates, save_is_due(run, update) or stopping
     if run.saving and (due or run.saving.done()):
         run.saving.result()
     if due:

@@ -1,10 +1,13 @@
 """Functions that a GPU compiles, and how tokens are sampled from large vocabularies."""
 
 import logging
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from conftest import ROOT
 
 from lib import fused, transformer
 from lib.transformer import ModelConfig
@@ -87,6 +90,29 @@ def test_a_compiler_that_does_not_work_is_not_used(monkeypatch, capsys):
     fused.has_triton.cache_clear()
     assert not fused.has_triton() and "no C compiler" in capsys.readouterr().err
     fused.has_triton.cache_clear()
+
+
+COMPILES = """
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from lib import fused
+
+of_the_cpu = {"compile": torch.compile, "neg": torch.neg, "zeros": lambda *_, **__: torch.ones(2)}
+fused.torch = SimpleNamespace(**of_the_cpu)
+fused.importlib = SimpleNamespace(util=SimpleNamespace(find_spec=str))
+assert fused.has_triton()
+from torch._inductor.async_compile import AsyncCompile
+AsyncCompile.warm_pool()  # as compiling for a GPU does
+print(*(path.read_text() for path in Path("/proc/self/task").glob("*/children")))
+"""
+
+
+@pytest.mark.slow
+def test_compiling_leaves_no_process_that_a_signal_could_kill():
+    command, options = [sys.executable, "-c", COMPILES], {"cwd": ROOT, "text": True}
+    printed = subprocess.run(command, **options, check=True, stdout=subprocess.PIPE).stdout
+    assert printed.split() == []
 
 
 def test_compiling_silences_three_messages_and_no_other(monkeypatch):

@@ -635,3 +635,13 @@ def test_any_number_is_a_reward_and_no_label_moves_the_cursor(tmp_path):
     task = read(tmp_path / "sums.jsonl", GOOD, PATTERN, **functions)
     scored = score_response(task.held_out[0], "2")
     assert scored.reward == 0.5 and scored.strategy == "a\N{REPLACEMENT CHARACTER}[2J"
+
+
+@pytest.mark.parametrize(
+    "label, strategy", [(None, "none"), ("", "none"), (0, "0"), (True, "True")]
+)
+def test_a_tagger_that_says_nothing_gives_no_label(label, strategy, tmp_path):
+    function = tmp_path / "f.py"
+    function.write_text(f"def t(row, response):\n    return {label!r}\n")
+    task = read(tmp_path / "sums.jsonl", GOOD, PATTERN, tagger=f"{function}:t")
+    assert score_response(task.held_out[0], "2").strategy == strategy

@@ -15,8 +15,15 @@ from lib import limits
 from lib.distributed import World, init_distributed
 from lib.flags import warn
 from lib.limits import PROCESS_BYTES, core_limit, memory_limit
-from lib.memory import activation_bytes, keys_per_token, micro_batch_tokens, still_to_come
-from lib.policy import make_policy
+from lib.memory import (
+    CPU_BYTES,
+    activation_bytes,
+    keys_per_token,
+    micro_batch_tokens,
+    still_to_come,
+)
+from lib.policy import empty_model, make_policy
+from lib.transformer import ModelConfig
 from rollout import Sampler
 from train_grpo import GrpoConfig
 
@@ -112,6 +119,15 @@ def test_micro_batches_fill_what_training_leaves_free(monkeypatch):
     assert micro_batch_tokens(run, world, keys_per_token=50.0) < micro_batch_tokens(run, world)
     lengths = torch.tensor([10, 20]), torch.tensor([[3, 4], [5, 6]])
     assert keys_per_token(*lengths) == (30 + 2 * 30 + 18) / (30 + 18)
+
+
+def test_micro_batches_of_the_cpu_keep_as_much_in_fp32_as_in_bf16():
+    world, config = World(0, 1, torch.device("cpu")), GrpoConfig(lora=0)
+    for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 2)):
+        policy = empty_model(ModelConfig(8, 512, 1024, 24), dtype, "cpu")
+        n_bytes = activation_bytes(policy.config, 0, False, False) * itemsize / 2
+        run = SimpleNamespace(config=config, policy=policy)
+        assert 256 < micro_batch_tokens(run, world) == int(CPU_BYTES / n_bytes) < 2048
 
 
 def test_threads_are_as_many_as_the_cores(monkeypatch):

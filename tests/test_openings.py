@@ -1,6 +1,8 @@
 """Forced openings: access, execution and the split of a gain on policies where all is known."""
 
+import functools
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from lib.openings import Openings, measure, summarise
 from lib.rng import rng
 from lib.run_dir import save_checkpoint
 from lib.tokenizer import load_tokenizer
+from rollout import Sampler
 from strategies import GUESS, MIXED, score_response
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -332,6 +335,21 @@ def test_strategies_that_are_lacking_are_forced(checkpoints, monkeypatch, tmp_pa
     eval.main(eval.EvalConfig(checkpoints, parts="2", **few), ONE)
     assert not any(forced for of_one in evaluations[1] for forced in of_one.forced)
     assert "forced" not in capsys.readouterr().out
+
+
+def test_one_policy_at_a_time_is_in_memory(checkpoints):
+    """Also where strategies are forced, for which the first policy is loaded again."""
+    models, alive = [], []
+
+    def load(path: str) -> eval.Policy:
+        alive.append(sum(model() is not None for model in models))
+        model, tokenizer = load_model(Path(path), "cpu")
+        models.append(weakref.ref(model))
+        return Sampler(model, tokenizer.stops, 1, 40), tokenizer
+
+    policies = {path: functools.partial(load, path) for path in checkpoints}
+    eval.evaluate_policies(policies, problems(3), 0, [FORWARD])
+    assert alive == [0, 0, 0, 0]
 
 
 def test_what_neither_policy_takes_is_not_forced():
