@@ -224,6 +224,7 @@ def training_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
 ROWS = {
     "gpu-qwen-training": (training_rows, QWEN),
     "gpu-qwen-rollout": (rollout_rows, QWEN),
+    "gpu-qwen-update": (update_rows, replace(QWEN, lora=64)),
     "cpu-tiny-rollout": (rollout_rows, TINY),
     "cpu-tiny-update": (update_rows, TINY),
     "cpu-tiny-training": (training_rows, TINY),

@@ -4,6 +4,7 @@ transformers' `generate`, TRL's GRPOTrainer (pip install trl==1.16.0; adapters a
 llama.cpp's batched decoding (pip install llama-cpp-python gguf, which compiles it for this CPU).
 """
 
+import gc
 import logging
 import os
 import tempfile
@@ -66,10 +67,11 @@ def trl_update_seconds(ours, precision: str, rounds: int) -> float:
     prompts = [{"prompt": " ".join(["w5"] * work.prompt_len)}] * (work.prompts * (rounds + 2))
     data = {"train_dataset": Dataset.from_list(prompts), "processing_class": tokenizer}
     data |= {"reward_funcs": lambda completions, **_: [float(hash(c) % 2) for c in completions]}
-    batch_size = work.prompts * work.group
-    options = {"use_cpu": not torch.cuda.is_available(), "bf16": precision == "bf16"}
-    options |= {"per_device_train_batch_size": min(batch_size, 64)}
-    options |= {"gradient_accumulation_steps": max(1, batch_size // 64)}
+    batch_size, on_gpu = work.prompts * work.group, torch.cuda.is_available()
+    micro_batch = min(batch_size, 16 if on_gpu else 64)  # of Qwen's logits a card holds no more
+    options = {"use_cpu": not on_gpu, "bf16": precision == "bf16"}
+    options |= {"per_device_train_batch_size": micro_batch}
+    options |= {"gradient_accumulation_steps": batch_size // micro_batch}
     options |= {"num_generations": work.group, "max_completion_length": work.new_tokens}
     options |= {"generation_kwargs": {"min_new_tokens": work.new_tokens}, "max_steps": 1 + rounds}
     options |= {"learning_rate": 1e-5, "beta": ours.config.beta, "temperature": 1.0, "top_k": 0}
@@ -83,6 +85,7 @@ def trl_update_seconds(ours, precision: str, rounds: int) -> float:
             sizes = {"r": work.lora, "lora_alpha": 2 * work.lora, "lora_dropout": 0.0}
             data["peft_config"] = LoraConfig(**sizes, target_modules="all-linear")
         GRPOTrainer(folder, args=GRPOConfig(folder, **options), callbacks=[Clock()], **data).train()
+    gc.collect()  # the trainer is in cycles, and ours needs its memory
     return min(seconds[1:])
 
 
