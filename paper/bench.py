@@ -37,10 +37,10 @@ from lib.policy import (
     detect_dtype,
     fastest,
     make_policy,
-    sync_weights,
     trainable_parameters,
 )
 from lib.tokenizer import word_tokenizer
+from lib.training import optimizer_step
 from lib.transformer import ModelConfig, Transformer
 from paper import peers
 from rollout import Rollout, Sampler
@@ -129,6 +129,7 @@ class Ours:
 
     def __init__(self, work: Work, machine: Machine, beta: float = 0.0):
         self.work, self.world, device = work, machine.world, machine.world.device
+        self.folder, self.nonfinite = None, 0  # as a lib.training.Run has them
         self.config = GrpoConfig(beta=beta, temperature=1.0, lora=work.lora, lora_dropout=0.0)
         torch.manual_seed(0)
         with device:
@@ -158,11 +159,9 @@ class Ours:
 
     def train(self, rollout: Rollout) -> None:
         rollout.rewards, rollout.advantages = self.rewards, group_advantages(self.rewards)
-        grpo_backward(self, rollout, torch.arange(self.work.prompts), 0, self.world)
-        nn.utils.clip_grad_norm_(self.master.parameters(), 1.0).item()
-        self.optimizer.step()
-        sync_weights(self.policy, self.master)
-        self.optimizer.zero_grad()
+        groups = torch.arange(self.work.prompts)
+        loss = grpo_backward(self, rollout, groups, 0, self.world)["loss"]
+        optimizer_step(self, loss, 1e-5, self.world)
 
     def update(self) -> None:
         self.train(self.rollout())
