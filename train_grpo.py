@@ -87,7 +87,7 @@ class GrpoConfig:
     minibatches: int = 1  # steps per rollout, each on a share of its groups
     beta: float | None = None  # weight of the KL from the start [tiny 0, pretrained 0.05]
     clip_low: float = 0.2  # bad responses: no gradient at ratios below 1 - this (--clip ratio)
-    clip_high: float = 0.2  # good ones: none above 1 + this; --clip weight: at most that weight
+    clip_high: float = 0.2  # good responses: no gradient above 1 + this; a --clip weight ends there
     # Optimizer
     updates: int | None = None  # rollouts that are trained on [tiny 300, pretrained 500]
     lr: float | None = None  # peak learning rate of AdamW [tiny 3e-4, pretrained 1e-5]
