@@ -11,6 +11,7 @@ where the problem's is LaTeX, by math-verify. It lies where --answer-pattern mat
 first group if it has one; without the flag the whole response is the answer.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -82,12 +83,12 @@ def answer_form(pattern: re.Pattern | None) -> re.Pattern | None:
         return None
     if pattern.groups == 0:
         return pattern
-    inner = re.split(r"(?<!\\)\(", pattern.pattern, maxsplit=1)[1]
-    for end in re.finditer(r"\)", inner):  # the first that leaves a whole pattern
-        try:
-            return re.compile(inner[: end.start()], pattern.flags)
-        except re.error:
-            continue
+    text = pattern.pattern
+    for start in re.finditer(r"\(", text):  # in brackets or behind \ it leaves no whole pattern
+        for end in re.finditer(r"\)", text[start.end() :]):
+            with contextlib.suppress(re.error):
+                re.compile(text[: start.start()])
+                return re.compile(text[start.end() :][: end.start()], pattern.flags)
     return None
 
 
@@ -214,7 +215,7 @@ class Task:
         if value is not None:
             forms += [f"{value}", f"{value.evalf(15)}".rstrip("0")]
             forms += [f"{value}.0", f"{int(value):,}"] * value.is_integer
-            forms += [f"{int(value)}.{'0' * n}" for n in (1, 2, 3)]  # with as many decimals
+            forms += [f"{int(value)}.{'0' * n}" for n in range(1, 7)]  # as many decimals
         form = None if LATEX.search(answer) else self.form
         if form and not any(map(form.fullmatch, forms)):
             raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")

@@ -155,7 +155,7 @@ def peak_memory(device: torch.device) -> float:
     """Return the most memory that this process has held, in GB: of the GPU or the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # KiB on Linux
 
 
 class Signals:
@@ -197,8 +197,11 @@ def _pool(n: int) -> ThreadPoolExecutor:
 
 
 def in_threads(function: Callable, items: Sequence, device: torch.device) -> list:
-    """Map the function over the items, in order; without threads on a GPU or for a single item."""
+    """Map the function over the items, in order; without threads on a GPU.
+
+    A single item has a thread, too: this one would compile, and keep, its products once more.
+    """
     n = n_threads(device)
-    if len(items) == 1 or n == 1:
+    if n == 1:
         return [function(item) for item in items]
     return list(_pool(n).map(function, items))

@@ -244,12 +244,16 @@ static long tile_at(const long *segment, long first, long H, long K, long k, lon
     return n;
 }
 
-/* Replace scores (m) by e^(score - top), the largest of them; return their sum. */
-static float exponentials(long m, float *scores, float *top) {
-    float sum = 0;
+/* Replace scores (m) by e^(score - top), the largest of them; return their sum, or NaN if one is not finite. */
+static inline float exponentials(long m, float *scores, float *top) {
+    float sum = 0, all = 0;
+    uint32_t bits, nan = 0x7fc00000;
     *top = -1e30f;
+    for (long j = 0; j < m; j++) all += scores[j];
     for (long j = 0; j < m; j++) *top = __builtin_fmaxf(*top, scores[j]);
     for (long j = 0; j < m; j++) sum += scores[j] = exponential(scores[j] - *top);
+    memcpy(&bits, &all, 4);
+    if (bits << 1 >= 0xff000000) memcpy(&sum, &nan, 4);
     return sum;
 }
 

@@ -7,7 +7,6 @@ operations; tests compare the two.
 """
 
 import ctypes
-import functools
 import signal
 import subprocess
 import tempfile
@@ -28,6 +27,7 @@ FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros 
 FLAGS += "-fassociative-math -ffinite-math-only -shared -fPIC"
 COMPILER_SECONDS = 45
 failures: list[Exception] = []  # of building kernels: the first one ends the use of all
+libraries: dict[tuple, ctypes.CDLL | None] = {}  # by dtype and size of a head
 one_build = threading.Lock()  # one thread builds, the others wait for it
 PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 packed_weights = WeakIdKeyDictionary()  # of oneDNN, by the weight that they are made of
@@ -55,22 +55,27 @@ def available() -> bool:
     return library(torch.float32) is not None and not failures
 
 
-@functools.cache
 def library(dtype: torch.dtype, head_dim: int = 0) -> ctypes.CDLL | None:
-    """Build the kernels for fp32 or bf16: with `head_dim` those of attention, else the others.
+    """Return the kernels for fp32 or bf16: with `head_dim` those of attention, else the others.
 
-    Return None if that fails or has failed before, for whatever reason, and say so once.
+    Return None if building them fails or has failed before, for whatever reason, and say so once.
     """
-    with one_build:
-        if failures:
-            return None
-        try:
-            return build(dtype, head_dim)
-        except (OSError, ValueError, AttributeError) as error:
-            failures.append(error)
-            why = str(error)[:300]
-            warn(f"the CPU's kernels cannot be built, PyTorch serves, slower: {why}")
-            return None
+    key = dtype, head_dim
+    if key not in libraries:
+        with one_build:
+            if key not in libraries:
+                libraries[key] = None if failures else try_to_build(*key)
+    return libraries[key]
+
+
+def try_to_build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
+    try:
+        return build(dtype, head_dim)
+    except (OSError, ValueError, AttributeError) as error:
+        failures.append(error)
+        why = str(error)[:300]
+        warn(f"the CPU's kernels cannot be built, PyTorch serves, slower: {why}")
+        return None
 
 
 def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL:

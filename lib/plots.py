@@ -271,7 +271,9 @@ def main(config: PlotConfig) -> None:
         log = Path(name) / "metrics.jsonl"
         require(os.path.isfile(log), f"{name} is no run folder: it holds no metrics.jsonl")
         rows = runs[name] = read_log(log)
-        require(bool(rows) and "reward" in rows[0], f"{log} is not the log of a GRPO run")
+        whole = rows and all(row.keys() >= {"update", "reward"} for row in rows)
+        sound = whole and all(isinstance(x, int | float | None) for r in rows for x in r.values())
+        require(sound, f"{log} is not the log of a GRPO run")
     plot_training(runs, Path(config.out))
     drawn = ", ".join(f"{name} ({len(rows)} updates)" for name, rows in runs.items())
     print(f"{config.out}: {drawn}")

@@ -201,7 +201,7 @@ def saved_merged(draft: Path) -> bool:
     try:
         save_weights(dict(hf_weights(load_model(draft)[0])), draft)
         return True
-    except (MemoryError, SystemExit):  # which must not cost the adapters
+    except (MemoryError, RuntimeError, SystemExit):  # PyTorch's is the second: adapters first
         return False
 
 

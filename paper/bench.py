@@ -176,6 +176,7 @@ def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
     on_gpu = machine.world.device.type == "cuda"
     dtypes = {own} if on_gpu else {own, torch.float32}
     better = ", its better of 2" if len(dtypes) > 1 else ""
+    alone = " without adapters" * (work.lora > 0)
     for cache in ("dynamic", "static") if on_gpu else ("dynamic",):
         ours = Ours(work, machine)
         calls = [peers.generate(ours, dtype, cache) for dtype in dtypes]
@@ -184,11 +185,10 @@ def rollout_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
             (seconds,) = fastest(rounds, ours.rollout, warmup=2)
         else:
             seconds, *of_peers = fastest(rounds, ours.rollout, *calls)
-        alone = " without adapters" * (work.lora > 0)
         peer = f"transformers generate{alone}, {cache} cache"
         what = f"rollout in {machine.precision}, {work}; {peer}"
-        name = name if cache == "dynamic" else f"{name}-static"
-        yield name, what + better, seconds, min(of_peers), machine.decode_seconds(work)
+        row = name + "-static" * (cache == "static")
+        yield row, what + better, seconds, min(of_peers), machine.decode_seconds(work)
     if not on_gpu and importlib.util.find_spec("llama_cpp"):
         calls = peers.llama_cpp_rollouts(ours, machine.precision)
         seconds, *of_peers = fastest(rounds, ours.rollout, *calls)
@@ -222,8 +222,8 @@ def training_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
 
 ROWS = {
     "gpu-qwen-training": (training_rows, QWEN),
-    "gpu-qwen-rollout": (rollout_rows, QWEN),
     "gpu-qwen-update": (update_rows, replace(QWEN, lora=64)),
+    "gpu-qwen-rollout": (rollout_rows, QWEN),
     "cpu-tiny-rollout": (rollout_rows, TINY),
     "cpu-tiny-update": (update_rows, TINY),
     "cpu-tiny-training": (training_rows, TINY),

@@ -5,7 +5,7 @@
 #     paper/gpu_day.sh --rehearse [FOLDER]   # the same at tiny sizes, on a pretended GPU
 #
 # It runs the tests for a GPU, times rollouts and training beside transformers and takes SmolLM2
-# through SFT and RL by the paper's recipe, if it is in models/smollm2 (python -m data.smollm2
+# through SFT and RL as --laptop does, if it is in models/smollm2 (python -m data.smollm2
 # models/smollm2). Where there are two cards it compares one process with two. A command has 9
 # minutes at most; its output lies in FOLDER/NAME.log. FOLDER/page.md says what has passed, and what
 # that changes in the READMEs.
@@ -36,7 +36,8 @@ step() { # NAME, what it changes if it passes, and a command of Python's
     write "| $name | $result | $((SECONDS - start)) | $changes | \`${command[*]}\` |"
 }
 
-small=() sft=(--model models/smollm2) rl=() few=(--updates 10) problems=(--problems 256)
+small=() sft=(--model models/smollm2 --laptop --epochs 8) rl=(--laptop --updates 80)
+few=(--updates 10) problems=(--problems 256)
 if [ -n "$rehearse" ]; then
     small=(--small --rounds 1) sft=(--updates 2 --batch-size 4) problems=(--problems 2 --samples 1)
     rl=(--updates 2 --prompts-per-update 2 --group-size 2 --eval-problems 2) few=()

@@ -95,6 +95,8 @@ def experiments(rollout: Rollout, lr: float) -> list[tuple]:
 
 def main(config: TourConfig, world: World) -> None:
     flags = GrpoConfig(init=config.init)
+    with user_errors():
+        Task(parse_range(config.steps))  # before a start is trained
     start = train_sft.find_init(flags) or train_sft.train_start(flags, world)
     meta, (model, tokenizer) = load_meta(start), load_model(start)
     require(tokenizer.word_level and "field" in meta, "the tour is of a tiny model of ours")

@@ -1,5 +1,6 @@
 """The whole pipeline in miniature: SFT, GRPO and evaluation; resume; two processes."""
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import train_grpo
 import train_sft
+from data.finite_field import Problem
 from lib import training
 from lib.checkpoint import find_checkpoint, load_model
 from lib.distributed import World
@@ -315,7 +317,8 @@ def stepped(monkeypatch) -> list[float]:
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero(sft, tmp_path, monkeypatch, stepped):
-    monkeypatch.setattr(training, "optimizer_step", taking_every_update(training.optimizer_step))
+    rewards = itertools.count()  # so that every group has a signal
+    monkeypatch.setattr(Problem, "reward", lambda *_: float(next(rewards)))
     grpo(tmp_path / "rl", sft, updates=10, warmup=2, lr=1e-3, save_every=10)
     remaining = [min(1, (i + 1) / 3, (10 - i) / 8) for i in range(10)]  # linear
     assert stepped == pytest.approx([1e-3 * share for share in remaining])
@@ -330,15 +333,6 @@ def test_the_learning_rate_warms_up_and_decays_to_zero(sft, tmp_path, monkeypatc
 
 
 SFT_FLAGS = {"field": 3, "steps": "1-2", "batch_size": 5, "precision": "fp32", "position_gap": 0}
-
-
-def taking_every_update(optimizer_step):
-    """Let updates without a signal be taken, too."""
-
-    def step(*args):
-        return optimizer_step(*args[:5])
-
-    return step
 
 
 class Alone:
@@ -395,6 +389,13 @@ def test_processes_share_an_updates_examples_between_them(tmp_path, monkeypatch)
         train_sft.main(config, World(rank % 10, size, torch.device("cpu")))
     assert len(drawn[10]) == 10 and (len(drawn[20]), len(drawn[21])) == (6, 4)
     assert sorted(map(repr, drawn[20] + drawn[21])) == sorted(map(repr, drawn[10]))
+
+
+def test_the_tour_refuses_flags_before_it_trains_a_start(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_sft, "train_start", lambda *_: pytest.fail("trained"))
+    line = refusal(lambda: tour.main(tour.TourConfig(steps="3-50"), ONE), capsys)
+    assert "steps" in line and not any(tmp_path.iterdir())
 
 
 def test_the_tour_shows_a_step_that_helps_and_five_changes(sft, capsys):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -178,10 +179,8 @@ COMPILERS = {  # cc as a shell script, with REAL for the real one; what the line
 @pytest.fixture
 def unbuilt(monkeypatch):
     """Forget the kernels that were built, and afterwards those that were not."""
-    kernels.library.cache_clear()
+    monkeypatch.setattr(kernels, "libraries", {})
     monkeypatch.setattr(kernels, "failures", [])
-    yield
-    kernels.library.cache_clear()
 
 
 @needs_compiler
@@ -208,3 +207,37 @@ def test_whatever_the_compiler_does_pytorch_serves_and_one_line_says_so(
     expected, _ = response_logps(model, batch)
     for logp, tolerance in zip(logps, (1e-5, 0.1)):
         torch.testing.assert_close(logp, expected, atol=tolerance, rtol=0.01)
+
+
+def test_threads_that_need_a_library_at_once_build_it_once(unbuilt, monkeypatch):
+    built = []
+
+    def build(*key):
+        time.sleep(0.2)
+        built.append(key)
+
+    monkeypatch.setattr(kernels, "build", build)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: kernels.library(torch.bfloat16), range(3)))
+    kernels.library(torch.bfloat16, 0)
+    assert built == [(torch.bfloat16, 0)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("head", range(3))  # a query, the key and the value
+def test_what_is_not_finite_spreads(head, dtype, value):
+    """A policy that has broken must not sample as if it had not."""
+    N, d, t = 6, 32, 2
+    torch.manual_seed(0)
+    qkv, angles = torch.randn(N, 3, d).to(dtype), torch.randn(N, d // 2)
+    qkv[2, head, 1] = value
+    rope, segments = (angles.cos(), angles.sin()), torch.tensor([[0, N, 0, 0, 0]])
+    out = kernels.packed_attention(qkv, rope, segments, 1, N)
+    broken = ~out.isfinite().all(1)
+    assert broken[2:].tolist() == [i == 2 or head > 0 for i in range(2, N)]
+    assert head == 2 or not broken[:2].any()  # those before share a product with the value
+    cache = torch.zeros(2, 1, 1, 4, d).to(dtype), torch.zeros(2, N, 1, 4, d).to(dtype)
+    out = kernels.attend(qkv, rope, torch.tensor([4]), *cache, t)
+    assert (~out.isfinite().all(1)).tolist() == [i == 2 for i in range(N)]

@@ -93,7 +93,14 @@ def test_one_run_or_many(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "written, says",
-    [(None, "no run folder"), ('{"update": 1}\n', "not the log"), ("", "not the log")],
+    [
+        (None, "no run folder"),
+        ("", "not the log"),
+        ('{"update": 1}\n', "not the log"),
+        ('{"reward": 1}\n', "not the log"),
+        ('{"update": 1, "reward": "a"}\n', "not the log"),
+        ('{"update": 1, "reward": 1, "kl": [1]}\n', "not the log"),
+    ],
 )
 def test_what_is_no_log_is_refused(written, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "run").mkdir()

@@ -27,7 +27,7 @@ from lib.distributed import World, distributed
 from lib.files import sha256, verify_manifest
 from lib.lora import adapted, add_lora, peft_weights
 from lib.policy import trainable_parameters
-from lib.run_dir import read_log, save_checkpoint
+from lib.run_dir import read_log, save_checkpoint, saved_merged
 
 ONE = World(0, 1, torch.device("cpu"))
 ROOT = Path(train_sft.__file__).parent
@@ -361,6 +361,11 @@ def test_a_last_checkpoint_is_saved_though_the_start_of_its_start_is_gone(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "lacks its own" in line]
     assert f"{end} holds adapters alone" in line
     assert verify_manifest(end) is None and not (end / "model.safetensors").exists()
+
+
+def test_a_merge_that_does_not_fit_in_memory_costs_no_adapters(monkeypatch, tmp_path):
+    monkeypatch.setattr("lib.run_dir.load_model", lambda _: torch.empty(10**15))
+    assert not saved_merged(tmp_path) and not any(tmp_path.iterdir())
 
 
 def change_start(place: Path) -> None:
