@@ -154,7 +154,9 @@ def test_response_log_probs_equal_transformers(shape, tokenizer, temperature, sh
     for weight, of in zip(gradient.parameters(), model.parameters()):
         weight.data = of.grad
     theirs = {name: weight.grad for name, weight in reference.named_parameters()}
-    torch.testing.assert_close(dict(hf_weights(gradient)), theirs, atol=2e-5, rtol=1e-4)
+    for name, weight in hf_weights(gradient):
+        bound = 3e-5 * float(theirs[name].abs().max())  # gradients differ in size by weight and CPU
+        torch.testing.assert_close(weight, theirs[name], atol=bound, rtol=0)
 
 
 def test_chunks_leave_log_probs_and_gradient_as_they_are(model, monkeypatch):
