@@ -159,12 +159,15 @@ class Experiment:
     def report(self, rows: list[dict], table: str, verdicts: list[list], figure) -> None:
         """Print the table and the verdicts, and write them with the rows and the figure."""
         minutes_files = [run.minutes_file for run in self.runs.values()]
-        minutes = sum(float(file.read_text()) for file in minutes_files if file.exists())
-        summary = "The commands" + f", which took {minutes:.0f} minutes in all" * (minutes > 0)
+        minutes = None  # known if all commands were run here
+        if all(file.exists() for file in minutes_files):
+            minutes = round(sum(float(file.read_text()) for file in minutes_files), 1)
+        took = "" if minutes is None else f", which took {minutes:.0f} minutes in all"
         commands = "\n".join(map(str, self.runs.values()))
-        details = f"<details><summary>{summary}</summary>\n\n```\n{commands}\n```\n\n</details>\n"
+        details = f"<details><summary>The commands{took}</summary>"
+        details += f"\n\n```\n{commands}\n```\n\n</details>\n"
         text = "\n\n".join([table, verdict_table(verdicts), details])
-        result = {"seeds": self.config.seeds, "minutes": round(minutes, 1)}
+        result = {"seeds": self.config.seeds, "minutes": minutes}
         result |= {"rows": rows, "claims": verdicts}
         with user_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -343,7 +346,7 @@ def verdict_table(verdicts: list[list]) -> str:
     for claim, found, held in verdicts:
         answer = f"**in {sum(held)} of {len(held)} seeds**" if any(held) else "**no**"
         rows.append([claim, found, "yes" if all(held) else answer])
-    return markdown(["the paper says", "found", "holds"], rows)
+    return markdown(["claim", "found", "holds"], rows)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ EXPERIMENTS["composition"] = Plan(
     compositions({"parts": "3-5"}),
     "Compositions of 3-5 parts, by what SFT showed. In %:",
     [
-        Claim("RL learns 3-5 parts if SFT showed two: verified, by 30 points or more",
+        Claim("RL learns 3-5 parts if SFT showed the last two: verified, by 30 points or more",
               grows(30), series("verified@1", "stage", SIDES, sft="the last two parts")),
         Claim("and not if it showed single parts",
               stays(5), series("verified@1", "stage", SIDES, sft="single parts")),
@@ -292,7 +292,8 @@ EXPERIMENTS["third-part"] = Plan(
         Claim("(ours) SFT on single parts never opens a third", below(2),
               [x for part in ("access, matching", "access, other")
                for x in series(part, "sft", ["single parts"], stage="SFT")]),
-        Claim("(ours) RL on compositions opens it the matching way, if SFT showed two", above(95),
+        Claim("(ours) RL on compositions opens it the matching way, if SFT showed the last two",
+              above(95),
               series("access, matching", "sft", ["the last two parts"], stage="RL")),
     ],
     FORCED,

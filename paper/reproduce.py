@@ -55,7 +55,9 @@ def list_experiments(config: ReproduceConfig) -> None:
         file, cost = Experiment(name, config).folder / f"{name}.json", "not run yet"
         if file.exists():
             last = read_json(file)
-            cost = f"{last['minutes']:.0f} min of commands for {last['seeds']} seed(s)"
+            cost = f"{last['seeds']} seed(s)"
+            if last["minutes"] is not None:
+                cost = f"{last['minutes']:.0f} min of commands for {cost}"
         print(f"{name:14} {plan.about} [{cost}]")
 
 

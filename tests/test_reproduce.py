@@ -271,7 +271,7 @@ BOUNDS = [
     ("ceiling", {"stage": "RL 2-5"}, "verified@1", 30, 29.9, "moves verified@1"),
     ("ceiling", {"stage": "RL 2-5"}, "verified@256", 82.9, 83.1, "not the end"),
     ("ceiling", {"stage": "RL 6-9"}, "verified@256", 83, 82.9, "moves the end, too"),
-    ("composition", at("the last two parts", "RL"), "verified@1", 35, 34.9, "if SFT showed two"),
+    ("composition", at("the last two parts", "RL"), "verified@1", 35, 34.9, "learns 3-5 parts"),
     ("composition", at("single parts", "RL"), "verified@1", 9.9, 10, "single parts"),
     ("third-part", at("single parts", "SFT"), "access, other", 1.9, 2, "never opens"),
     ("third-part", at("the last two parts", "RL"), "access, matching", 95.1, 95, "opens it"),
