@@ -122,10 +122,10 @@ def show(rows: list[dict], lines_of, n: int = 0) -> Iterator[str]:
     prompt = None
     for keys, group in groupby(rows, key=lambda row: [row.get(key) for key in GROUP]):
         shown = list(group)[: n or None]
-        yield from indented("", printable(heading(shown[0])), BOLD)
+        yield from indented("", heading(shown[0]), BOLD)
         if keys[-1] != prompt:
             prompt = keys[-1]
-            yield from indented("", printable(" | ".join(prompt.strip().splitlines())), DIM)
+            yield from indented("", " | ".join(prompt.strip().splitlines()), DIM)
         for row in shown:
             yield from ("", *response_lines(row, lines_of(row["response"])), "")
 
@@ -146,14 +146,14 @@ def response_lines(row: dict, lines: list[str]) -> Iterator[str]:
     head += [f"reward {row['reward']:g}"] if "update" in row else []  # only a run knows
     head += [f"advantage {row['advantage']:+.2f}"] if row.get("advantage") is not None else []
     head += [] if row["stopped"] else ["cut off"]
-    yield from indented("", printable(", ".join(head)), BOLD)
+    yield from indented("", ", ".join(head), BOLD)
     wrong = row["error_line"]
     for i, line in enumerate(lines):
         judged = row["matches"] is not None
         mark, color = ("+ ", GREEN) if judged else ("  ", "")
         if wrong is not None and i >= wrong:
             mark, color = ("x ", RED) if i == wrong else (". ", DIM)
-        yield from indented(mark, printable(line), color)
+        yield from indented(mark, line, color)
         if i == wrong:
             yield from fault(row)
     if wrong is not None and wrong >= len(lines):
@@ -163,20 +163,17 @@ def response_lines(row: dict, lines: list[str]) -> Iterator[str]:
 def fault(row: dict) -> Iterator[str]:
     """Yield what is wrong with the line above, and what was due instead of it."""
     due = f"due: {row['due']}" if row["due"] else "nothing more was due"
-    yield from indented("    ", printable(f"{row['line_error']}; {due}"), RED)
+    yield from indented("    ", f"{row['line_error']}; {due}", RED)
 
 
 def indented(mark: str, text: str, color: str) -> Iterator[str]:
-    for i, line in enumerate(wrap(text, WIDTH - len(mark)) or [""]):
-        yield paint((mark if i == 0 else " " * len(mark)) + line, color)
-
-
-def paint(text: str, color: str) -> str:
-    """Colour a text, on a terminal only."""
-    plain = not color or not sys.stdout.isatty() or "NO_COLOR" in os.environ
-    return text if plain else f"\x1b[{color}m{text}\x1b[0m"
+    """Yield a text's lines behind a mark, in colour on a terminal. A model may say anything."""
+    indents = {"initial_indent": mark, "subsequent_indent": " " * len(mark)}
+    colored = color and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for line in wrap(printable(text), WIDTH, **indents) or [mark]:
+        yield f"\x1b[{color}m{line}\x1b[0m" if colored else line
 
 
 def printable(text: str) -> str:
-    """Replace what would move the cursor or clear the screen: a model may say anything."""
+    """Replace what would move the cursor or clear the screen."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
