@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from lib.distributed import World, is_dtensor
-from lib.flags import require
 from lib.policy import DTYPES, empty_model, sync_weights
 from lib.transformer import HeadNorm, RMSNorm, Transformer
-
-
-def validate_fsdp(config, world: World) -> None:
-    """Refuse --fsdp with one process or with LoRA."""
-    if config.fsdp:
-        require(world.world_size > 1, "--fsdp needs several processes: torchrun --nproc-per-node N")
-        require(not config.lora, "--fsdp shards the weights that are trained: it needs --lora 0")
 
 
 def shard(model: Transformer, precision: str, world: World) -> Transformer:

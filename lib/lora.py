@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lib import kernels
-from lib.flags import fail, require, require_min, write_json
+from lib.flags import fail, require, write_json
 from lib.rng import rng
 from lib.transformer import Linear, Transformer, part_names
 
@@ -143,12 +143,6 @@ def without_adapters(model: Transformer) -> Transformer:
     for linear in adapted(base).values():
         linear.adapter = None
     return base
-
-
-def validate_lora(config) -> None:
-    """Refuse impossible --lora flags."""
-    require_min(config, lora=0, lora_alpha=1)
-    require(0 <= config.lora_dropout < 1, "--lora-dropout must lie between 0 and 1")
 
 
 def dropout_key(config, update: int, rank: int, micro_batch: int) -> int | None:

@@ -22,7 +22,7 @@ from lib.diagnose import LEARNED, UNLEARNED, diagnose
 from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads, peak_memory
 from lib.flags import flag_name, require, require_min, user_errors, warn
 from lib.limits import save_memory
-from lib.lora import validate_lora, without_adapters
+from lib.lora import without_adapters
 from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
 from lib.responses import RESPONSES, response_rows
 from lib.tables import percent
@@ -72,13 +72,16 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
     require_min(config, updates=1, save_every=1, keep=0, examples=0, warmup=0, max_new_tokens=0)
     require(0 < config.lr < 1, "--lr must lie between 0 and 1")
     require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
-    validate_lora(config)
+    require_min(config, lora=0, lora_alpha=1)
+    require(0 <= config.lora_dropout < 1, "--lora-dropout must lie between 0 and 1")
     per_update = "batch_size" if hasattr(config, "batch_size") else "prompts_per_update"
     what, n = "the number of processes", world.world_size
     if getattr(config, "minibatches", 1) > 1:
         what, n = f"{what} times --minibatches", n * config.minibatches
     require(getattr(config, per_update) >= n, f"{flag_name(per_update)} is below {n}, {what}")
-    fsdp.validate_fsdp(config, world)
+    if config.fsdp:
+        require(world.world_size > 1, "--fsdp needs several processes: torchrun --nproc-per-node N")
+        require(not config.lora, "--fsdp shards the weights that are trained: it needs --lora 0")
     if tokenizer.word_level or not config.data:  # each prompt of a file is checked by itself
         tokenizer.require_vocabulary(task.words)
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
