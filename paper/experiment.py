@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from data.finite_field import EVALUATION, INVERSION, MATCHING_STRATEGY
+from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION, MATCHING_STRATEGY
 from lib.checkpoint import load_meta, newest_checkpoint
 from lib.flags import flag_name, read_json, require, user_errors, warn, write_json
 from lib.limits import core_limit
@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent  # where the scripts lie
 SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")  # each needs what those before it wrote
 MODELS = {"B": "backward", "F": "forward", "FB": "mixed"}  # strategies in the SFT data
 
+OTHER_STRATEGY = {EVALUATION: BACKWARD, INVERSION: FORWARD}  # which has to guess
 ACCURACIES = ("all", INVERSION, EVALUATION)  # keys of a row's pass@1
 Labels = dict[str, object]  # what tells rows apart, such as {"model": "FB", "stage": "SFT"}
 Series = tuple[str, str, Labels]  # a name, a key of rows (of logs for curves), labels of the rows
@@ -247,13 +248,8 @@ def forced_row(measured: dict) -> dict[str, float]:
     """
     row = {}
     for part in PARTS:
-        for which in ("matching", "other"):
-            found = [
-                of_one[part]["mean"]
-                for kind, matching in MATCHING_STRATEGY.items()
-                for strategy, of_one in measured[kind].items()
-                if (strategy == matching) == (which == "matching")
-            ]
+        for which, strategy_of in (("matching", MATCHING_STRATEGY), ("other", OTHER_STRATEGY)):
+            found = [measured[kind][s][part]["mean"] for kind, s in strategy_of.items()]
             row[f"{part}, {which}"] = 100 * fmean(found)
     return row
 
