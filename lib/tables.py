@@ -1,4 +1,4 @@
-"""Tables of eval.py's metrics, in percent."""
+"""Tables: of eval.py's metrics, in percent, and the two forms that all tables have."""
 
 from lib.gain import CAUSES
 from lib.openings import PARTS
@@ -31,6 +31,12 @@ def format_table(rows: list[list[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
         lines.append("  ".join([name.ljust(widths[0]), *cells]))
     return "\n".join(lines)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Format rows as Markdown, the first column to the left, the others to the right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def strategy_columns(summary: dict) -> dict[str, str]:

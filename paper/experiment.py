@@ -23,6 +23,7 @@ from lib.limits import core_limit
 from lib.openings import PARTS
 from lib.plots import draw_smoothly, new_figure, save
 from lib.run_dir import read_log, resumed_start
+from lib.tables import markdown
 
 ROOT = Path(__file__).parent.parent  # where the scripts lie
 SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")  # each needs what those before it wrote
@@ -329,11 +330,6 @@ class Claim:
 def mean_and_range(of_seeds: list[float]) -> str:
     low, high = min(of_seeds), max(of_seeds)
     return f"{fmean(of_seeds):.1f}" + (f" ({low:.1f}-{high:.1f})" if len(of_seeds) > 1 else "")
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def verdict_table(verdicts: list[list]) -> str:

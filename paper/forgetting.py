@@ -29,7 +29,7 @@ from lib.flags import parse_flags, require, require_min, require_writable, user_
 from lib.packing import Packed
 from lib.responses import printable
 from lib.rng import rng
-from paper.experiment import markdown
+from lib.tables import markdown
 from rollout import Sampler
 from train_sft import SftConfig, loss_sum, make_batch
 

@@ -33,6 +33,7 @@ from lib.flags import require
 from lib.lora import adapted, add_lora
 from lib.packing import Packed, pack, response_logps
 from lib.policy import cast_matmuls, make_policy, trainable_parameters
+from lib.tables import markdown
 from lib.training import accumulate_gradients
 from lib.transformer import ModelConfig, Transformer
 from paper.bench import QWEN, SMALL, Work
@@ -350,10 +351,8 @@ the CUDA context and NCCL's buffers; a few GB.
 
 def print_table(rows: list[dict]) -> None:
     """Print rows with the same keys as a table in Markdown."""
-    print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
-    for row in rows:
-        cells = (f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values())
-        print(f"| {' | '.join(cells)} |")
+    texts = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    print(markdown([*rows[0]], texts))
 
 
 def main(work: Work) -> None:
