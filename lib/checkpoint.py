@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from lib.distributed import World
 from lib.files import MANIFEST, sha256, verify_manifest, written_whole
@@ -42,7 +42,6 @@ from lib.transformer import ModelConfig, RopeScaling, Transformer, hf_weights, i
 
 TINY = ModelConfig(vocab_size=0)  # the task's vocabulary sets the size
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 # By these transformers would read other files, or make other layers.
 FOREIGN = ("quantization_config", "transformers_weights", "configuration_files", "text_config")
 FOREIGN += ("per_layer_config", "fusion_config", "decoder", "generator", "text_encoder")
@@ -112,7 +111,7 @@ def parse_config(raw: dict, path: Path) -> PretrainedConfig:
     foreign = min((name for name in FOREIGN if raw.get(name) is not None), default="")
     require(not foreign, f"{path}: {foreign} is not supported")
     try:
-        config = CONFIGS[kind].from_dict(raw | {"dtype": "float32"})
+        config = CONFIG_MAPPING[kind].from_dict(raw | {"dtype": "float32"})
         config.standardize_rope_params()  # as its models do once more: outer values win now
     except Exception as error:  # whatever it trips over
         fail(f"{path} is no model's config to transformers: {str(error)[:300]}")
