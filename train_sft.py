@@ -122,7 +122,8 @@ def make_batch(tokenizer: Tokenizer, examples: list, device, position_gap=0, key
     solutions = [tokenizer.solution(solution) for _, solution in examples]
     if not position_gap:
         return pack_examples(prompts, solutions, device)
-    starts = torch.tensor(tokenizer.line_starts())
+    words = tokenizer.inner.get_vocab().items()  # gaps come before labels, start and end
+    starts = torch.tensor([i for word, i in words if word in ("start", "end") or word[-1] == ":"])
     gaps = [(starts, position_gap, torch_rng(*key)) for key in keys]
     return pack_with_gaps(prompts, solutions, device, gaps)
 

@@ -92,11 +92,6 @@ class Tokenizer:
     def decode(self, rows: list[list[int]]) -> list[str]:
         return self.inner.batch_decode(rows, clean_up_tokenization_spaces=False)
 
-    def line_starts(self) -> list[int]:
-        """Return the tokens (words here) that begin a line which other lines refer to."""
-        words = self.inner.get_vocab().items()
-        return [i for word, i in words if word in ("start", "end") or word[-1] == ":"]
-
     def checked_prompts(self, problems: list) -> list[list[int]]:
         """Return the prompts; refuse those that lose the problem or end in a stop token.
 
