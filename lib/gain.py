@@ -27,7 +27,7 @@ from statistics import fmean
 import numpy as np
 
 from lib.responses import ARITHMETIC, GUESS, Scored, accuracy, by_number, group_by
-from lib.stats import paired_interval
+from lib.stats import mean_interval
 
 CAUSES = ("arithmetic", "procedure", "guess")
 OUTCOMES = ("right", *CAUSES)
@@ -42,9 +42,9 @@ def right_counts(scored: Scored) -> dict[str, list[int]]:
 
 
 def paired_difference(before: Scored, after: Scored) -> dict:
-    """Return the change of pass@1 on the same problems, with its interval."""
+    """Return the change of pass@1 on the same problems, with Bonett and Price's (2012) interval."""
     changes = [accuracy(b) - accuracy(a) for a, b in zip(before, after, strict=True)]
-    interval = paired_interval(changes)
+    interval = mean_interval(changes, (1.0, -1.0), -1.0)  # one more gained all, and one lost all
     return {"pass@1": fmean(changes), "ci95": interval, "problems": len(changes)}
 
 

@@ -27,8 +27,3 @@ def mean_interval(values, added: tuple[float, float], low: float) -> list[float]
     adjusted = np.append(values, added)
     centre, half = adjusted.mean(), 1.96 * adjusted.std() / math.sqrt(len(adjusted))
     return [max(low, float(centre - half)), min(1.0, float(centre + half))]
-
-
-def paired_interval(changes: list[float]) -> list[float]:
-    """Return Bonett and Price's (2012) adjusted interval of a mean change, paired by problem."""
-    return mean_interval(changes, (1.0, -1.0), -1.0)  # one more gained all, and one lost all
