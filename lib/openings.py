@@ -49,15 +49,15 @@ def measure(kinds: list[str], opened: list, forced: dict[str, Scored]) -> Openin
     forced: by strategy, for each problem the responses that had to open with it
     """
 
-    def rates(scored: Scored, what: str) -> np.ndarray:
-        return np.array([np.mean([getattr(r, what) for r in group]) for group in scored])
+    def rates(what: str) -> np.ndarray:
+        """Return the share of a problem's forced responses of which this holds, (X, S)."""
+        columns = []
+        for scored in forced.values():
+            columns.append([np.mean([getattr(r, what) for r in group]) for group in scored])
+        return np.stack(columns, 1)
 
     access = [[words.count(strategy) / len(words) for strategy in forced] for words in opened]
-    execution, faultless = (
-        np.stack([rates(scored, what) for scored in forced.values()], 1)
-        for what in ("correct", "faultless")
-    )
-    return Openings([*forced], kinds, np.array(access), execution, faultless)
+    return Openings([*forced], kinds, np.array(access), rates("correct"), rates("faultless"))
 
 
 def summarise(openings: Openings, before: Openings | None = None) -> dict:

@@ -142,10 +142,9 @@ def draw_reasons(axis, reasons: dict, imputed: dict) -> None:
     for side, key in ((-0.2, "selection"), (0.2, "improvement")):
         draw_intervals(axis, x + side, [row[key] for row in rows.values()], "mean", **style)
         if imputed != reasons:
+            heights = [row[key]["mean"] for row in of_imputed.values()]
             label = "imputed" if key == "selection" else None
-            axis.plot(
-                x + side, [row[key]["mean"] for row in of_imputed.values()], "kx", label=label
-            )
+            axis.plot(x + side, heights, "kx", label=label)
     axis.plot(x, means["gain"], "k_", markersize=22, label="gain: their sum")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(ylabel="change of pass@1", title="Why accuracy changed")
