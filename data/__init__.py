@@ -32,7 +32,7 @@ def load_problems(config, n: int, field: int | None = None, relabel: str = "") -
     from lib.rng import rng  # torch takes seconds to import
 
     if config.data:
-        from data import jsonl  # sympy takes a second to import
+        from data import jsonl
 
         for flag in {*vars(config)} & {*OF_THE_PAPER}:
             default = type(config).__dataclass_fields__[flag].default

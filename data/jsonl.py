@@ -19,10 +19,9 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-
-import sympy
 
 from data.finite_field import VALIDATION_SHARE
 from lib.flags import fail, parse_json_lines, require
@@ -37,11 +36,11 @@ TAKEN = ("all", "accuracy", "verified", "match", "match_rate", "validation")  # 
 TEXTS = ("prompt", "answer", "response", "system", "kind", "difficulty", "split")
 
 
-def number(text: str) -> sympy.Rational | None:
+def number(text: str) -> Fraction | None:
     """Return the number that a text is, such as -1,234.5 or 3/4, exactly; None if it is none."""
     match = NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
     above, below = (part.replace(",", "") for part in match.groups("1")) if match else ("0", "0")
-    return sympy.Rational(above) / sympy.Rational(below) if int(below) else None
+    return Fraction(above) / int(below) if int(below) else None
 
 
 @functools.lru_cache(10_000)
@@ -213,9 +212,10 @@ class Task:
         if value is None and LATEX.search(answer) and not find_spec("math_verify"):
             raise ValueError(f"{where}: to compare LaTeX, pip install math-verify")
         if value is not None:
-            forms += [f"{value}", f"{value.evalf(15)}".rstrip("0")]
-            forms += [f"{value}.0", f"{int(value):,}"] * value.is_integer
-            forms += [f"{int(value)}.{'0' * n}" for n in range(1, 7)]  # as many decimals
+            whole = int(value)
+            forms += [f"{value}", f"{float(value):.15g}"]
+            forms += [f"{whole}.", f"{whole:,}"] * (value == whole)
+            forms += [f"{whole}.{'0' * n}" for n in range(1, 7)]  # as many decimals
         form = None if LATEX.search(answer) else self.form
         if form and not any(map(form.fullmatch, forms)):
             raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")
