@@ -83,9 +83,8 @@ def kv_indices(batch: "Packed") -> tuple[Tensor, Tensor]:
     before = prefix + prompt_lengths
     n_keys = before + lengths
     j = torch.arange(int(n_keys.max()), device=starts.device)
-    of_prompt, own = (
-        (start - n)[:, None] + j for start, n in ((prompt_starts, prefix), (starts, before))
-    )
+    of_prompt = (prompt_starts - prefix)[:, None] + j
+    own = (starts - before)[:, None] + j
     keys = torch.where(j < before[:, None], of_prompt, own)
     keys = torch.where(j < prefix[:, None], j, keys)
     return keys.where(j < n_keys[:, None], 0), n_keys

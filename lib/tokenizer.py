@@ -173,10 +173,8 @@ def portable_config(config: dict, chat_template: bool) -> dict:
 def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
     """Load the tokenizer of a Hugging Face folder, with or without its chat template."""
     for name in (*FILES, "chat_template.jinja", "generation_config.json"):  # links to nothing
-        require(
-            folder.joinpath(name).exists() or not folder.joinpath(name).is_symlink(),
-            f"{folder / name} is broken",
-        )
+        file = folder / name
+        require(file.exists() or not file.is_symlink(), f"{file} is broken")
     try:
         # AutoTokenizer would ignore tokenizer.json and use Qwen2's own BPE.
         inner = PreTrainedTokenizerFast.from_pretrained(folder)
