@@ -70,9 +70,8 @@ def loss_terms(model, rollout: Rollout, tokenizer, row: int) -> str:
         word = tokenizer.decode([[int(batch.targets[i])]])[0]
         cells = [f"{x:.4f}" for x in (*values, -values[2] * values[3])]
         lines.append([word, *cells])
-    return (
-        f"{format_table(lines)}\n...\nThe loss is their mean over {len(rows)} tokens: {loss:+.4f}."
-    )
+    mean = f"The loss is their mean over {len(rows)} tokens: {loss:+.4f}."
+    return f"{format_table(lines)}\n...\n{mean}"
 
 
 def experiments(rollout: Rollout, lr: float) -> list[tuple]:
@@ -117,10 +116,9 @@ def main(config: TourConfig, world: World) -> None:
     def what_changed(after, norm: float) -> str:
         change, again = log_probs(after, rollout) - log_probs(model, rollout), sample(after)
         n, right_now = int(right.sum()), sum(one.correct for one in again.scored[0])
-        text = (
-            f"gradient's norm {norm:.3f}; log-prob of right responses {change[right].mean():+.2f},"
-        )
-        text += f" of wrong ones {change[~right].mean():+.2f};\nsampled again with the same random"
+        right_change, wrong_change = change[right].mean(), change[~right].mean()
+        text = f"gradient's norm {norm:.3f}; log-prob of right responses {right_change:+.2f}, of"
+        text += f" wrong ones {wrong_change:+.2f};\nsampled again with the same random"
         return f"{text} numbers: {right_now} of 8 are right, {n} were"
 
     for _ in range(50):
