@@ -7,18 +7,13 @@ acc(s, x). Between two policies, on the same problem, exactly
          + sum_s (pi + pi') / 2 (acc' - acc)      improvement: they succeed more or less often
 
 This is the decomposition of Kitagawa (1955), Oaxaca and Blinder (1973) in symmetric form, which is
-the Shapley value of the two changes. It is arithmetic on outcomes, not a cause: a strategy that
-became better may be taken more often for that reason.
-
-For the paper's task eval.py forces forward and backward where a policy took one on none of a
-problem's responses and the other policy did. These are not guessed, and the parts are right on
-average. What cannot be forced (responses that mix strategies or follow none, compositions,
-user-defined tasks) is imputed from similar problems, or, where a policy never does it, from the
-other policy, so that all it brings counts as selection. The parts add up to the gain whatever is
-imputed. But a policy that takes a strategy mainly on problems that suit it makes it look better
-than it is on the others: 95% intervals then held the truth 16 to 65 times in 100 simulations. And
-one lucky response may stand for a strategy that is nearly gone: about 80 times in 100
-(tests/test_decompose_gain.py).
+the Shapley value of the two changes. For acc of a strategy that a policy took on none of a
+problem's responses, but the other policy did, eval.py forces it where it can. Where it cannot, acc
+is imputed from similar problems, or, where a policy never does it, from the other policy, so that
+all it brings counts as selection. Then 95% intervals hold the truth less often: in 82 of 100
+simulations where a strategy is nearly gone (tests/test_decompose_gain.py), in 16 to 65 where a
+policy takes it on problems that suit it. What the split means: paper/README.md, "Why accuracy
+changed".
 """
 
 from collections.abc import Sequence
