@@ -54,7 +54,7 @@ def convert(file: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     load_tokenizer(folder).save(folder)  # as transformers 4 opens it, too
-    follow_umask(folder, "config.json")
+    follow_umask(folder)
 
 
 def ask(folder: Path, question: str) -> str:

@@ -32,7 +32,7 @@ def written_whole(folder: Path, *logs: Path) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
-        follow_umask(draft, "config.json")
+        follow_umask(draft)
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         write_json(draft / MANIFEST, {str(f.relative_to(draft)): sha256(f) for f in files})
         for path in (*draft.rglob("*"), draft, *logs):
@@ -71,9 +71,9 @@ def verify_manifest(folder: Path) -> str | None:
     return None
 
 
-def follow_umask(folder: Path, like: str) -> None:
-    """Give all files the mode of the one called `like`: safetensors would hide its own."""
-    mode = (folder / like).stat().st_mode
+def follow_umask(folder: Path) -> None:
+    """Give all files of a model the mode of its config.json: safetensors would hide its own."""
+    mode = (folder / "config.json").stat().st_mode
     for file in folder.rglob("*"):
         if file.is_file():
             with contextlib.suppress(OSError):  # a file system without modes
