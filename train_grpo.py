@@ -242,7 +242,7 @@ def main(config: GrpoConfig, world: World) -> None:
     sampling = (config.group_size, max_new_tokens, config.temperature)
     sampler = Sampler(policy, tokenizer.stops, *sampling, partial(still_to_come, run, world))
     numbers = range(config.prompts_per_update)[world.rank :: world.world_size]  # of this rank
-    groups = torch.arange(len(numbers))  # numbered within this rank
+    minibatches = training.split_groups(config, numbers)
 
     def prepare(model: Transformer, samples: int) -> eval.Policy:
         sampling = (samples, max_new_tokens, config.temperature)
@@ -253,7 +253,7 @@ def main(config: GrpoConfig, world: World) -> None:
         training.keep_responses(run, 0, problems, eval.evaluate(sampler, *followed))
     signals, bar, rollout = Signals(), training.progress_bar(run, "GRPO", world), None
     for update in signals.during(bar):
-        start, sampled, to_fill = time.perf_counter(), [], groups.tolist()
+        start, sampled, to_fill = time.perf_counter(), [], list(range(len(numbers)))
         for refill in range(config.refills + 1):  # the first draws all groups
             draw = update + refill * run.updates  # numbers the random streams
             # 1. Draw problems: this rank takes every world_size-th of the update's
@@ -277,7 +277,7 @@ def main(config: GrpoConfig, world: World) -> None:
         rollout.advantages = group_advantages(rollout.rewards, config.advantage)
 
         lr, steps = training.linear_decay(config, update, run.updates), []
-        for i, minibatch in enumerate(groups.tensor_split(config.minibatches)):
+        for i, minibatch in enumerate(minibatches):
             # 5. Compute the loss and its gradient
             metrics = grpo_backward(run, rollout, minibatch, update + i * run.updates, world)
 

@@ -6,6 +6,7 @@ And, at the end, what GRPO's log holds.
 import math
 import os
 import signal
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,8 +114,10 @@ def load_run(
         master = checkpoint.load_master(config, *where)
     else:
         master = checkpoint.new_model(len(tokenizer), config.seed)
-    master = master.to(world.device)
-    policy = fsdp.shard(master, precision, world) if config.fsdp else make_policy(master, precision)
+    if config.fsdp:  # which takes the weights to the device once they are sharded
+        policy = fsdp.shard(master, precision, world)
+    else:
+        policy = make_policy(master.to(world.device), precision)
     computes = master if config.fsdp else policy
     computes.gradient_checkpointing = getattr(config, "gradient_checkpointing", False)
     options = {"betas": (0.9, 0.95), "weight_decay": getattr(config, "weight_decay", 0.0)}
@@ -191,6 +194,17 @@ def cosine_decay(config, update: int, updates: int) -> float:
     """Return the learning rate: linear warm-up times cosine decay to zero."""
     warm = min(1.0, (update + 1) / max(1, config.warmup))
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * update / updates))
+
+
+def split_groups(config, numbers: Sequence[int]) -> list[Tensor]:
+    """Return which of a rank's groups each minibatch takes, as indices.
+
+    `numbers` are its groups' numbers among those of all ranks. These are split, so that a minibatch
+    holds the same groups however many ranks there are.
+    """
+    mine, of_all = torch.tensor(numbers), torch.arange(config.prompts_per_update)
+    parts = of_all.tensor_split(config.minibatches)
+    return [torch.isin(mine, part).nonzero()[:, 0] for part in parts]
 
 
 def accumulate_gradients(

@@ -23,6 +23,7 @@ from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.packing import pack, pad, response_logps
 from lib.run_dir import read_log
+from lib.training import split_groups
 from lib.transformer import ModelConfig
 from rollout import Rollout, Sampler
 from train_grpo import GrpoConfig, group_advantages, grpo_backward, grpo_loss
@@ -420,6 +421,21 @@ def test_each_minibatch_takes_a_step_against_the_samplers_log_probs(start, tmp_p
         assert abs(second["ratio"] - 1) > 1e-4 and second["logp_diff_max"] > 1e-2
         assert row["logp_diff_max"] == first["logp_diff_max"]
         assert row["loss"] == pytest.approx((first["loss"] + second["loss"]) / 2)
+
+
+@pytest.mark.parametrize("n", [6, 10, 13])
+def test_minibatches_hold_the_same_groups_on_any_number_of_ranks(n):
+    config = GrpoConfig(prompts_per_update=n, minibatches=2)
+    found = []
+    for ranks in (1, 2, 3):
+        shares = [range(n)[rank::ranks] for rank in range(ranks)]
+        of_ranks = [split_groups(config, numbers) for numbers in shares]
+        found.append([
+            sorted(numbers[i] for numbers, parts in zip(shares, of_ranks) for i in parts[step])
+            for step in range(2)
+        ])  # fmt: skip
+        assert all(len(part) for parts in of_ranks for part in parts)
+    assert found[0] == found[1] == found[2] == [[*range((n + 1) // 2)], [*range((n + 1) // 2, n)]]
 
 
 REFILLED = {"updates": 2, "prompts_per_update": 6, "refills": 2, "save_every": 1}
