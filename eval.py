@@ -38,7 +38,7 @@ from lib.flags import (
 from lib.gain import compare, decompose_gain, right_counts
 from lib.policy import DTYPES
 from lib.responses import NONE, Response, Scored, accuracy, group_by, response_rows, show
-from lib.run_dir import choose_checkpoints
+from lib.run_dir import changed_inputs, choose_checkpoints
 from lib.stats import pass_at_k, wilson
 from lib.tables import comparison_table, openings_table, table
 from lib.tokenizer import Tokenizer
@@ -114,9 +114,8 @@ def force(sampler, tokenizer, problems: dict, seed, strategy, given=0, bar=None)
     """
     begun = {i: replace(x, begun=x.begin(given, strategy)) for i, x in problems.items()}
     lengths = [len(tokenizer.begun(begun[i])) - len(tokenizer.begun(problems[i])) for i in begun]
-    tokens = max(1, sampler.max_new_tokens - max(lengths, default=0))
-    sampling = (sampler.group_size, tokens, sampler.temperature)
-    sampler = Sampler(sampler.model, tokenizer.stops, *sampling)
+    most = max(1, sampler.max_new_tokens - max(lengths, default=0))
+    sampler = Sampler(sampler.model, tokenizer.stops, sampler.group_size, most, sampler.temperature)
     stream = f"evaluation sampling {strategy}"
     scored = evaluate(sampler, tokenizer, [*begun.values()], seed, bar, stream, [*begun])
     return dict(zip(begun, scored))
@@ -220,12 +219,11 @@ def summarise(scored: Scored) -> dict:
     def metrics_by(key: str, some: Scored) -> dict:
         return {value: metrics_of(groups) for value, groups in group_by(some, key).items()}
 
-    by_type = group_by(scored, "kind")
     return {
         "overall": metrics_of(scored),
         "by_type": metrics_by("kind", scored),
         "by_difficulty": metrics_by("difficulty", scored),
-        "by_both": {kind: metrics_by("difficulty", groups) for kind, groups in by_type.items()},
+        "by_both": {k: metrics_by("difficulty", x) for k, x in group_by(scored, "kind").items()},
         "by_strategy": by_strategy,
     }
 
@@ -319,9 +317,11 @@ def main(config: EvalConfig, world: World) -> None:
             warn(f"trained with --tagger {last['tagger']}: without it all responses are alike")
         config.answer_pattern = config.answer_pattern or last.get("answer_pattern", "")
         wanted = wanted or last.get("max_new_tokens") or 0
-    message = "the two checkpoints were trained on different fields or namings"
-    require(bool(config.data) or fields[0] == fields[-1], message)
+    alike = bool(config.data) or fields[0] == fields[-1]
+    require(alike, "the two checkpoints were trained on different fields or namings")
     task, problems = load_problems(config, config.problems, *fields[0])
+    if trained_on and config.data == trained_on and "--data" in changed_inputs(last, config):
+        warn(f"{trained_on} has changed: training may have seen what is validation now")
     strategies = {"none": [], "both": [FORWARD, BACKWARD]}.get(config.force, [config.force])
     if given := config.given:
         enough = all(given < len(problem.parts) for problem in problems)

@@ -145,7 +145,8 @@ class Problem:
         """Return what --tagger says."""
         label = self.call("tagger", response) if self.task.tagger else None
         label = "" if label is None else printable(str(label))
-        require(label not in TAKEN, f"{self.where}: --tagger says {label!r}, a name of the log's")
+        taken = label in TAKEN or label.startswith(("accuracy_", "pass@", "verified@"))
+        require(not taken, f"{self.where}: --tagger says {label!r}, a name of the log's")
         return label
 
     def call(self, name: str, *arguments):
@@ -203,8 +204,8 @@ class Task:
             if not row.get(name, "").strip():
                 raise ValueError(f"{where}: {name!r} is missing or empty")
         self.check_answer(answer := row["answer"].strip(), row.get("response"), where)
-        texts = (row.get("kind", kind), row.get("difficulty", ""), answer, row.get("system", ""))
-        return Problem(row, where, self, *texts)
+        names = [printable(x) for x in (row.get("kind", kind), row.get("difficulty", ""))]
+        return Problem(row, where, self, *names, answer, row.get("system", ""))
 
     def check_answer(self, answer: str, response: str | None, where: str) -> None:
         """Raise ValueError if no response could match an answer, or if the line's own does not."""

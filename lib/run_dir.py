@@ -79,9 +79,8 @@ def open_run(
             names_start = flag in ("--init", "--model") and now not in ("", "tiny")
             renamed = names_start and "init_sha256" in meta
             require(renamed, f"{run} was started with {flag} {then}, not {now or 'without'}")
-        for flag, digest in hash_inputs(config).items():
-            same = meta.get("inputs", {}).get(flag) == digest
-            require(same, f"the file of {flag} has changed since {run} was started")
+        for flag in changed_inputs(meta, config):
+            fail(f"the file of {flag} has changed since {run} was started")
         start, done = resumed_start(run, meta, named_start(config), renamed), meta["update"]
     else:
         require(not checkpoints(run), f"{run} holds a run already: give --resume or another --out")
@@ -141,6 +140,12 @@ def hash_inputs(config) -> dict[str, str]:
     for flag in ("reward", "tagger"):  # FILE.py:function
         files[flag] = getattr(config, flag, "").rpartition(":")[0]
     return {flag_name(flag): sha256(Path(file)) for flag, file in files.items() if file}
+
+
+def changed_inputs(meta: dict, config) -> list[str]:
+    """Return the flags whose files are not those from which a checkpoint was made."""
+    then = meta.get("inputs", {})
+    return [flag for flag, digest in hash_inputs(config).items() if then.get(flag) != digest]
 
 
 def save_checkpoint(

@@ -302,6 +302,7 @@ def test_a_bad_line_is_refused_with_its_number(
         ({"tagger": "says.py:all"}, "--tagger says 'all', a name of the log's"),
         ({"tagger": "says.py:match"}, "--tagger says 'match', a name of the log's"),
         ({"tagger": "says.py:verified"}, "--tagger says 'verified', a name of the log's"),
+        ({"tagger": "says.py:accuracy_at"}, "--tagger says 'accuracy_at', a name of the log's"),
         ({"max_new_tokens": 5000}, "positions"),
     ],
 )
@@ -312,7 +313,7 @@ def test_bad_flags_are_refused(flags, says, pretrained, tmp_path, monkeypatch, c
     shutil.copy("f.py", "f.txt")
     Path("broken.py").write_text("def f(:\n")
     Path("raises.py").write_text("{}['x']\n")
-    names = ("all", "match", "verified")
+    names = ("all", "match", "verified", "accuracy_at")
     Path("says.py").write_text("".join(f"def {x}(*_): return '{x}'\n" for x in names))
     assert says in refused(train_grpo, grpo_config(pretrained, **flags), capsys)
 
@@ -588,6 +589,19 @@ def test_rewards_and_labels_reach_evaluation_and_its_table(place, capsys):
     head, *table = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert "pass@4" in head and "well" not in head, "--tagger is not remembered"
     assert [line.split()[0] for line in table] == ["all", "copy", "next", "long", "short"]
+
+
+def test_a_file_that_has_changed_since_training_is_told(place, capsys):
+    """Its validation problems may have been trained on; another file is another test."""
+    flags = {"checkpoints": [str(place.folder / "rl")], "problems": 1, "samples": 1}
+    content = place.data.read_bytes()
+    place.data.write_bytes(content + b"\n")
+    evaluation.main(evaluation.EvalConfig(**flags), ONE)
+    place.data.write_bytes(content)
+    assert f"{place.data} has changed: training may have seen" in capsys.readouterr().err
+    for data in ("", str(shutil.copy(place.data, place.folder / "same.jsonl"))):
+        evaluation.main(evaluation.EvalConfig(**flags, data=data), ONE)
+        assert "has changed" not in capsys.readouterr().err
 
 
 def test_labels_reach_the_plots(place):
