@@ -27,7 +27,7 @@ from lib.flags import parse_flags, parse_json_lines, quiet_pipes, require, user_
 from lib.responses import (
     ARITHMETIC,
     GUESS,
-    KEYS,
+    KINDS,
     NONE,
     RESPONSES,
     Response,
@@ -223,7 +223,7 @@ def tagged_rows(path: Path, p: int) -> list[dict]:
     if path.name == RESPONSES:  # of a run that may be writing its last line
         content = content.rpartition(b"\n")[0]
     for number, row in parse_json_lines(path, content):
-        if not row.keys() >= KEYS:
+        if not all(name in row and isinstance(row[name], kind) for name, kind in KINDS.items()):
             at, prompt, text = f"{path}, line {number}: ", row.get("prompt"), row.get("response")
             texts = isinstance(prompt, str) and isinstance(text, str)
             require(texts, f"{at}prompt or response is missing, or is no text")

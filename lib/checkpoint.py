@@ -269,7 +269,8 @@ def load_meta(checkpoint: Path) -> dict:
     path = checkpoint / "training.json"
     meta = read_json(path) if path.exists() else {}
     texts = ("stage", "relabel", "init_from", "init_beside", "init_name", "init_sha256")
-    kinds = {str: (*texts, "data", "answer_pattern"), bool: ("no_chat_template",)}
+    texts += ("data", "answer_pattern", "tagger", "compute_dtype")
+    kinds = {str: texts, bool: ("no_chat_template",)}
     kinds |= {int: ("field", "update", "total", "lora", "lora_alpha", "max_new_tokens")}
     kinds[dict] = ("inputs",)
     for kind, names in kinds.items():

@@ -43,8 +43,9 @@ def new_figure(width: float, height: float, rows: int, columns: int):
 
 
 def plain(text: str) -> str:
-    """Return a label that is drawn as it is: $ would begin a formula."""
-    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    """Return a label that is drawn as it is: $ would begin a formula, and _ hide it in legends."""
+    text = text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text[:1] in ("", "_") else text
 
 
 def legend_below(axis) -> None:
@@ -271,7 +272,8 @@ def main(config: PlotConfig) -> None:
         require(os.path.isfile(log), f"{name} is no run folder: it holds no metrics.jsonl")
         rows = runs[name] = read_log(log)
         whole = rows and all(row.keys() >= {"update", "reward"} for row in rows)
-        sound = whole and all(isinstance(x, int | float | None) for r in rows for x in r.values())
+        values = [x for row in rows for x in row.values() if x is not None]
+        sound = whole and all(isinstance(x, int | float) and abs(x) < 1e300 for x in values)
         require(sound, f"{log} is not the log of a GRPO run")
     plot_training(runs, Path(config.out))
     drawn = ", ".join(f"{name} ({len(rows)} updates)" for name, rows in runs.items())

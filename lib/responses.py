@@ -58,12 +58,13 @@ class Response:
 
 
 Scored = list[list[Response]]  # for each problem its responses
-KEYS = {field.name for field in fields(Response)} | {"prompt", "answer"}  # of a row, at least
+KINDS = {f.name: float | int if f.type is float else f.type for f in fields(Response)}
+KINDS |= {"prompt": str, "answer": str}  # of what a row holds, at least
 
 
 def by_number(text: str) -> list:
     """Return a key by which "9 steps" comes before "10 steps"."""
-    words = re.split(r"([0-9]+)", text)  # text and numbers in turn
+    words = re.split(r"([0-9]{1,300})", text)  # text and numbers in turn
     return [int(word) if i % 2 else word for i, word in enumerate(words)]
 
 
@@ -144,7 +145,8 @@ def response_lines(row: dict, lines: list[str]) -> Iterator[str]:
     head = [row["strategy"] + match, "right" if row["correct"] else "wrong"]
     head += [GUESS if row["error"] == GUESS else "guessed"] if row["guess"] else []
     head += [f"reward {row['reward']:g}"] if "update" in row else []  # only a run knows
-    head += [f"advantage {row['advantage']:+.2f}"] if row.get("advantage") is not None else []
+    known = isinstance(row.get("advantage"), int | float)
+    head += [f"advantage {row['advantage']:+.2f}"] if known else []
     head += [] if row["stopped"] else ["cut off"]
     yield from indented("", ", ".join(head), BOLD)
     wrong = row["error_line"]

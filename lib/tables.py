@@ -5,7 +5,11 @@ from lib.openings import PARTS
 
 
 def rows_of(summary: dict) -> dict[str, dict]:
-    return {"all": summary["overall"], **summary["by_type"], **summary["by_difficulty"]}
+    """Return the parts of a summary by the names of a table's rows."""
+    rows = {"all": summary["overall"], **summary["by_type"]}
+    for name, part in summary["by_difficulty"].items():
+        rows[f"difficulty {name}" if name in rows else name] = part
+    return rows
 
 
 def percent(value: float | None) -> str:

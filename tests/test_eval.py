@@ -36,7 +36,7 @@ from lib.gain import paired_difference
 from lib.rng import rng
 from lib.run_dir import choose_checkpoints, describe_start, save_checkpoint
 from lib.stats import pass_at_k, wilson
-from lib.tables import comparison_table, table
+from lib.tables import comparison_table, rows_of, table
 from strategies import GUESS, score_response
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -188,6 +188,11 @@ def test_pairs_are_compared_problem_by_problem():
         "twenty problems without a change do not prove that there is none"
     )
     assert compare(before, after)["by_type"].keys() == summarise(before)["by_type"].keys()
+
+
+def test_a_type_and_a_difficulty_of_one_name_have_a_row_each():
+    parts = {"overall": 1, "by_type": {"hard": 2}, "by_difficulty": {"hard": 3, "easy": 4}}
+    assert rows_of(parts) == {"all": 1, "hard": 2, "difficulty hard": 3, "easy": 4}
 
 
 def test_the_table_shows_what_was_gained_and_why():

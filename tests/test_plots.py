@@ -91,6 +91,13 @@ def test_one_run_or_many(tmp_path, monkeypatch, capsys):
     plot_training({"one": log(1, False)}, tmp_path / "short.png")
 
 
+@pytest.mark.parametrize("label", ["_other", "", "$1", "\ud800"])
+def test_any_label_has_its_place_in_a_legend(label):
+    _, (axis,) = plots.new_figure(2, 2, 1, 1)
+    axis.plot([0], [0], label=plots.plain(label))
+    assert len(axis.get_legend_handles_labels()[1]) == 1
+
+
 @pytest.mark.parametrize(
     "written, says",
     [
@@ -100,6 +107,7 @@ def test_one_run_or_many(tmp_path, monkeypatch, capsys):
         ('{"reward": 1}\n', "not the log"),
         ('{"update": 1, "reward": "a"}\n', "not the log"),
         ('{"update": 1, "reward": 1, "kl": [1]}\n', "not the log"),
+        ('{"update": 1, "reward": 1' + "0" * 400 + "}\n", "not the log"),
     ],
 )
 def test_what_is_no_log_is_refused(written, says, tmp_path, monkeypatch, capsys):

@@ -275,6 +275,18 @@ def test_fields_of_other_programs_do_no_harm(fields, tmp_path, capsys):
         assert f"{file}, line 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, value", [("error_line", "x"), ("reward", None), ("stopped", [])])
+def test_a_row_of_ours_that_is_spoilt_is_tagged_anew(name, value, tmp_path, capsys):
+    row = {"prompt": GOOD, "response": "start e3", "advantage": [0.1]}
+    file = write_rows(tmp_path / "theirs.jsonl", row)
+    (tagged,) = map(json.loads, show(capsys, file, json=True).splitlines())
+    write_rows(file, tagged | {name: value})
+    assert json.loads(show(capsys, file, json=True)) == tagged
+    assert "none (does not match), wrong\n" in show(capsys, file), "with that advantage, too"
+    write_rows(file, tagged | {"response": 5})
+    assert "line 1: prompt or response is missing" in refusal(lambda: show(capsys, file), capsys)
+
+
 def test_a_negative_number_of_responses_is_refused(tmp_path, capsys):
     file = write_rows(tmp_path / "theirs.jsonl", {"prompt": GOOD, "response": ""})
     assert "--n" in refusal(lambda: show(capsys, file, n=-1), capsys)
