@@ -240,6 +240,8 @@ def main(config: ShowConfig) -> None:
     path = Path(config.place[0])
     with user_errors():
         file = path / RESPONSES if path.is_dir() else path
+        missing = path.is_dir() and not file.exists()
+        require(not missing, f"{path} holds no {RESPONSES}: only GRPO runs keep them")
         rows = select(tagged_rows(file, config.field), config)
     require(bool(rows), f"{path} holds no such response")
     shown = map(json.dumps, rows) if config.json else show(rows, lines_of, config.n)

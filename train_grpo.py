@@ -134,7 +134,7 @@ def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
     if kind == "leave-one-out":
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
-    return advantages * (rewards != rewards[:, :1]).any(1, keepdim=True)  # exactly
+    return advantages * (rewards != rewards[:, :1]).any(1, keepdim=True)  # no rest of rounding
 
 
 def grpo_loss(
@@ -188,9 +188,9 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
     """
     groups = groups.to(rollout.rewards.device)
     config, lengths = run.config, rollout.lengths.view(rollout.rewards.shape)  # (P, G)
-    active = groups[rollout.has_signal()[groups]]
-    # Groups without signal count in the totals, though their part of the loss is zero and they are
-    # never forwarded. A policy of NaN earns no reward, so it shows in the log-probs alone.
+    active = groups[rollout.advantages[groups].any(1)]
+    # Groups whose advantages are all zero count in the totals and are never forwarded. A policy of
+    # NaN earns no reward, so it shows in the log-probs alone.
     counted = lengths * rollout.stopped.view_as(lengths) if config.mask_truncated else lengths
     broken = not rollout.logps.isfinite().all()
     counts = (int(counted[groups].sum()), lengths[groups].numel(), broken)

@@ -112,7 +112,7 @@ class Problem:
     first_label: int
     shown: bool = False  # whether the prompt lists the names of the elements
     begun: str = ""  # the beginning of the response, where that is given
-    system = where = ""  # of other tasks
+    system = where = ""  # only problems of a file have these
 
     @property
     def kind(self) -> str:

@@ -88,14 +88,15 @@ def pack(
         positions = tp.expand(P, Tp), prompt_lengths[prompt_index][:, None] + t
     if scored is not None:
         target_mask &= t >= (response_lengths - scored)[:, None]
-    prefix = prompts[0, :shared], tp[:shared], prompt_lengths.new_tensor([shared] * (shared > 0))
-    tokens = torch.cat((prefix[0], prompts[prompt_mask], responses[input_mask]))
-    packed_positions = (prefix[1], positions[0][prompt_mask], positions[1][input_mask])
-    lengths = torch.cat((prefix[2], prompt_lengths - shared, response_lengths - 1))
+    # Prefix, prompts, responses: what is shared comes first, if anything is
+    prefix_length = prompt_lengths.new_tensor([shared] if shared else [])
+    tokens = torch.cat((prompts[0, :shared], prompts[prompt_mask], responses[input_mask]))  # (N,)
+    packed_positions = torch.cat((tp[:shared], positions[0][prompt_mask], positions[1][input_mask]))
+    lengths = torch.cat((prefix_length, prompt_lengths - shared, response_lengths - 1))  # (S,)
     last_of_prompt = last_tokens(prompt_lengths, shared)[prompt_index][:, None]  # (B, 1)
     predictors = torch.cat((last_of_prompt, input_index[:, :-1]), 1)  # (B, Tr)
-    targets = predictors[target_mask], responses[target_mask]
-    return Packed(tokens, torch.cat(packed_positions), lengths, prompt_index, *targets, shared)
+    logit_indices, targets = predictors[target_mask], responses[target_mask]  # (M,) each
+    return Packed(tokens, packed_positions, lengths, prompt_index, logit_indices, targets, shared)
 
 
 def last_tokens(prompt_lengths: Tensor, shared: int) -> Tensor:
@@ -159,6 +160,7 @@ def micro_batches(
     share = sum(costs) / max(1, n)  # of tokens
     sizes, total, before = [], 0, 0  # groups of each, tokens of the last one and of all
     for cost in costs:
+        # A group whose middle lies beyond this one's share begins the next
         if total + cost > budget or before + cost / 2 > share * len(sizes):
             sizes.append(0)
             total = 0

@@ -4,6 +4,7 @@ python -m lib.plots ckpt/grpo-hard-gf11
 python -m lib.plots ckpt/grpo-1 ckpt/grpo-2 ckpt/grpo-3 --out three.png
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -226,7 +227,8 @@ def draw_smoothly(axis, rows: list[dict], metric: str, faint: float = 0.0, **sty
 
 def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     """Draw GRPO runs' logs, by name: a line style per problem type, a colour per run (or type)."""
-    figure, axes = new_figure(16, 7, 2, 4)
+    n_rows = math.ceil(len(PANELS) / 4)
+    figure, axes = new_figure(16, 3.5 * n_rows, n_rows, 4)
     logged = {key for rows in runs.values() for row in rows for key in row if row[key] is not None}
     kinds = sorted(m.removeprefix("accuracy/") for m in logged if m.startswith("accuracy/"))
     for axis, (title, metric) in zip(axes, PANELS.items()):
@@ -254,8 +256,10 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
             axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes, color="grey")
         if metric.startswith(SHARES):
             axis.set_ylim(0, 1.02)
-    for axis in axes[:4]:
+    for axis in axes[:-4]:
         axis.set_xlabel("")
+    for axis in axes[len(PANELS) :]:
+        axis.set_visible(False)
     if len(runs) > 1:
         plot = axes[0].plot
         handles = [plot([], [], color=f"C{i % 10}", label=plain(x))[0] for i, x in enumerate(runs)]

@@ -333,7 +333,8 @@ def log_update(run: Run, row: dict, bar: tqdm) -> None:
     """Write a GRPO update's row, show it beside the bar, and warn of what has gone wrong."""
     run.log.write(row)
     shown = {"reward": row["reward"], "no signal": row["frac_reward_zero_std"]}
-    shown |= {key[9:]: row[key] for key in row if key.startswith("accuracy/")}
+    by_type = (key for key in row if key.startswith("accuracy/"))
+    shown |= {key.removeprefix("accuracy/"): row[key] for key in by_type}
     shown["grad norm"] = row["grad_norm"]
     bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
     messages = diagnose(run.log.rows)
@@ -374,6 +375,7 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
         run.saving.result()
     world.barrier()
     if stopping:
-        warn(f"stopped and saved; --resume continues {run.folder}")
+        script = f"train_{run.meta['stage']}.py"  # train_grpo.py may have been training its start
+        warn(f"stopped and saved; {script} --resume continues {run.folder}")
         raise SystemExit(128 + (signals.caught or signal.SIGTERM))  # another rank may have it
     say_how_long(run, update, signals.bar)

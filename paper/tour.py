@@ -76,12 +76,13 @@ def loss_terms(model, rollout: Rollout, tokenizer, row: int) -> str:
 
 def experiments(rollout: Rollout, lr: float) -> list[tuple]:
     """Return changes to try: where, a line, what it becomes, and what the step then works with."""
-    rewards, flipped = rollout.rewards, replace(rollout, advantages=-rollout.advantages)
+    uncentred = replace(rollout, advantages=rollout.rewards / (rollout.rewards.std() + 1e-6))
+    flipped = replace(rollout, advantages=-rollout.advantages)
     no_guess = torch.tensor([[float("guess" not in one.response) for one in rollout.scored[0]]])
     other_reward = replace(rollout, rewards=no_guess, advantages=group_advantages(no_guess))
     return [
         ("train_grpo.py, group_advantages", "advantages = rewards - rewards.mean(1, keepdim=True)",
-         "advantages = rewards.clone()", replace(rollout, advantages=rewards), lr),
+         "advantages = rewards.clone()", uncentred, lr),
         ("train_grpo.py, grpo_loss", "per_token_loss = -torch.minimum(...)",
          "per_token_loss = torch.minimum(...)", flipped, lr),
         ("data/finite_field.py, Problem.reward", "return float(self.is_correct(...))",
@@ -119,7 +120,7 @@ def main(config: TourConfig, world: World) -> None:
         right_change, wrong_change = change[right].mean(), change[~right].mean()
         text = f"gradient's norm {norm:.3f}; log-prob of right responses {right_change:+.2f}, of"
         text += f" wrong ones {wrong_change:+.2f};\nsampled again with the same random"
-        return f"{text} numbers: {right_now} of 8 are right, {n} were"
+        return f"{text} numbers, right are {right_now} of 8 instead of {n}"
 
     for _ in range(50):
         problem = task.sample(stream, "validation")
@@ -144,15 +145,16 @@ def main(config: TourConfig, world: World) -> None:
     print(f"\nResponses {chosen[0]} and {chosen[1]}, by lib/responses.py, show:\n")
     print(*show(rows, lines_of), sep="\n")
     mean, std = rollout.rewards.mean(), rollout.rewards.std()
-    facts = f"a right response: (1 - {mean:.3f}) / {std:.3f} = {(1 - mean) / std:+.3f}"
-    facts += f"\na wrong one: (0 - {mean:.3f}) / {std:.3f} = {-mean / std:+.3f}"
+    advantages = [f"{x:+.3f}" for x in rollout.advantages[0, chosen]]
+    facts = f"a right response: (1 - {mean:.3f}) / {std:.3f} = {advantages[0]}"
+    facts += f"\na wrong one: (0 - {mean:.3f}) / {std:.3f} = {advantages[1]}"
     say("4. Compare each reward with its group's", "train_grpo.py: group_advantages", facts)
     facts = loss_terms(model, rollout, tokenizer, chosen[0])
     say("5. Compute the loss and its gradient", "train_grpo.py: grpo_loss, grpo_backward", facts)
     print("Every ratio is 1, so the loss says nothing. Its gradient does.")
     facts = what_changed(*take_step(model, rollout, world, lr))
     say("6. Step, and sample again", "lib/training.py: optimizer_step", facts)
-    say("Change this line to ...", "and this the same step on the same group then does to a copy")
+    say("Change this line to ...", "and the same step then does this to a copy")
     for where, line, changed, other, *settings in experiments(rollout, lr):
         print(f"{where}:\n    {line}\n--> {changed}")
         print(what_changed(*take_step(model, other, world, *settings)), "\n")

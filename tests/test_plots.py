@@ -91,6 +91,16 @@ def test_one_run_or_many(tmp_path, monkeypatch, capsys):
     plot_training({"one": log(1, False)}, tmp_path / "short.png")
 
 
+def test_a_panel_of_ones_own_is_drawn(tmp_path, monkeypatch):
+    """Bug: the figure had room for eight, and the ninth was left out without a word."""
+    monkeypatch.setitem(plots.PANELS, "mean length", "response_length")
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    plot_training({"one": log(3, False)}, tmp_path / "p.png")
+    shown = [axis.get_title() for axis in figures[0].axes if axis.get_visible()]
+    assert shown == [*plots.PANELS]
+
+
 @pytest.mark.parametrize("label", ["_other", "", "$1", "\ud800"])
 def test_any_label_has_its_place_in_a_legend(label):
     _, (axis,) = plots.new_figure(2, 2, 1, 1)

@@ -255,6 +255,10 @@ def test_a_place_without_responses_is_refused(places, tmp_path, monkeypatch, cap
     assert refusal(lambda: show(capsys, *places), capsys)
 
 
+def test_a_run_of_sft_is_told_that_it_keeps_no_responses(tmp_path, capsys):
+    assert "only GRPO runs keep them" in refusal(lambda: show(capsys, tmp_path), capsys)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -177,6 +177,17 @@ def test_what_was_not_measured_is_not_logged_as_zero(batch):
     assert all(metrics[name] is None for name in ("entropy", "ratio", "clip_ratio", "kl"))
 
 
+def test_an_advantage_of_ones_own_trains_groups_of_equal_rewards(batch):
+    """Bug: with a baseline over the batch such groups have an advantage, and were left out."""
+    rollout = dataclasses.replace(
+        batch.rollout, rewards=torch.ones(6, 4), advantages=torch.ones(6, 4)
+    )
+    models = dict.fromkeys(("master", "policy", "reference"), batch.model)
+    run = SimpleNamespace(config=CONFIG, **models)
+    metrics = backward(run, rollout, torch.arange(6), 0, ONE)
+    assert metrics["trained_tokens"] == int(rollout.lengths.sum())
+
+
 def loss_of(logps, old_logps, ref_logps, advantages, **flags):
     """The loss of tokens of one response, summed."""
     rows, whole = torch.zeros(len(logps), dtype=torch.long), torch.zeros(len(logps)).bool()
