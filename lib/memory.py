@@ -15,20 +15,21 @@ from lib.policy import trainable_parameters
 from lib.transformer import ModelConfig
 
 CPU_BYTES = 0.7e9  # that a micro-batch keeps there for its backward pass
+CPU_CACHE = 0.4e9  # that a thread's KV cache takes: some 130 rows of SmolLM2; more are no faster
 
 
 def free_bytes(device: torch.device) -> int:
     """Return how much may still be allocated: of a GPU, or of a thread's share of the machine.
 
     On the CPU this goes by the limit, not by what is free: that varies, the batch size would vary
-    with it, and results would differ in the last bits.
+    with it, and results would differ in the last bits. It is at most twice CPU_CACHE.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     processes = processes_here()
     spare = max(0, memory_limit() - processes * PROCESS_BYTES)
-    return int(spare / 4 / n_threads(device) / processes)
+    return int(min(2 * CPU_CACHE, spare / 4 / n_threads(device) / processes))
 
 
 def still_to_come(run, world: World) -> int:
