@@ -1,5 +1,6 @@
 """Run an experiment's commands, each once and several side by side, and report their results."""
 
+import math
 import os
 import shlex
 import signal
@@ -372,9 +373,11 @@ def bar_figure(rows: list[dict], cells: list[Cell], keys: list[str], paper: dict
 
 
 def curve_figure(rows: list[dict], panels: dict[str, list[Series]]):
-    """Draw metrics of the logs, panels by title: a curve for each seed, in one colour."""
+    """Draw metrics of the logs, panels by title, two a row: a curve a seed, in one colour."""
     panels = {t: xs for t, xs in panels.items() if any(values(rows, "log", **x[2]) for x in xs)}
-    figure, axes = new_figure(max(7, 4.5 * len(panels)), 4, 1, len(panels))
+    columns = min(2, len(panels))
+    n_rows = math.ceil(len(panels) / columns)
+    figure, axes = new_figure(max(7, 5 * columns), 4 * n_rows, n_rows, columns)
     for axis, (title, curves) in zip(axes, panels.items()):
         for color, (name, metric, labels) in enumerate(curves):
             for i, log in enumerate(values(rows, "log", **labels)):

@@ -178,7 +178,8 @@ def course_of_rl() -> dict[str, list]:
         labels = {"model": model, "updates": "last tenth"}
         of_types = [(kind, f"accuracy/{kind}", labels) for kind in TYPES]
         of_steps = [(f"{n} steps", f"accuracy_at/{n} steps", labels) for n in range(6, 10)]
-        panels |= {f"accuracy in RL, SFT on {data}": of_types, f"SFT on {data}": of_steps}
+        accuracy = f"accuracy in RL, SFT on {data}"
+        panels |= {accuracy: of_types, f"{accuracy}, by steps": of_steps}
     return panels
 
 
