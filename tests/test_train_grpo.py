@@ -165,27 +165,25 @@ def test_the_number_of_processes_leaves_the_gradient_as_it_is(batch, tmp_path, s
         assert their_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
-def test_what_was_not_measured_is_not_logged_as_zero(batch):
-    """Without a group with signal nothing is forwarded: no entropy, no ratio, no KL."""
-    rollout = dataclasses.replace(
-        batch.rollout, rewards=torch.ones(6, 4), advantages=torch.zeros(6, 4)
-    )
+def metrics_of_equal_rewards(batch, advantages: torch.Tensor) -> dict:
+    """What the log says of the batch if all rewards are 1 and these are the advantages (6, 4)."""
+    rollout = dataclasses.replace(batch.rollout, rewards=torch.ones(6, 4), advantages=advantages)
     models = dict.fromkeys(("master", "policy", "reference"), batch.model)
     run = SimpleNamespace(config=CONFIG, **models)
-    metrics = backward(run, rollout, torch.arange(6), 0, ONE)
+    return backward(run, rollout, torch.arange(6), 0, ONE)
+
+
+def test_what_was_not_measured_is_not_logged_as_zero(batch):
+    """Without a group with signal nothing is forwarded: no entropy, no ratio, no KL."""
+    metrics = metrics_of_equal_rewards(batch, torch.zeros(6, 4))
     assert metrics["frac_reward_zero_std"] == 1 and metrics["trained_tokens"] == 0
     assert all(metrics[name] is None for name in ("entropy", "ratio", "clip_ratio", "kl"))
 
 
 def test_an_advantage_of_ones_own_trains_groups_of_equal_rewards(batch):
     """Bug: with a baseline over the batch such groups have an advantage, and were left out."""
-    rollout = dataclasses.replace(
-        batch.rollout, rewards=torch.ones(6, 4), advantages=torch.ones(6, 4)
-    )
-    models = dict.fromkeys(("master", "policy", "reference"), batch.model)
-    run = SimpleNamespace(config=CONFIG, **models)
-    metrics = backward(run, rollout, torch.arange(6), 0, ONE)
-    assert metrics["trained_tokens"] == int(rollout.lengths.sum())
+    metrics = metrics_of_equal_rewards(batch, torch.ones(6, 4))
+    assert metrics["trained_tokens"] == int(batch.rollout.lengths.sum())
 
 
 def loss_of(logps, old_logps, ref_logps, advantages, **flags):

@@ -155,8 +155,8 @@ def test_response_log_probs_equal_transformers(shape, tokenizer, temperature, sh
         weight.data = of.grad
     theirs = {name: weight.grad for name, weight in reference.named_parameters()}
     for name, weight in hf_weights(gradient):
-        bound = 3e-5 * float(theirs[name].abs().max())  # gradients differ in size by weight and CPU
-        torch.testing.assert_close(weight, theirs[name], atol=bound, rtol=0)
+        bound = min(2e-5, 3e-5 * float(theirs[name].abs().max()))  # sizes differ by weight
+        torch.testing.assert_close(weight, theirs[name], atol=bound, rtol=1e-4)
 
 
 def test_chunks_leave_log_probs_and_gradient_as_they_are(model, monkeypatch):
