@@ -123,7 +123,6 @@ class Sampler:
         uniforms = [torch.rand(G, T, generator=torch_rng(*key)) for key in keys]
         uniforms = torch.cat(uniforms).to(device)  # (B, T)
         logps, tokens = torch.zeros_like(uniforms), torch.zeros_like(uniforms, dtype=torch.long)
-        lengths = torch.zeros_like(tokens[:, 0])
 
         @torch.no_grad()  # in each thread
         def decode(chosen: list[int]) -> None:
@@ -131,9 +130,8 @@ class Sampler:
             rows = rows_of(groups, G)
             batch = self._batch(len(chosen), max_prompt_len)
             batch.generate(padded[groups], prompt_lengths[groups], uniforms[rows])
-            n = len(rows)
-            tokens[rows], logps[rows] = batch.out_tokens[:n], batch.out_logps[:n]
-            lengths[rows] = batch.out_lengths[:n]
+            tokens[rows] = batch.out_tokens[: len(rows)]
+            logps[rows] = batch.out_logps[: len(rows)]
 
         # Prompts of similar length share a batch: their responses tend to end together.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -141,9 +139,11 @@ class Sampler:
         in_threads(decode, [by_length[i : i + n] for i in range(0, len(prompts), n)], device)
 
         # Rows went on after their stop token until their whole group had finished.
+        is_stop = torch.isin(tokens, self.stops)  # (B, T)
+        stopped = is_stop.any(1)
+        lengths = torch.where(stopped, is_stop.int().argmax(1) + 1, T)  # argmax: of the first one
         longest = int(lengths.max())
         mask = torch.arange(longest, device=device) < lengths[:, None]
-        stopped = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], self.stops)
         tokens, logps = tokens[:, :longest] * mask, logps[:, :longest] * mask
         return Rollout(padded, prompt_lengths, tokens, lengths, logps, stopped, self.max_new_tokens)
 
@@ -210,11 +210,9 @@ class DecodeBatch:
         self.use_graphs, self.capacity = sampler.use_graphs, groups
         self.cache = KVCache(self.model, groups, self.G, max_prompt_len, self.T)
         B, device = groups * self.G, self.model.device
-        integers = {"dtype": torch.long, "device": device}
-        self.out_tokens = torch.zeros(B, self.T, **integers)
+        self.out_tokens = torch.zeros(B, self.T, dtype=torch.long, device=device)
         self.out_logps, self.uniforms = (torch.zeros(B, self.T, device=device) for _ in range(2))
-        self.out_lengths, self.last_tokens = (torch.zeros(B, **integers) for _ in range(2))
-        self.active = torch.zeros(B, dtype=torch.bool, device=device)
+        self.last_tokens = torch.zeros(B, dtype=torch.long, device=device)
         self.out_rows = torch.arange(B, device=device)  # where each row writes: rows move
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self.graph_pool = None  # memory that the graphs share
@@ -222,15 +220,13 @@ class DecodeBatch:
     def generate(self, prompts: Tensor, prompt_lengths: Tensor, uniforms: Tensor) -> None:
         """Decode prompts (P, Tp) with uniforms (P * G, T).
 
-        Rows 0 to P * G - 1 of out_tokens, out_logps and out_lengths are theirs until the next
-        call. Tokens behind a row's length do not count.
+        Rows 0 to P * G - 1 of out_tokens and out_logps are theirs until the next call. What stands
+        behind a row's first stop token does not count.
         """
         self.P = len(prompts)
         B = self.P * self.G
         torch.arange(len(self.out_rows), out=self.out_rows)
         self.uniforms[:B] = uniforms
-        self.active.fill_(True)
-        self.out_lengths.zero_()
 
         hidden = self.prefill(prompts, prompt_lengths)  # (P, D)
         self.write_token(hidden.repeat_interleave(self.G, 0))
@@ -281,20 +277,20 @@ class DecodeBatch:
         flat_index = self.out_rows[:B] * self.T + t
         self.out_tokens.view(-1).index_copy_(0, flat_index, tokens)
         self.out_logps.view(-1).index_copy_(0, flat_index, logps)
-        self.out_lengths.index_add_(0, self.out_rows[:B], self.active[:B].long())
-        self.active[:B] &= ~(tokens[:, None] == self.stops).any(1)
         self.last_tokens[:B] = tokens
 
     def drop_finished(self, t: int) -> bool:
         """Drop finished groups, an eighth of the batch at a time; return whether any is active."""
-        active = self.active[: self.P * self.G].view(self.P, self.G).any(1)  # (P,)
+        tokens = self.out_tokens[self.out_rows[: self.P * self.G], : t + 2]  # all sampled so far
+        stopped = torch.isin(tokens, self.stops).any(1)  # (P * G,)
+        active = ~stopped.view(self.P, self.G).all(1)  # (P,)
         n_active, eighth = int(active.sum()), math.ceil(self.capacity / 8)
         P = eighth * math.ceil(n_active / eighth)
         if 0 < P < self.P:
             groups = active.sort(descending=True, stable=True).indices[:P]
             rows = rows_of(groups, self.G)
             self.cache.keep(groups, rows, t + 1)
-            for state in (self.out_rows, self.last_tokens, self.active, self.uniforms):
+            for state in (self.out_rows, self.last_tokens, self.uniforms):
                 state[: len(rows)] = state[rows]
             self.P = P
         return n_active > 0

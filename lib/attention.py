@@ -12,6 +12,7 @@ installed. torch padded serves everything else. Masking happens here, or in kern
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -176,8 +177,9 @@ class KVCache:
         options, layers = {"dtype": model.dtype, "device": device}, self.config.num_hidden_layers
         # The kernel reads valid entries only; the other back ends also read what they mask.
         new = torch.empty if self.backend == "kernel" else torch.zeros
-        self.prompt_kv = [new(2, groups, K, max_prompt_len, d, **options) for _ in range(layers)]
-        self.response_kv = [new(2, groups * G, K, T, d, **options) for _ in range(layers)]
+        sizes = (groups, K, max_prompt_len, d), (groups * G, K, T, d)  # of keys, and of values
+        pairs = [[(new(x, **options), new(x, **options)) for _ in range(layers)] for x in sizes]
+        self.prompt_kv, self.response_kv = pairs  # by layer
         self.prompt_lengths = torch.zeros(groups, dtype=torch.long, device=device)  # (P,)
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # response token read next
 
@@ -205,10 +207,10 @@ class KVCache:
     def keep(self, groups: Tensor, rows: Tensor, t: int) -> None:
         """Keep the groups (P',) and their rows (P' * G,), of which `t` tokens are stored."""
         self.P = len(groups)
-        for kv in self.prompt_kv:
-            kv[:, : self.P] = kv[:, groups]
-        for kv in self.response_kv:
-            kv[:, : len(rows), :, :t] = kv[:, rows, :, :t]
+        for x in itertools.chain(*self.prompt_kv):
+            x[: self.P] = x[groups]
+        for x in itertools.chain(*self.response_kv):
+            x[: len(rows), :, :t] = x[rows, :, :t]
         self.prompt_lengths[: self.P] = self.prompt_lengths[groups]
 
     def window_at(self, t: int) -> int:
@@ -247,20 +249,19 @@ class KVCache:
 
     def attend_by_kernel(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         """Rotate, store and attend in one C function."""
-        lengths = self.prompt_lengths[: self.P]
-        kv = self.prompt_kv[layer][:, : self.P], self.response_kv[layer][:, : len(qkv)]
-        return kernels.attend(qkv, rope, lengths, *kv, self.host_t)
+        cached = *self.prompt_kv[layer], *self.response_kv[layer]
+        return kernels.attend(qkv, rope, self.host_t, self.P, self.prompt_lengths, *cached)
 
     def attend_by_matmul(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         """Attend by PyTorch's matrix products, on any device."""
         q, *keys_and_values = split_heads(qkv, rope, self.config)
         (B, H, d), P, G, K = q.shape, self.P, self.G, self.config.num_key_value_heads
         R, Tp = H // K, self.max_prompt_len
-        response_kv = self.response_kv[layer][:, :B]
+        response_kv = [stored[:B] for stored in self.response_kv[layer]]
         for stored, x in zip(response_kv, keys_and_values):
             stored.index_copy_(2, self.t, x[:, :, None])
-        prompt_k, prompt_v = self.prompt_kv[layer][:, :P].flatten(1, 2)  # (P * K, Tp, d)
-        response_k, response_v = response_kv[:, :, :, : self.window].flatten(1, 2)  # (B * K, W, d)
+        prompt_k, prompt_v = (x[:P].flatten(0, 1) for x in self.prompt_kv[layer])  # (P * K, Tp, d)
+        response_k, response_v = (x[:, :, : self.window].flatten(0, 1) for x in response_kv)
 
         # The R heads that share a key head are rows of one matrix, as are a prompt's G responses.
         by_group = q.view(P, G, K, R, d).transpose(1, 2).reshape(P * K, G * R, d)
@@ -277,8 +278,8 @@ class KVCache:
         """Attend by flash-attn to prompt and response, and join the softmaxes by their sums."""
         q, k, v = split_heads(qkv, rope, self.config)
         (B, H, d), P, G, (prompt_seqlens, t) = q.shape, self.P, self.G, self.seqlens
-        prompt_kv = self.prompt_kv[layer][:, :P].transpose(2, 3)  # (2, P, Tp, K, d)
-        response_kv = self.response_kv[layer][:, :B].transpose(2, 3)  # (2, B, T, K, d)
+        prompt_kv = [x[:P].transpose(1, 2) for x in self.prompt_kv[layer]]  # (P, Tp, K, d)
+        response_kv = [x[:B].transpose(1, 2) for x in self.response_kv[layer]]  # (B, T, K, d)
         attend = functools.partial(flash_attn_with_kvcache, return_softmax_lse=True)
         # (P, G, H, d), (P, H, G); then (B, 1, H, d), (B, H, 1), once k and v are stored at t
         of_prompt = attend(q.view(P, G, H, d), *prompt_kv, cache_seqlens=prompt_seqlens)

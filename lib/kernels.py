@@ -143,12 +143,14 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
 
 class SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        """Return silu of the first half of gate_up (N, 2 I) times the second, (N, I)."""
-        ctx.save_for_backward(gate_up)
+    def forward(gate_up: Tensor) -> Tensor:
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
         library(gate_up.dtype).swiglu(*out.shape, *pointers(gate_up, out))
         return out
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> Tensor:
@@ -158,7 +160,9 @@ class SwiGLU(torch.autograd.Function):
         return d_gate_up
 
 
-swiglu = SwiGLU.apply
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return silu of the first half of gate_up (N, 2 I) times the second, (N, I)."""
+    return SwiGLU.apply(gate_up) if torch.is_grad_enabled() else SwiGLU.forward(gate_up)
 
 
 def packs(weight: Tensor) -> bool:
@@ -224,17 +228,19 @@ token_logps = TokenLogps.apply
 
 
 def attend(
-    qkv: Tensor, rope: Rope, prompt_lengths: Tensor, prompt_kv: Tensor, response_kv: Tensor, t: int
+    qkv: Tensor, rope: Rope, t: int, P: int, prompt_lengths: Tensor, *cached: Tensor
 ) -> Tensor:
-    """Attend to a KV cache in a decoding step that stores response token t: see kernels.c.
+    """Attend to a KV cache of P groups in a step that stores response token t: see kernels.c.
 
-    qkv (P * G, H + 2 K, d), rope (P * G, d / 2) each, prompt_lengths (P,), prompt_kv
-    (2, P, K, Tp, d), response_kv (2, P * G, K, T, d) -> (P * G, H * d)
+    qkv (P * G, H + 2 K, d), rope (P * G, d / 2) each -> (P * G, H * d). What is cached may have
+    room for more groups: prompt_lengths (P',), keys and values of the prompts (P', K, Tp, d) each,
+    then of the responses (P' * G, K, T, d).
     """
-    (_, P, K, Tp, d), (_, rows, _, T, _) = prompt_kv.shape, response_kv.shape
-    H = qkv.shape[1] - 2 * K
+    rows, heads, d = qkv.shape
+    (_, K, Tp, _), T = cached[0].shape, cached[2].shape[2]
+    H = heads - 2 * K
     out = qkv.new_empty(rows, H * d)
-    tensors = (qkv, *rope, prompt_lengths, *prompt_kv, *response_kv, out)
+    tensors = (qkv, *rope, prompt_lengths, *cached, out)
     library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *pointers(*tensors))
     return out
 

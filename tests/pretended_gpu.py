@@ -85,7 +85,7 @@ def two_updates(case: str, device: torch.device, rollouts: list[dict] = ()) -> d
             assert torch.equal(ours, weight.to(ours.dtype)), "the policy is not the master's copy"
         if sampler.use_graphs and not short and step:
             captured = {P for (P, _), graph in sampler.batch.graphs.items() if graph}
-            assert len(captured) > 1, "no groups have left while steps were replayed"
+            out["sizes"].append(len(captured))
         fields = vars(sampled).items()
         out["rollouts"].append({k: x.cpu() if hasattr(x, "cpu") else x for k, x in fields})
     other = Sampler(run.policy, STOPS, 3, sampler.max_new_tokens)
@@ -116,6 +116,7 @@ def complaints(case: str, ours: dict, theirs: dict, same_tokens: bool) -> str:
         wrong += [f"gradients differ by {difference:.1e}"] * (not difference < most)
     for difference, most in zip(ours["logp_diffs"], diff_bounds):
         wrong += [f"sampler and trainer differ by {difference:.1e}"] * (not difference < most)
+    wrong += ["no groups have left while steps were replayed"] * (1 in ours.get("sizes", ()))
     for i, (x, y) in enumerate(zip(ours["rollouts"], theirs["rollouts"])):
         if same_tokens and not torch.equal(x["tokens"], y["tokens"]):
             wrong.append(f"tokens {i} differ")

@@ -238,6 +238,6 @@ def test_what_is_not_finite_spreads(head, dtype, value):
     broken = ~out.isfinite().all(1)
     assert broken[2:].tolist() == [i == 2 or head > 0 for i in range(2, N)]
     assert head == 2 or not broken[:2].any()  # those before share a product with the value
-    cache = torch.zeros(2, 1, 1, 4, d).to(dtype), torch.zeros(2, N, 1, 4, d).to(dtype)
-    out = kernels.attend(qkv, rope, torch.tensor([4]), *cache, t)
+    cached = [torch.zeros(n, 1, 4, d).to(dtype) for n in (1, 1, N, N)]
+    out = kernels.attend(qkv, rope, t, 1, torch.tensor([4]), *cached)
     assert (~out.isfinite().all(1)).tolist() == [i == 2 for i in range(N)]

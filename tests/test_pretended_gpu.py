@@ -47,7 +47,7 @@ FOR_SCORES = "(q, k, out_dtype=torch.float32)"
 WAITS, MIXED, TOKENS = "while a graph is captured", "must be on one device", "tokens 0 differ"
 FAULTS = {  # name: the case that shows it, the file, a text in it, its replacement, the complaint
     "a step waits": (FP32, SAMPLER, NEXT, f"int(t); {NEXT}", WAITS),
-    "a step takes a mask": (FP32, SAMPLER, NEXT, f"self.active[self.active]; {NEXT}", WAITS),
+    "a step takes a mask": (FP32, SAMPLER, NEXT, f"hidden[hidden > 0]; {NEXT}", WAITS),
     "stop tokens on the CPU": (FP32, SAMPLER, "long, device=model.device", "long", MIXED),
     "uniforms on the CPU": (FP32, SAMPLER, "cat(uniforms).to(device)", "cat(uniforms)", MIXED),
     "a step counts on the host": (FP32, SAMPLER, "+ self.cache.t  #", "+ t  #", TOKENS),
@@ -55,7 +55,7 @@ FAULTS = {  # name: the case that shows it, the file, a text in it, its replacem
     "lengths in a new tensor": (FP32, ATTENTION, KEEP, KEEP_NEW, "tokens"),
     "a window too small": (FP32, ATTENTION, WINDOW, WINDOW.replace("1", "(t < 16)"), TOKENS),
     "graphs without window": (FP32, SAMPLER, "key = self.P, window", "key = self.P, 0", TOKENS),
-    "graphs without groups": (FP32, SAMPLER, "key = self.P, window", "key = 0, window", "bounds"),
+    "graphs without groups": (FP32, SAMPLER, "key = self.P,", "key = 0,", "tokens 1 differ"),
     "no replay": (FP32, SAMPLER, "pool()  # graphs", "pool(); return  #", TOKENS),
     "dropout on the CPU": (FLASH, LORA, ", device=x.device) >=", ") >=", "another device"),
     "policy not synced": (FLASH, POLICY, SYNC, "pass", "not the master's copy"),

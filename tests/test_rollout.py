@@ -1,6 +1,7 @@
 """The sampler against sampling one sequence at a time, and its log-probs against the trainer's."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -214,7 +215,7 @@ def test_steps_can_be_recorded_and_repeated(backend, monkeypatch):
         def __enter__(self):  # a real capture runs nothing: save the state, to restore it
             cache = sampler.batch.cache
             tensors = [*vars(sampler.batch).values(), *vars(cache).values()]
-            tensors += [*cache.prompt_kv, *cache.response_kv]
+            tensors += itertools.chain(*cache.prompt_kv, *cache.response_kv)
             self.kept = [(x, x.clone()) for x in tensors if isinstance(x, torch.Tensor)]
             self.graph.__enter__()
 

@@ -108,7 +108,7 @@ def test_parts_of_memory(measured):
     trained = lora["optimizer"] / 2  # adapters: in fp32, in bf16 and, one of the two, scaled
     assert in_bf16 + 1.5 * trained < lora["weights"] < in_bf16 + 2 * trained
     cache = KVCache(model, SMALL.prompts, SMALL.group, SMALL.prompt_len, SMALL.new_tokens)
-    cached = sum(x.nbytes for x in cache.prompt_kv + cache.response_kv) / 2
+    cached = sum(x.nbytes for pair in cache.prompt_kv + cache.response_kv for x in pair) / 2
     assert whole["sampler"] == cached + measured["temporaries"]
     parts = [x for name, x in measured["update"].items() if name.startswith("GB: ")]
     assert parts[:2] == [sharded["weights"] / 1e9, n / 1e9] and parts[3] == n / 2 / 1e9

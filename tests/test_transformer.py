@@ -80,7 +80,7 @@ def test_prefill_and_decode_equal_transformers(shape, tokenizer):
     reference = twin(model, tokenizer)
     prompts = random_rows(model.config.vocab_size, [5, 1, 9])
     responses = random_rows(model.config.vocab_size, [6] * 6, seed=2)
-    batch = DecodeBatch(Sampler(model, [], 2, 6), 3, 9)
+    batch = DecodeBatch(Sampler(model, [-1], 2, 6), 3, 9)
     batch.P, seen = 3, []
     batch.write_token = lambda hidden: seen.append(model.logits(hidden))
     batch.write_token(batch.prefill(*pad(prompts)).repeat_interleave(2, 0))
@@ -89,7 +89,7 @@ def test_prefill_and_decode_equal_transformers(shape, tokenizer):
         batch.cache.t.fill_(t)
         batch.decode_step(t)
         if t == 2:  # the second group leaves
-            batch.active[:] = torch.tensor([1, 1, 0, 0, 1, 1])
+            batch.out_tokens[2:4, 1] = -1
             assert batch.drop_finished(t) and batch.P == 2
             responses = [r for i, r in enumerate(responses) if i not in (2, 3)]
             prompts = [prompts[0], prompts[2]]
