@@ -32,7 +32,6 @@ from lib.transformer import Transformer
 
 CHECK_FINISHED_EVERY = 4  # steps
 BLOCK = 512  # tokens of a large vocabulary that are chosen among at once
-OF_RESPONSES = ("tokens", "lengths", "logps", "stopped")  # a Rollout's tensors with B rows
 
 
 @dataclass
@@ -72,12 +71,15 @@ class Rollout:
         new = replace(self, problems=list(self.problems), scored=list(self.scored))
         for i, problem, scored in zip(groups, other.problems, other.scored):
             new.problems[i], new.scored[i] = problem, scored
-        for name in ("prompts", "prompt_lengths", "rewards", *OF_RESPONSES):
+        tensors = [name for name, x in vars(self).items() if isinstance(x, Tensor)]
+        for name in tensors:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine.ndim == 2:  # as wide as the wider one
                 width = max(mine.shape[1], theirs.shape[1])
                 mine, theirs = (F.pad(x, (0, width - x.shape[1])) for x in (mine, theirs))
-            rows = rows_of(index, self.rewards.shape[1]) if name in OF_RESPONSES else index
+            rows = (
+                index if len(mine) == len(self.prompts) else rows_of(index, self.rewards.shape[1])
+            )
             setattr(new, name, mine.index_copy(0, rows, theirs))
         return new
 
@@ -269,8 +271,8 @@ class DecodeBatch:
 
     def write_token(self, hidden: Tensor) -> None:
         """Sample a token for each row from its hidden state (P * G, D), and record it."""
+        self.cache.t += 1  # in place: the number of the token that is sampled, and read next
         B, t = len(hidden), self.cache.t
-        t += 1  # in place: the number of the token that is sampled, and read next
         uniforms = self.uniforms[:B].index_select(1, t)[:, 0]
         logits = self.model.logits(hidden, in_fp32=not kernels.apply_to(hidden))  # (B, V)
         tokens, logps = sample_tokens(logits, uniforms, self.temperature)

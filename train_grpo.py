@@ -170,7 +170,7 @@ def grpo_loss(
     per_token = {"ratio": ratio, "clip_ratio": ratio != clipped}
     if ref_logps is not None:
         d = ref_logps - logps
-        kl = d.exp() - d - 1  # unbiased, and never negative
+        kl = d.exp() - d - 1  # k3: never negative; its gradient is that of KL(ref || policy)
         per_token_loss = per_token_loss + config.beta * kl
         per_token["kl"] = kl
     if config.mask_truncated:
@@ -188,11 +188,9 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
     """
     groups = groups.to(rollout.rewards.device)
     config, lengths = run.config, rollout.lengths.view(rollout.rewards.shape)  # (P, G)
-    active = groups[rollout.advantages[groups].any(1)]
-    # Groups whose advantages are all zero count in the totals and are never forwarded. A policy of
-    # NaN earns no reward, so it shows in the log-probs alone.
+    active = groups[rollout.advantages[groups].any(1)]  # the others count, but are not forwarded
     counted = lengths * rollout.stopped.view_as(lengths) if config.mask_truncated else lengths
-    broken = not rollout.logps.isfinite().all()
+    broken = not rollout.logps.isfinite().all()  # a policy of NaN earns no reward: it shows here
     counts = (int(counted[groups].sum()), lengths[groups].numel(), broken)
     n_tokens, n_responses, n_broken = world.all_reduce(*counts)
     totals = {"tokens": max(1, n_tokens), "responses": n_responses}
@@ -201,8 +199,8 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
 
     def loss_fn(i: int, some: Tensor) -> tuple[Tensor, dict[str, float]]:
         batch, old_logps, rows = rollout.pack(some)  # (M,) each
-        seed = dropout_key(config, step, world.rank, i)
-        logps, entropy = response_logps(model, batch, config.temperature, True, seed)
+        given = {"entropy": True, "dropout_key": dropout_key(config, step, world.rank, i)}
+        logps, entropy = response_logps(model, batch, config.temperature, **given)
         ref_logps = None
         if run.reference is not None:
             with torch.no_grad():
@@ -210,7 +208,7 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
         advantages, truncated = rollout.advantages.flatten()[rows], ~rollout.stopped[rows]  # (M,)
         tensors = (logps, old_logps, ref_logps, advantages, rows, truncated)
         loss, per_token = grpo_loss(config, *tensors, totals)
-        per_token["entropy"] = entropy
+        per_token["entropy"] = entropy  # for the log: it carries no gradient (lib/packing.py)
         metrics = {name: values.sum().item() for name, values in per_token.items()}
         metrics |= {"loss": loss.item(), "trained_tokens": len(logps)}
         metrics["logp_diff_max"] = (logps - old_logps).abs().max().item()
@@ -278,14 +276,14 @@ def main(config: GrpoConfig, world: World) -> None:
 
         lr, steps = training.linear_decay(config, update, run.updates), []
         for i, minibatch in enumerate(minibatches):
-            # 5. Compute the loss and its gradient
+            # 5. Compute the loss and its gradient, with dropout's streams numbered like the draws
             metrics = grpo_backward(run, rollout, minibatch, update + i * run.updates, world)
 
             # 6. Step, sync the sampler's weights, log
             steps.append(metrics | training.optimizer_step(run, metrics["loss"], lr, world))
         seconds.append(time.perf_counter() - start - seconds[0])
         scored = [group for fresh in sampled for group in fresh.scored]
-        row = {"update": update + 1} | eval.rollout_metrics(world.all_gather(scored))
+        row = {"update": update + 1, "lr": lr} | eval.rollout_metrics(world.all_gather(scored))
         row |= training.update_metrics(steps, rollout, sampled, seconds, world)
         if world.is_master:
             if evaluating := config.eval_every and (update + 1) % config.eval_every == 0:
@@ -319,15 +317,16 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, object, list, int]:
     resume_from = newest_checkpoint(folder) if config.resume else None
     set_missing(config, LAPTOP if config.laptop else USUAL)  # before problems are drawn
     task, problems = load_problems(config, config.eval_problems)
-    init = resume_from or train_sft.find_init(config)
-    tokenizer, meta = training.find_tokenizer(config, task, init), load_meta(init) if init else {}
+    source = resume_from or train_sft.find_init(config)
+    tokenizer = training.find_tokenizer(config, task, source)
+    meta = load_meta(source) if source else {}
     fill_defaults(config, tokenizer.word_level)
-    for name in ("field", "relabel") if not config.data else ():
-        now, then = getattr(config, name), meta.get(name, getattr(config, name))
-        require(then == now, f"{init} was trained with --{name} {then}, not {now}")
-    max_new_tokens = training.validate(config, tokenizer, init, task, problems, world)
+    for flag in ("field", "relabel") if not config.data else ():
+        now, then = getattr(config, flag), meta.get(flag, getattr(config, flag))
+        require(then == now, f"{source} was trained with --{flag} {then}, not {now}")
+    max_new_tokens = training.validate(config, tokenizer, source, task, problems, world)
     first_update, start = open_run(folder, resume_from, config, "grpo", world)
-    init = start or init or train_sft.train_start(config, world)
+    init = start or source or train_sft.train_start(config, world)
     where = (first_update, init, resume_from, tokenizer, world)
     run = training.load_run(config, "grpo", config.updates, *where)
     training.print_laptop(config, LAPTOP, world)

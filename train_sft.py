@@ -21,7 +21,7 @@ import eval
 from data import load_problems
 from lib import training
 from lib.checkpoint import checkpoints, find_checkpoint, load_meta, newest_checkpoint
-from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
+from lib.distributed import Signals, World, distributed, is_fsdp, n_threads, peak_memory
 from lib.flags import parse_flags, require, require_min, set_missing
 from lib.lora import dropout_key
 from lib.packing import Packed, pack_examples, pack_with_gaps, response_logps
@@ -188,6 +188,7 @@ def main(config: SftConfig, world: World) -> Path:
         if world.is_master:
             if (update + 1) % config.eval_every == 0 or update + 1 == run.updates:
                 row |= validation_metrics(run, task, problems, max_new_tokens)
+            row["peak_memory_gb"] = peak_memory(world.device)
             training.log_sft_update(run, row, bar)
         training.end_update(run, update, signals, world)
     return run.folder / f"step-{run.updates}"

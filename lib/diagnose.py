@@ -27,7 +27,7 @@ def diagnose(rows: list[dict]) -> set[str]:
     if all(row["frac_reward_zero_std"] == 1 for row in recent):
         messages.add(SOLVED if accuracy > 0.99 else NO_SIGNAL)
     learning = [r for r in recent if r["frac_reward_zero_std"] < 1 and not r.get("skipped")]
-    entropies = [row["entropy"] for row in learning]
+    entropies = [row["entropy"] for row in learning if row["entropy"] is not None]
     if entropies and max(entropies) < 1e-3 and accuracy < 0.9:
         messages.add(COLLAPSED)
     return {" ".join(message.split()) for message in messages}

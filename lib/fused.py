@@ -8,6 +8,7 @@ Triton or a C compiler these functions run as they stand here, as PyTorch's oper
 import functools
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Callable
 
@@ -25,10 +26,12 @@ def has_triton() -> bool:
     """Whether torch.compile works on this machine's GPU: it needs Triton and a C compiler."""
     if importlib.util.find_spec("triton") is None:
         return False
+    # Compile in this process: a signal to its whole group, as of `timeout` or a batch system, would
+    # kill compiling processes, for whose answer a run would wait forever (pytorch#189290). Since
+    # 2.12 the setting holds in this thread alone; the variable, read at the import, in all.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     from torch._inductor import config  # takes a second to import
 
-    # Compile in this process: a signal to its whole group, as of `timeout` or a batch system, would
-    # kill compiling processes, for whose answer a run would wait forever (pytorch#189290).
     config.compile_threads = 1
     try:
         torch.compile(torch.neg)(torch.zeros(2, device="cuda"))

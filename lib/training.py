@@ -52,7 +52,7 @@ class Run:
     reference: Transformer | None = None  # the start, for a KL term
     saving: Future | None = None  # on rank 0: the checkpoint that a thread writes
     first_seconds: float = 0.0  # what the first update of this process took
-    nonfinite: int = 0  # updates in a row whose loss or gradient was not finite
+    nonfinite: int = 0  # steps in a row whose loss or gradient was not finite
     warned: set = field(default_factory=set)  # what the last row of the log was warned of
 
 
@@ -254,7 +254,7 @@ def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, 
     """Sum gradients over the ranks, clip, step, sync the policy's weights; return metrics.
 
     Skips steps without signal (momentum alone must not move the weights) and those whose loss or
-    gradient is not finite (metric `skipped`); five updates of these in a row end the run.
+    gradient is not finite (metric `skipped`); as many in a row as five updates have end the run.
     """
     world.all_reduce_gradients(run.master)
     weights = trainable_parameters(run.master)
@@ -375,8 +375,8 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
         run.saving = run_dir.save_checkpoint(run.folder, update + 1, *state, world.is_master)
     if run.saving and (last or stopping):
         run.saving.result()
-    world.barrier()
-    if stopping:
+    (late,) = world.all_reduce(signals.caught)  # a barrier, too: all ranks leave together
+    if stopping or (last and late):  # late: while the last save was written, before evaluation
         script = f"train_{run.meta['stage']}.py"  # train_grpo.py may have been training its start
         warn(f"stopped and saved; {script} --resume continues {run.folder}")
         raise SystemExit(128 + (signals.caught or signal.SIGTERM))  # another rank may have it

@@ -189,7 +189,8 @@ class Transformer(nn.Module):
                 x, added = checkpoint(block, x, added, *context, use_reentrant=False)
             else:
                 x, added = block(x, added, *context)
-        return self.model.norm(x, added)[1][:N]
+        hidden = self.model.norm(x, added)[1]
+        return hidden[:N] if extra else hidden  # FSDP warns of views
 
     def extra_rows(self, n: int) -> int:
         """Return how many rows fill n up to a multiple of 64 (below 256: of 8) in bf16 on the CPU.

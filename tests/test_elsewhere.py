@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
 import train_sft
-from lib import checkpoint, files, training
+from lib import checkpoint, files, run_dir, training
 from lib.checkpoint import (
     checkpoints,
     find_checkpoint,
@@ -488,6 +488,21 @@ def test_a_closed_terminal_saves_as_a_kill_does(number, updates, tmp_path, monke
     with pytest.raises(SystemExit) as stop:
         sft(tmp_path / "run", examples=0, updates=updates, save_every=9)
     assert stop.value.code == 128 + number and "stopped and saved" in capsys.readouterr().err
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-1"]
+
+
+def test_a_signal_during_the_last_save_stops_before_what_follows(tmp_path, monkeypatch, capsys):
+    real = run_dir.save_checkpoint
+
+    def save(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(run_dir, "save_checkpoint", save)
+    with pytest.raises(SystemExit) as stop:
+        sft(tmp_path / "run", examples=0, updates=1)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "stopped and saved" in capsys.readouterr().err
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-1"]
 
 

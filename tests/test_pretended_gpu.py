@@ -29,7 +29,7 @@ SHORT = [f"flash bf16 whole llama {T} tokens" for T in (2, 3, 5)]  # 6 heads on 
 
 FP32, VARLEN = "matmul fp32 lora qwen3", "matmul bf16 whole qwen2"
 FLASH = "flash bf16 dropout qwen3"
-NEXT = "t += 1  # in place"
+NEXT = "self.cache.t += 1  # in place"
 WINDOW = "(t // quarter + 1) * quarter)"
 KEEP = "self.prompt_lengths[: self.P] = self.prompt_lengths[groups]"
 KEEP_NEW = "x = self.prompt_lengths; self.prompt_lengths = torch.cat((x[groups], x[self.P :]))"
@@ -46,7 +46,7 @@ POLICY, PACKING, FUSED = "lib/policy.py", "lib/packing.py", "lib/fused.py"
 FOR_SCORES = "(q, k, out_dtype=torch.float32)"
 WAITS, MIXED, TOKENS = "while a graph is captured", "must be on one device", "tokens 0 differ"
 FAULTS = {  # name: the case that shows it, the file, a text in it, its replacement, the complaint
-    "a step waits": (FP32, SAMPLER, NEXT, f"int(t); {NEXT}", WAITS),
+    "a step waits": (FP32, SAMPLER, NEXT, f"int(self.cache.t); {NEXT}", WAITS),
     "a step takes a mask": (FP32, SAMPLER, NEXT, f"hidden[hidden > 0]; {NEXT}", WAITS),
     "stop tokens on the CPU": (FP32, SAMPLER, "long, device=model.device", "long", MIXED),
     "uniforms on the CPU": (FP32, SAMPLER, "cat(uniforms).to(device)", "cat(uniforms)", MIXED),

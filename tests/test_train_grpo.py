@@ -384,6 +384,7 @@ def rows(n: int = 20, **changes) -> list[dict]:
         ({"entropy": 1e-4, "reward": 0.98}, None),
         ({"entropy": 0.0, "frac_reward_zero_std": 1.0, "reward": 1.0}, "harder problems"),
         ({"entropy": None, "skipped": True}, None),
+        ({"entropy": None}, None),  # advantages of one's own may leave out all groups
     ],
 )
 def test_trouble_is_put_in_words(changes, says):
