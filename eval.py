@@ -144,7 +144,7 @@ def evaluate_policies(
     """
     free = {name: evaluate(*load(), problems, seed, bar) for name, load in policies.items()}
     evaluations = {}
-    for (name, mine), theirs in zip(free.items(), reversed(free.values())):  # of one: its own
+    for (name, mine), theirs in zip(free.items(), reversed(free.values())):  # the other's
         numbers = {s: lacking(problems, mine, theirs, s) for s in (FORWARD, BACKWARD)}
         wanted = numbers | dict.fromkeys(strategies, range(len(problems)))
         forced: Scored = [[] for _ in problems]
@@ -261,7 +261,7 @@ def validation_metrics(policy: Policy, problems: list, seed: int) -> dict[str, f
 # The command
 
 
-def report(evaluations: dict[str, Evaluation], json: Path | None, plot: Path | None) -> str:
+def report(evaluations: dict[str, Evaluation], json: Path | str, plot: Path | str) -> str:
     """Write and draw one checkpoint's metrics, or two and why they differ; return their table."""
     scored = [of_one.free for of_one in evaluations.values()]
     summaries = [summarise(of_one) for of_one in scored]
@@ -279,7 +279,7 @@ def report(evaluations: dict[str, Evaluation], json: Path | None, plot: Path | N
         text += f"\n\n{openings_table(metrics)}"
     if json:
         with user_errors():
-            write_json(json, {"checkpoints": list(evaluations), **metrics})
+            write_json(Path(json), {"checkpoints": list(evaluations), **metrics})
     if plot:
         from lib.plots import plot_evaluation  # matplotlib takes a second to import
 
@@ -287,12 +287,13 @@ def report(evaluations: dict[str, Evaluation], json: Path | None, plot: Path | N
     return text
 
 
-def report_run(heading: str, evaluations: dict, folder: Path, log: list[dict]) -> None:
-    """Write, draw and print a GRPO run's start and end; draw its course."""
+def report_run(how: str, evaluations: dict, folder: Path, log: list[dict]) -> None:
+    """Write, draw and print a GRPO run's start, if it is still there, and end; draw its course."""
     from lib.plots import plot_training  # matplotlib takes a second to import
 
     text = report(evaluations, folder / "evaluation.json", folder / "evaluation.png")
     plot_training({folder.name: log}, folder / "training.png")
+    heading = "before -> " * (len(evaluations) > 1) + f"after RL, {how}"
     print(f"\n{heading}\n{text}\n\ncheckpoint  {[*evaluations][-1]}\nlog, plots  {folder}")
 
 
@@ -346,8 +347,7 @@ def main(config: EvalConfig, world: World) -> None:
         evaluations = evaluate_policies(policies, problems, config.seed, strategies, given, bar)
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
     which = f"{len(problems)} validation {task.about}" + f", parts given: {given}" * (given > 0)
-    files = config.json and Path(config.json), config.plot and Path(config.plot)
-    text = report(evaluations, *files)
+    text = report(evaluations, config.json, config.plot)
     print(f"{' -> '.join(evaluations)}: {which}, {how}; in %\n\n{text}")
     for name, of_one in evaluations.items() if config.show else ():
         rows = response_rows(problems[: config.show], of_one.free, split="validation")

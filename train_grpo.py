@@ -300,8 +300,8 @@ def main(config: GrpoConfig, world: World) -> None:
             models = {str(run.init): run.reference or training.initial_policy(run)} | models
         policies = {name: partial(prepare, model, 4) for name, model in models.items()}
         evaluations = eval.evaluate_policies(policies, problems, config.seed)
-        heading = f"before -> after RL, 4 samples each at temperature {config.temperature}; in %"
-        eval.report_run(heading, evaluations, run.folder, run.log.rows)
+        how = f"4 samples each at temperature {config.temperature}; in %"
+        eval.report_run(how, evaluations, run.folder, run.log.rows)
     world.barrier()
 
 

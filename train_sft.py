@@ -155,8 +155,8 @@ def validation_metrics(run: training.Run, task, problems: list, max_new_tokens: 
     loss = loss_sum(run.policy, batch).item() / len(batch.targets)
     sampler = Sampler(run.policy, run.tokenizer.stops, 1, max_new_tokens)
     metrics = eval.metrics_of(eval.evaluate(sampler, run.tokenizer, problems, run.config.seed))
-    accuracies = {"accuracy": "pass@1", "accuracy_given_match": "accuracy_given_match"}
-    return {"validation_loss": loss} | {name: metrics[key] for name, key in accuracies.items()}
+    right = {"accuracy": metrics["pass@1"], "accuracy_given_match": metrics["accuracy_given_match"]}
+    return {"validation_loss": loss} | right
 
 
 def main(config: SftConfig, world: World) -> Path:

@@ -55,12 +55,12 @@ def legend_below(axis) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8, ncols=2, frameon=False)
 
 
-def save(figure, path: Path) -> None:
+def save(figure, path: Path | str) -> None:
     with user_errors():
         figure.savefig(path, dpi=110)
 
 
-def plot_evaluation(summaries: dict[str, dict], path: Path, metrics: dict) -> None:
+def plot_evaluation(summaries: dict[str, dict], path: Path | str, metrics: dict) -> None:
     """Draw eval.summarise's summaries by name, and what else is in eval.report's metrics."""
     rows = [[(draw_accuracy, summaries), (draw_strategies, summaries)]]
     if "reasons" in metrics:

@@ -25,6 +25,7 @@ from lib import checkpoint, files, run_dir, training
 from lib.checkpoint import checkpoints, load_model
 from lib.distributed import World, distributed
 from lib.files import sha256, verify_manifest
+from lib.flags import fail
 from lib.lora import adapted, add_lora, peft_weights
 from lib.policy import trainable_parameters
 from lib.run_dir import read_log, save_checkpoint, saved_merged
@@ -214,6 +215,16 @@ def test_a_checkpoint_appears_behind_the_rows_that_it_needs(tmp_path, monkeypatc
     monkeypatch.setattr(training, "end_update", end_update)
     grpo(tmp_path / "run", start, lora=0)
     assert appeared == [1, 2, 3]
+
+
+def test_a_run_whose_start_is_gone_reports_its_end(tmp_path, monkeypatch, capsys):
+    model, tokenizer = small_model(), word_tokenizer(3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    start = save_checkpoint(tmp_path / "start", 1, model, tokenizer, optimizer, {}).result()
+    monkeypatch.setattr(training, "initial_policy", lambda run: fail("gone"))
+    grpo(tmp_path / "run", start, lora=0)
+    out = capsys.readouterr().out
+    assert "\nafter RL, 4 samples" in out and "->" not in out
 
 
 # ------------------------------------------------------------------------------------------------
