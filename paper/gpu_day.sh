@@ -37,10 +37,10 @@ step() { # NAME, what it changes if it passes, and a command of Python's
 }
 
 small=() sft=(--model models/smollm2 --laptop --epochs 8) rl=(--laptop --updates 80)
-few=(--updates 10) problems=(--problems 256)
+few=(--updates 10 --save-every 5) problems=(--problems 256)
 if [ -n "$rehearse" ]; then
     small=(--small --rounds 1) sft=(--updates 2 --batch-size 4) problems=(--problems 2 --samples 1)
-    rl=(--updates 2 --prompts-per-update 2 --group-size 2 --eval-problems 2) few=()
+    rl=(--updates 2 --prompts-per-update 2 --group-size 2 --eval-problems 2) few=(--save-every 1)
 fi
 
 write "# A day on a GPU${rehearse:+, rehearsed on none}"
@@ -60,10 +60,16 @@ if [ -d models/smollm2 ] || [ -n "$rehearse" ]; then
         step eval-$name "table 1 of SmolLM2 takes its row" \
             eval.py "$out/sft-$name" "$out/rl-$name" "${problems[@]}" --json "$out/$name.json"
     done
+    part=(--init "$out/sft-mixed" "${rl[@]}" "${few[@]}" --keep 0 --out "$out/part")
+    step checkpointing "--gradient-checkpointing has run" train_grpo.py "${part[@]}" --gradient-checkpointing
+    rm -rf "$(ls -d "$out"/part/step-* | sort -V | tail -1)"  # so that the next step goes on halfway
+    step resume "--resume has run" train_grpo.py "${part[@]}" --resume
     for n in 1 2; do
         [ "$cards" -ge 2 ] && step processes-$n "NCCL has run; compare the logs' speeds" \
             -m torch.distributed.run --nproc-per-node $n train_grpo.py --init "$out/sft-mixed" \
             "${rl[@]}" "${few[@]}" --out "$out/processes-$n"
     done
+    [ "$cards" -ge 2 ] && step fsdp "--fsdp has run" -m torch.distributed.run --nproc-per-node 2 \
+        train_grpo.py --init "$out/sft-mixed" "${rl[@]}" "${few[@]}" --lora 0 --fsdp --out "$out/fsdp"
 fi
 exit $failed
