@@ -190,7 +190,7 @@ def draw_openings(axis, measured: dict[str, dict], part: str) -> None:
 
 PANELS = {  # title: a metric of the log, or with /* one for each problem type
     "reward": "reward",
-    "accuracy by type; dots: validation": "accuracy/*",
+    "accuracy by type": "accuracy/*",
     "accuracy given the matching strategy": "accuracy_given_match/*",
     "share of the matching strategy": "match_rate/*",
     "groups whose rewards are all equal": "frac_reward_zero_std",
@@ -234,6 +234,8 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     for axis, (title, metric) in zip(axes, PANELS.items()):
         metrics = [metric.replace("*", kind) for kind in kinds] if "*" in metric else [metric]
         names = kinds
+        if metric == "accuracy/*" and any(key.startswith("validation/") for key in logged):
+            title += "; dots: validation"
         if metric in OF_LABELS and logged.isdisjoint(metrics):
             title, pattern = OF_LABELS[metric]
             metrics = [key for key in sorted(logged) if re.fullmatch(pattern, key)]
@@ -256,7 +258,7 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
             axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes, color="grey")
         if metric.startswith(SHARES):
             axis.set_ylim(0, 1.02)
-    for axis in axes[:-4]:
+    for axis in axes[: len(PANELS) - 4]:  # all but the lowest of each column
         axis.set_xlabel("")
     for axis in axes[len(PANELS) :]:
         axis.set_visible(False)

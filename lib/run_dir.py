@@ -220,7 +220,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
             state["state"][i] = {key: shard_like(x, weight) for key, x in of_weight.items()}
         optimizer.load_state_dict(state)
     except Exception as error:  # a truncated file fails in many ways
-        fail(f"cannot read the optimizer in {path}: {str(error)[:200]}")
+        fail(f"cannot read the optimizer in {path}, or it is another: {str(error)[:200]}")
 
 
 @user_errors()
