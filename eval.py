@@ -112,13 +112,13 @@ def force(sampler, tokenizer, problems: dict, seed, strategy, given=0, bar=None)
 
     Opening and response together take no more tokens than a free response.
     """
-    begun = {i: replace(x, begun=x.begin(given, strategy)) for i, x in problems.items()}
-    lengths = [len(tokenizer.begun(begun[i])) - len(tokenizer.begun(problems[i])) for i in begun]
-    most = max(1, sampler.max_new_tokens - max(lengths, default=0))
+    opened = {i: replace(x, prefix=x.make_prefix(given, strategy)) for i, x in problems.items()}
+    added = [len(tokenizer.prefix(opened[i])) - len(tokenizer.prefix(problems[i])) for i in opened]
+    most = max(1, sampler.max_new_tokens - max(added, default=0))
     sampler = Sampler(sampler.model, tokenizer.stops, sampler.group_size, most, sampler.temperature)
     stream = f"evaluation sampling {strategy}"
-    scored = evaluate(sampler, tokenizer, [*begun.values()], seed, bar, stream, [*begun])
-    return dict(zip(begun, scored))
+    scored = evaluate(sampler, tokenizer, [*opened.values()], seed, bar, stream, [*opened])
+    return dict(zip(opened, scored))
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def evaluate_policies(
 ) -> dict[str, Evaluation]:
     """Evaluate one policy, or two and what lib/gain.py asks for, by name.
 
-    strategies: that all problems are begun with, too, behind `given` parts, for lib/openings.py
+    strategies: that open responses to all problems, too, behind `given` parts, for lib/openings.py
     """
     free = {name: evaluate(*load(), problems, seed, bar) for name, load in policies.items()}
     evaluations = {}
@@ -159,7 +159,7 @@ def evaluate_policies(
                     forced[i] += [r for r in by_strategy[s][i] if r.strategy == s]
         if strategies:
             pairs = zip(problems, mine, strict=True)
-            opened = [[x.opened(r.response, given) for r in group] for x, group in pairs]
+            opened = [[x.opening_strategy(r.response, given) for r in group] for x, group in pairs]
             kinds = [problem.parts[given].kind for problem in problems]
             of_all = {s: [*by_strategy[s].values()] for s in strategies}
             measured = openings.measure(kinds, opened, of_all)
@@ -327,7 +327,7 @@ def main(config: EvalConfig, world: World) -> None:
     if given := config.given:
         enough = all(given < len(problem.parts) for problem in problems)
         require(enough, f"--given {given} needs problems of at least {given + 1} --parts")
-        problems = [replace(problem, begun=problem.begin(given)) for problem in problems]
+        problems = [replace(problem, prefix=problem.make_prefix(given)) for problem in problems]
     samples, temperature = (1, 0.0) if config.greedy else (config.samples, config.temperature)
 
     one = World(0, 1, world.device)

@@ -66,8 +66,9 @@ class Tag:
 def score_rollout(rollout, problems: list, tokenizer) -> None:
     """Score a rollout's responses: set rollout.scored, P lists of G, and its rewards (P, G)."""
     tokens, stopped = rollout.response_tokens(), rollout.stopped.tolist()
-    G, begun = len(tokens) // len(problems), [tokenizer.begun(problem) for problem in problems]
-    texts = tokenizer.decode([begun[j // G] + row for j, row in enumerate(tokens)])
+    G = len(tokens) // len(problems)
+    prefixes = [tokenizer.prefix(problem) for problem in problems]
+    texts = tokenizer.decode([prefixes[j // G] + row for j, row in enumerate(tokens)])
     rollout.problems, rollout.scored = problems, []
     for i, problem in enumerate(problems):
         group = range(i * G, (i + 1) * G)

@@ -8,7 +8,7 @@ task.examples(rng)                     problems and solutions, the longest inclu
 task.about                             what its problems are, for a heading
 
 problem.prompt(), .explanation, .system     the question; before it, a sentence or a system prompt
-problem.begun                               what of the response is given, "" for nothing
+problem.prefix                              what of the response is given, "" for nothing
 problem.kind, .difficulty, .answer          texts; tables group by the first two
 problem.is_correct(response, stopped)       what tables count
 problem.reward(response, stopped)           the float that trains

@@ -111,7 +111,7 @@ class Problem:
     parts: tuple[Part, ...]
     first_label: int
     shown: bool = False  # whether the prompt lists the names of the elements
-    begun: str = ""  # the beginning of the response, where that is given
+    prefix: str = ""  # the beginning of the response, where that is given
     system = where = ""  # only problems of a file have these
 
     @property
@@ -194,7 +194,7 @@ class Problem:
         lines.append(f"{closes} {name(value)}")
         return lines, value
 
-    def begin(self, given: int, strategy: str = "") -> str:
+    def make_prefix(self, given: int, strategy: str = "") -> str:
         """Return the beginning of a solution: its first parts, and the next one's first words.
 
         given: how many parts, without a fault or a guess
@@ -209,12 +209,12 @@ class Problem:
             lines.append("guess " * guess + {FORWARD: "start", BACKWARD: "end"}[strategy])
         return "\n".join(lines)
 
-    def opened(self, response: str, given: int) -> str:
+    def opening_strategy(self, response: str, given: int) -> str:
         """Return the strategy that opens the part behind the `given` ones, "" for neither."""
         words = response.split()
         for strategy in (FORWARD, BACKWARD):
-            begun = self.begin(given, strategy).split()
-            if words[: len(begun)] == begun:
+            prefix = self.make_prefix(given, strategy).split()
+            if words[: len(prefix)] == prefix:
                 return strategy
         return ""
 
@@ -296,7 +296,7 @@ class Task:
             first_label = rng.randint(1, MAX_LABEL - labels + 1)
             problem = Problem(field, tuple(parts), first_label, self.relabel == "shown")
             if is_validation(problem) == (split == "validation"):
-                return replace(problem, begun=problem.begin(self.solved(problem)))
+                return replace(problem, prefix=problem.make_prefix(self.solved(problem)))
         raise ValueError(f"this task has no {split} problems, or hardly any")
 
     def validation(self, n: int, rng: random.Random) -> list[Problem]:
@@ -309,7 +309,7 @@ class Task:
         return list(distinct.values())
 
     def solution(self, problem: Problem, strategy: str, rng: random.Random) -> str:
-        """Return a worked solution, or the rest of a begun one.
+        """Return a worked solution, or the rest of one, behind the problem's prefix.
 
         For "mixed" each part takes either strategy with even odds.
         """
@@ -317,7 +317,7 @@ class Task:
         ways = [rng.choice((FORWARD, BACKWARD)) if mixed else strategy for _ in range(n)]
         solved = self.solved(problem)
         ways[:solved] = [MATCHING_STRATEGY[part.kind] for part in problem.parts[:solved]]
-        return problem.solution(ways).removeprefix(problem.begun)
+        return problem.solution(ways).removeprefix(problem.prefix)
 
     def solved(self, problem: Problem) -> int:
         """Return how many parts stand solved in the prompt, before the window."""

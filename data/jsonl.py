@@ -118,7 +118,7 @@ class Problem:
     difficulty: str
     answer: str
     system: str
-    explanation = begun = ""
+    explanation = prefix = ""
 
     def prompt(self) -> str:
         return self.row["prompt"]

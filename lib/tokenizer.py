@@ -49,11 +49,11 @@ class Tokenizer:
         return isinstance(self.inner.backend_tokenizer.model, models.WordLevel)
 
     def prompt(self, problem) -> list[int]:
-        """Return the tokens of a problem's prompt, and of the response as far as that is begun."""
-        return self.question(problem) + self.begun(problem)
+        """Return the tokens of a problem's prompt, and of its response's prefix."""
+        return self.question(problem) + self.prefix(problem)
 
-    def begun(self, problem) -> list[int]:
-        return self.solution(problem.begun)[:-1]
+    def prefix(self, problem) -> list[int]:
+        return self.solution(problem.prefix)[:-1]
 
     def question(self, problem) -> list[int]:
         """Return the tokens of a problem's prompt alone, in the chat template if there is one."""

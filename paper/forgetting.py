@@ -101,7 +101,7 @@ def kl_per_token(before, model, tokenizer, flags: SftConfig, task, problems: lis
 
 def answers(model, tokenizer) -> dict[str, str]:
     """Return the greedy answers by question, with dots where the token limit cut one off."""
-    plain = {"explanation": "", "system": "", "begun": ""}
+    plain = {"explanation": "", "system": "", "prefix": ""}
     asked = [SimpleNamespace(prompt=lambda q=q: q, **plain) for q in QUESTIONS]
     sampler = Sampler(model, tokenizer.stops, 1, 40, temperature=0)
     rollout = sampler.sample([*map(tokenizer.prompt, asked)], [(i,) for i in range(len(asked))])

@@ -192,7 +192,7 @@ def test_measure_counts_what_a_hand_counts():
     texts = [[right, faulty], [other.solution(against, [wrong]), f"answer {other.answer}"]]
     pairs = list(zip((one, other), texts))
     free = [[score_response(problem, text) for text in group] for problem, group in pairs]
-    opened = [[problem.opened(text, 0) for text in group] for problem, group in pairs]
+    opened = [[problem.opening_strategy(text, 0) for text in group] for problem, group in pairs]
     assert opened == [[matching, matching], [against, ""]]
     forced = {
         s: [[score_response(p, p.solution(s, [wrong]))] for p in (one, other)]
@@ -211,9 +211,12 @@ def test_measure_counts_what_a_hand_counts():
 def test_openings_are_those_of_worked_solutions():
     for problem in problems():
         for strategy in (FORWARD, BACKWARD):
-            solution, begun = problem.solution(strategy), problem.begin(0, strategy)
-            assert solution.startswith(begun + " ") and problem.opened(solution, 0) == strategy
-        assert problem.begin(0) == "" and problem.opened("answer e1", 0) == ""
+            solution, begun = problem.solution(strategy), problem.make_prefix(0, strategy)
+            assert (
+                solution.startswith(begun + " ")
+                and problem.opening_strategy(solution, 0) == strategy
+            )
+        assert problem.make_prefix(0) == "" and problem.opening_strategy("answer e1", 0) == ""
 
 
 def test_given_parts_are_the_beginning_of_a_matching_solution():
@@ -221,9 +224,9 @@ def test_given_parts_are_the_beginning_of_a_matching_solution():
         ways = [MATCHING_STRATEGY[part.kind] for part in problem.parts]
         solution = problem.solution(ways)
         for parts in (1, 2):
-            assert solution.startswith(problem.begin(parts) + "\n")
-            assert solution.startswith(problem.begin(parts, ways[parts]) + " ")
-            assert problem.opened(solution, parts) == ways[parts]
+            assert solution.startswith(problem.make_prefix(parts) + "\n")
+            assert solution.startswith(problem.make_prefix(parts, ways[parts]) + " ")
+            assert problem.opening_strategy(solution, parts) == ways[parts]
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +294,7 @@ def test_forced_responses_begin_with_their_opening(checkpoints, monkeypatch):
     assert len(asked) == 3 and len({*all_keys}) == len(all_keys) == 3 * FEW["problems"]
     for (prompts, _), (begun, groups), strategy in zip(asked, scored, ("", FORWARD, BACKWARD)):
         for prompt, problem, group in zip(prompts, begun, groups):
-            text = problem.begin(1, strategy)
+            text = problem.make_prefix(1, strategy)
             assert prompt == tokenizer.question(problem) + tokenizer.solution(text)[:-1]
             words = text.split()
             assert all(r.response.split()[: len(words)] == words for r in group)
@@ -308,10 +311,10 @@ def test_strategies_that_are_lacking_are_forced(checkpoints, monkeypatch, tmp_pa
         score(rollout, problems, tokenizer)
         for i, problem in enumerate(problems):
             way = FORWARD if update == 1 else BACKWARD
-            if problem.begun:
-                way = FORWARD if problem.begun.endswith("start") else BACKWARD
+            if problem.prefix:
+                way = FORWARD if problem.prefix.endswith("start") else BACKWARD
             solved = score_response(problem, problem.solution([way] * len(problem.parts)))
-            if problem.begun and update == 1:
+            if problem.prefix and update == 1:
                 solved = replace(solved, correct=False, error="arithmetic")
             rollout.scored[i] = [solved, replace(solved, strategy=MIXED)][: len(rollout.scored[i])]
 
@@ -372,7 +375,7 @@ def test_an_opening_counts_among_the_tokens_of_a_response(checkpoints, monkeypat
     for strategy in (FORWARD, BACKWARD):
         begun = {3: problems()[3]}
         eval.force(sampler, tokenizer, begun, 0, strategy)
-        words = begun[3].begin(0, strategy).split()
+        words = begun[3].make_prefix(0, strategy).split()
         assert seen[-1].max_new_tokens == 30 - len(words)
 
 
@@ -388,16 +391,19 @@ def test_responses_do_not_depend_on_how_many_are_sampled_at_once(checkpoints, mo
 
 
 def test_a_begun_text_and_its_rest_are_the_tokens_of_the_whole(pretrained):
-    """A pretrained model's tokenizer, with a chat template: what is begun follows the template."""
+    """A pretrained model's tokenizer, with a chat template: the prefix follows the template."""
     tokenizer = load_tokenizer(pretrained)
     for problem in problems(20, parts=(2, 3)):
         solution = problem.solution([MATCHING_STRATEGY[part.kind] for part in problem.parts])
-        for text in (problem.begin(1), problem.begin(1, MATCHING_STRATEGY[problem.parts[1].kind])):
-            begun = replace(problem, begun=text)
+        for text in (
+            problem.make_prefix(1),
+            problem.make_prefix(1, MATCHING_STRATEGY[problem.parts[1].kind]),
+        ):
+            begun = replace(problem, prefix=text)
             prompt = tokenizer.prompt(begun)
             assert prompt[: len(tokenizer.prompt(problem))] == tokenizer.prompt(problem)
             rest = tokenizer.solution(solution.removeprefix(text))
-            assert tokenizer.begun(begun) + rest == tokenizer.solution(solution)
+            assert tokenizer.prefix(begun) + rest == tokenizer.solution(solution)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ def test_a_begun_solution_has_the_tokens_of_the_whole(smollm2):
     for problem in task.validation(40, rng(0, "validation problems")):
         ways = [MATCHING_STRATEGY[part.kind] for part in problem.parts]
         whole = tokenizer.solution(problem.solution(ways))
-        for text in (problem.begin(1), problem.begin(1, ways[1]), problem.begin(0, ways[0])):
+        for text in (
+            problem.make_prefix(1),
+            problem.make_prefix(1, ways[1]),
+            problem.make_prefix(0, ways[0]),
+        ):
             rest = tokenizer.solution(problem.solution(ways).removeprefix(text))
-            assert tokenizer.begun(replace(problem, begun=text)) + rest == whole
+            assert tokenizer.prefix(replace(problem, prefix=text)) + rest == whole

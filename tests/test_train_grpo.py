@@ -411,7 +411,7 @@ class Texts:
     def __init__(self, texts: list[str]):
         self.texts = texts
 
-    def begun(self, problem) -> list[int]:
+    def prefix(self, problem) -> list[int]:
         return []
 
     def decode(self, rows: list[list[int]]) -> list[str]:

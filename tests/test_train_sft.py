@@ -68,15 +68,15 @@ def test_a_window_leaves_the_last_parts_to_solve(tokenizer):
     for problem, rest in chosen:
         solved = max(0, len(problem.parts) - 2)
         matching = [MATCHING_STRATEGY[part.kind] for part in problem.parts]
-        assert problem.solution(matching).startswith(problem.begun)
-        tagged = tag(problem, problem.begun + rest)
+        assert problem.solution(matching).startswith(problem.prefix)
+        tagged = tag(problem, problem.prefix + rest)
         assert tagged.error is None and list(tagged.parts[:solved]) == matching[:solved]
         assert len(split_parts(parse_lines(rest))) == min(2, len(problem.parts))
         prompt = tokenizer.decode([tokenizer.prompt(problem)])[0].split()
-        assert prompt == f"{problem.prompt()} {problem.begun}".split()
+        assert prompt == f"{problem.prompt()} {problem.prefix}".split()
     batch = make_batch(tokenizer, chosen, torch.device("cpu"))
     assert batch.targets.tolist() == sum((tokenizer.solution(rest) for _, rest in chosen), [])
-    ways = {tag(p, p.begun + rest).parts[-1] for p, rest in chosen if len(p.parts) == 4}
+    ways = {tag(p, p.prefix + rest).parts[-1] for p, rest in chosen if len(p.parts) == 4}
     assert ways == {"forward", "backward"}, "the last parts take either"
     with pytest.raises(ValueError, match="window"):
         Task(window=-1)
