@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import response, score_groups, small_model, word_tokenizer
 
+import eval as evaluation
 from data.finite_field import (
     BACKWARD,
     EVALUATION,
@@ -24,10 +26,12 @@ from data.finite_field import (
 )
 from eval import (
     EvalConfig,
+    Evaluation,
     compare,
     decompose_gain,
     main,
     metrics_of,
+    report,
     rollout_metrics,
     summarise,
 )
@@ -35,7 +39,7 @@ from lib.distributed import World
 from lib.gain import paired_difference
 from lib.rng import rng
 from lib.run_dir import choose_checkpoints, describe_start, save_checkpoint
-from lib.stats import pass_at_k, wilson
+from lib.stats import mean_interval, pass_at_k, wilson
 from lib.tables import comparison_table, rows_of, table
 from strategies import GUESS, score_response
 
@@ -341,3 +345,40 @@ def test_command_compares_two(checkpoints, tmp_path, capsys):
         assert reasons["gain"]["mean"] == pytest.approx(difference["pass@1"])
     out = capsys.readouterr().out
     assert "step-2 -> " in out and "= selection" in out and "improvement by " in out
+
+
+def test_a_report_says_what_was_gained_since_the_first(tmp_path):
+    problems, texts = responses(samples=2)
+    right = [p.solution(MATCHING_STRATEGY[p.kind]) for p in problems for _ in range(2)]
+    scored = [score_groups(problems, some, [True] * len(some)) for some in (texts, right)]
+    evaluations = {name: Evaluation(x, [[] for _ in x], None) for name, x in zip("ab", scored)}
+    report(evaluations, tmp_path / "a.json", None)
+    metrics = json.loads((tmp_path / "a.json").read_text())
+    assert [metrics[side]["overall"]["pass@1"] for side in ("before", "after")] == [0.5, 1.0]
+    assert metrics["difference"]["overall"]["pass@1"] == 0.5
+    assert metrics["reasons"]["overall"]["gain"]["mean"] == pytest.approx(0.5)
+
+
+def test_the_seed_is_that_of_problems_and_responses(checkpoints, monkeypatch):
+    asked, sample = [], evaluation.Sampler.sample
+    spy = lambda self, *args: asked.append(args) or sample(self, *args)  # noqa: E731
+    monkeypatch.setattr(evaluation.Sampler, "sample", spy)
+    main(EvalConfig([str(checkpoints)], problems=5, samples=1, steps="1-2", seed=3), ONE)
+    ((prompts, keys),) = asked
+    assert {key[0] for key in keys} == {3}
+    problems = Task((1, 2)).validation(5, rng(3, "validation problems"))
+    assert prompts == [word_tokenizer(11).prompt(problem) for problem in problems]
+
+
+def test_the_interval_of_a_mean_by_hand():
+    """That of the values and the two that are added, within its bounds."""
+    half = 1.96 * math.sqrt(2 / 9 / 6)
+    assert mean_interval([1, 1, 1, 0], (0.0, 1.0), 0.0) == pytest.approx([2 / 3 - half, 1.0])
+    half = 1.96 * math.sqrt(3 / 16 / 4)
+    assert mean_interval([0, 0], (0.0, 1.0), 0.0) == pytest.approx([0.0, 1 / 4 + half])
+
+
+def test_the_log_holds_the_accuracy_of_all_responses():
+    rights = ((True, False), (False, False), (True, False))
+    scored = [[response("evaluation", 6, FORWARD, True, r) for r in group] for group in rights]
+    assert rollout_metrics(scored)["accuracy"] == pytest.approx(2 / 6)

@@ -535,3 +535,23 @@ def test_impossible_choices_are_refused(start, tmp_path, capsys, flags, size, sa
     world = World(0, size, torch.device("cpu"))
     line = refusal(lambda: grpo(tmp_path / "run", start, world, updates=1, **flags), capsys)
     assert says in line and not (tmp_path / "run").exists()
+
+
+def test_a_rollout_that_was_all_cut_off_teaches_nothing(batch, monkeypatch):
+    """Its loss is zero, not 0 / 0."""
+    monkeypatch.setattr(batch.rollout, "stopped", torch.zeros(24, dtype=torch.bool))
+    assert batch.gradient(mask_truncated=True).eq(0).all() and batch.metrics["loss"] == 0
+
+
+def test_the_flags_of_seed_temperature_and_advantage_reach_the_loop(
+    start, tmp_path, watch, monkeypatch
+):
+    made, real = [], train_grpo.Sampler
+    monkeypatch.setattr(train_grpo, "Sampler", lambda *how: made.append(real(*how)) or made[-1])
+    flags = {"seed": 3, "temperature": 0.7, "advantage": "mean"}
+    grpo(tmp_path, start, updates=1, eval_every=1, **flags)
+    assert len(made) > 2 and {sampler.temperature for sampler in made} == {0.7}
+    assert {key[0] for _, keys, _ in watch.draws for key in keys} == {3}
+    rollout = watch.steps[0][0]
+    assert torch.equal(rollout.advantages, group_advantages(rollout.rewards, "mean"))
+    assert rollout.advantages.any()

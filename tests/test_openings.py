@@ -423,3 +423,23 @@ def test_what_cannot_be_forced_is_refused(checkpoints, flags, words, capsys, tmp
     with pytest.raises(SystemExit) as error:
         eval.main(eval.EvalConfig(checkpoints, **FEW | flags), ONE)
     assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_part_behind_the_given_ones_is_measured(checkpoints, monkeypatch):
+    """Its type, and the strategy with which it opens."""
+    seen, real = [], eval.openings.measure
+
+    def solve(rollout, problems, tokenizer):
+        ways = [[MATCHING_STRATEGY[part.kind] for part in x.parts] for x in problems]
+        rollout.scored = [[score_response(x, x.solution(way))] for x, way in zip(problems, ways)]
+
+    def measure(kinds, opened, forced):
+        seen.append((kinds, opened))
+        return real(kinds, opened, forced)
+
+    monkeypatch.setattr(eval, "score_rollout", solve)
+    monkeypatch.setattr(eval.openings, "measure", measure)
+    few = FEW | {"parts": "2-3", "given": 1, "samples": 1}
+    eval.main(eval.EvalConfig(checkpoints[:1], force=FORWARD, **few), ONE)
+    kinds = [problem.parts[1].kind for problem in problems(10, steps=(1, 2), parts=(2, 3))]
+    assert seen == [(kinds, [[MATCHING_STRATEGY[kind]] for kind in kinds])]

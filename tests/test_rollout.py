@@ -345,3 +345,10 @@ def test_logits_that_are_not_finite_do_not_stop_the_sampler(V):
             and (tokens < V).all()
             and log_probs.isfinite().tolist() == [False, False, True]
         )
+
+
+def test_greedy_log_probs_are_those_at_temperature_1():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.0]])
+    tokens, logps = sample_tokens(logits, torch.rand(2), 0.0)
+    assert tokens.tolist() == [1, 0]
+    torch.testing.assert_close(logps, logits.log_softmax(-1).max(-1).values)

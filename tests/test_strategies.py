@@ -35,6 +35,8 @@ from strategies import (
     parse_lines,
     score_response,
     score_rollout,
+    split_parts,
+    strategy_of,
     tag,
 )
 
@@ -250,3 +252,47 @@ def test_the_tagger_needs_no_torch():
     """So that it tags anybody's responses at once, and anywhere."""
     code = "import sys, strategies; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FORTH, BACK = "8: e1 + e2 = e3", "9: e4 - e1 = e3"
+
+
+@pytest.mark.parametrize(
+    "text, strategy",
+    [
+        (f"{FORTH} {BACK}", MIXED),
+        (f"{FORTH} {FORTH} {BACK}", FORWARD),
+        (f"{FORTH} {BACK} {BACK}", BACKWARD),
+        (f"start e0 {FORTH} {BACK}", FORWARD),
+        (f"end e0 {FORTH} {BACK}", BACKWARD),
+        (f"{FORTH} {BACK} end e3", FORWARD),
+        (f"{FORTH} {BACK} start e3", BACKWARD),
+        (f"start e0 {BACK}", MIXED),
+        (f"end e0 {FORTH}", MIXED),
+        ("start e0 end e0", NONE),
+    ],
+)
+def test_two_thirds_of_the_votes_decide(text, strategy):
+    """Those of the steps, and one each of opening and closing."""
+    assert strategy_of(parse_lines(text)) == strategy
+
+
+def test_a_part_without_a_step_still_ends_with_its_closing():
+    chunks = split_parts(parse_lines(f"start e0 end e1 start e1 {FORTH} end e3 answer e3"))
+    assert [len(chunk) for chunk in chunks] == [2, 3]
+
+
+def test_a_part_that_was_not_reached_has_no_say():
+    """Nor does one part's guess need the other's."""
+    for problem in problems(Task((2, 4), parts=(2, 2)))[0]:
+        for strategy in (FORWARD, BACKWARD):
+            lines = problem.solution(strategy).split("\n")
+            first = "\n".join(lines[: len(problem.parts[0].steps) + 2])
+            assert tag(problem, first).parts == (strategy, NONE)
+            assert tag(problem, first).strategy == strategy
+            guesses = [MATCHING_STRATEGY[part.kind] != strategy for part in problem.parts]
+            assert score_response(problem, "\n".join(lines)).guess == any(guesses)
+
+
+def test_an_opening_of_the_other_side_is_out_of_turn(example):
+    assert tag(example, "\n".join(["end e5", *GOOD[1:]])).error.kind == SKIPPED

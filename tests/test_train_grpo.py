@@ -11,7 +11,7 @@ import torch
 from conftest import backward, score_groups, small_model, start_processes
 
 import train_grpo
-from data.finite_field import Problem, Task
+from data.finite_field import Problem, Task, is_validation
 from eval import rollout_metrics
 from lib.diagnose import diagnose
 from lib.distributed import World, init_distributed
@@ -457,3 +457,50 @@ def test_short_flags_are_accepted(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_grpo.py", "--group", "4", "--prompts", "6"])
     config = parse_flags(GrpoConfig, "")
     assert (config.group_size, config.prompts_per_update) == (4, 6)
+
+
+def test_problems_are_of_the_training_split_and_of_the_seed():
+    """Fresh ones, and those of a set."""
+    for examples in (0, 200):
+        flags = {"prompts_per_update": 200, "examples": examples}
+        drawn = [draw_problems(GrpoConfig(seed=i, **flags), Task((2, 2)), 0) for i in (0, 1)]
+        assert not any(map(is_validation, drawn[0] + drawn[1]))
+        prompts = [{problem.prompt() for problem in problems} for problems in drawn]
+        assert len(prompts[0] & prompts[1]) < 20
+
+
+def test_the_log_tells_the_largest_difference_of_log_probs_to_either_side(batch):
+    models = dict.fromkeys(("master", "policy", "reference"), batch.model)
+    run, ones = SimpleNamespace(config=CONFIG, **models), torch.ones(6, 4)
+    for shift in (3.0, -3.0):
+        logps = batch.rollout.logps + shift
+        rollout = dataclasses.replace(batch.rollout, logps=logps, rewards=ones, advantages=ones)
+        metrics = backward(run, rollout, torch.arange(6), 0, ONE)
+        assert metrics["logp_diff_max"] == pytest.approx(3, abs=1)
+
+
+def test_each_step_process_and_micro_batch_drops_other_inputs(batch, monkeypatch):
+    seen, ones = [], torch.ones(6, 4)
+    monkeypatch.setattr(train_grpo, "dropout_key", lambda _, *place: seen.append(place))
+    models = dict.fromkeys(("master", "policy", "reference"), batch.model)
+    config = dataclasses.replace(CONFIG, micro_batch_tokens=1)
+    rollout = dataclasses.replace(batch.rollout, rewards=ones, advantages=ones)
+    world = World(1, 1, torch.device("cpu"))
+    backward(SimpleNamespace(config=config, **models), rollout, torch.arange(6), 7, world)
+    assert sorted(seen) == [(7, 1, i) for i in range(6)]
+
+
+def test_what_was_cut_off_is_scored_as_such():
+    """Each response by its own end, in two groups."""
+    problems = [Task().sample(random.Random(i), "train") for i in (0, 1)]
+    texts = [problem.solution("forward") for problem in problems for _ in range(2)]
+    tokens, ones = torch.arange(4)[:, None], torch.ones(4, dtype=torch.long)
+    stopped = torch.tensor([True, False, False, True])
+    rollout = Rollout(*pad([[3], [3]]), tokens, ones, torch.zeros(4, 1), stopped)
+    rollout.response_tokens = lambda: tokens.tolist()  # the tests' have no stop tokens
+    score_rollout(rollout, problems, Texts(texts))
+    assert rollout.rewards.tolist() == [[1, 0], [0, 1]]
+    assert [[r.stopped for r in group] for group in rollout.scored] == [
+        [True, False],
+        [False, True],
+    ]
