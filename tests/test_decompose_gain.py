@@ -197,3 +197,28 @@ def test_groups_and_causes():
     assert near(reasons["overall"]["procedure"], 0.3) and reasons["overall"]["arithmetic"][
         "mean"
     ] == pytest.approx(0)
+
+
+def test_what_is_imputed_in_a_resample_comes_from_problems_of_the_same_type():
+    """Evaluation is always right, the rest only after: evaluation's mean then has no variance."""
+
+    def of(after: bool) -> list:
+        ways = [(FORWARD, BACKWARD)[(i // 2 % 2) ^ after] for i in range(40)]
+        kinds = [(EVALUATION, INVERSION)[i % 2] for i in range(40)]
+        pairs = zip(kinds, ways)
+        return [[response(k, 6, w, w == FORWARD, after or k == EVALUATION)] for k, w in pairs]
+
+    parts = decompose_gain(of(False), of(True))["by_type"][EVALUATION]
+    for part in ("selection", "improvement"):
+        assert parts[part]["ci95"] == pytest.approx([-1.96 / 20, 1.96 / 20])
+
+
+def test_fewer_wrong_guesses_are_an_improvement_by_guess():
+    parts = decompose_gain(sample(0.0, 1.0, 0.0, n=40), sample(0.0, 1.0, 1.0, n=40))["overall"]
+    assert parts["improvement"]["mean"] == parts["guess"]["mean"] == 1
+    assert parts["procedure"]["mean"] == parts["arithmetic"]["mean"] == 0
+
+
+def test_no_interval_goes_beyond_a_gain_of_all():
+    before, after = sample(0.0, 1.0, 0.0, n=2), sample(0.0, 1.0, 1.0, n=2)
+    assert decompose_gain(before, after)["overall"]["improvement"]["ci95"][1] == 1

@@ -555,3 +555,25 @@ def test_the_flags_of_seed_temperature_and_advantage_reach_the_loop(
     rollout = watch.steps[0][0]
     assert torch.equal(rollout.advantages, group_advantages(rollout.rewards, "mean"))
     assert rollout.advantages.any()
+
+
+def test_the_length_of_responses_counts_all_that_were_sampled(start, tmp_path, watch):
+    for update, row in enumerate(grpo(tmp_path, start, **REFILLED)):
+        lengths = torch.cat([fresh.lengths for *_, fresh in draws_of(watch, update)]).float()
+        assert row["response_length"] == pytest.approx(lengths.mean().item())
+
+
+def test_weights_decay_in_sft_alone(start, tmp_path, watch, monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args):
+        seen.append({group["weight_decay"] for group in self.param_groups})
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    watch.hopeless = lambda prompt: False
+    grpo(tmp_path / "rl", start, updates=1)
+    flags = {"field": 3, "steps": "1-2", "updates": 1, "batch_size": 2, "precision": "fp32"}
+    out = str(tmp_path / "sft")
+    train_sft.main(train_sft.SftConfig(out=out, weight_decay=0.3, **flags), ONE)
+    assert seen == [{0.0}, {0.3}]

@@ -16,7 +16,7 @@ from data.finite_field import BACKWARD, EVALUATION, FORWARD, MATCHING_STRATEGY, 
 from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.gain import decompose_gain
-from lib.openings import Openings, measure, summarise
+from lib.openings import Openings, compare, measure, summarise
 from lib.rng import rng
 from lib.run_dir import save_checkpoint
 from lib.tokenizer import load_tokenizer
@@ -443,3 +443,10 @@ def test_the_part_behind_the_given_ones_is_measured(checkpoints, monkeypatch):
     eval.main(eval.EvalConfig(checkpoints[:1], force=FORWARD, **few), ONE)
     kinds = [problem.parts[1].kind for problem in problems(10, steps=(1, 2), parts=(2, 3))]
     assert seen == [(kinds, [[MATCHING_STRATEGY[kind]] for kind in kinds])]
+
+
+def test_a_change_is_what_was_gained_since_the_first():
+    kinds = [EVALUATION] * 2
+    first, second = (Openings([FORWARD], kinds, *[np.full((2, 1), x)] * 3) for x in (0, 0.5))
+    change = compare({"before": first, "after": second})["openings_change"]
+    assert [part["mean"] for part in change[EVALUATION][FORWARD].values()] == [0.5] * 3

@@ -1,14 +1,16 @@
 """The GRPO loss: each test is a bug that a public trainer has had."""
 
+import copy
 import dataclasses
 import json
+import math
 import os
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import backward, score_groups, small_model, start_processes
+from conftest import backward, refusal, same_weights, score_groups, small_model, start_processes
 
 import train_grpo
 from data.finite_field import Problem, Task, is_validation
@@ -17,6 +19,7 @@ from lib.diagnose import diagnose
 from lib.distributed import World, init_distributed
 from lib.flags import parse_flags, set_missing
 from lib.packing import micro_batches, pack, pad, response_logps
+from lib.training import accumulate_gradients, optimizer_step
 from rollout import Rollout, Sampler
 from strategies import score_rollout
 from train_grpo import (
@@ -504,3 +507,64 @@ def test_what_was_cut_off_is_scored_as_such():
         [True, False],
         [False, True],
     ]
+
+
+def test_a_budget_is_used_up():
+    prompts, responses = torch.tensor([10, 10]), torch.full((2, 4), 10)
+    assert [len(some) for some in micro_batches(prompts, responses, torch.arange(2), 100)] == [2]
+
+
+def stepping(optimizer=torch.optim.SGD, **flags) -> SimpleNamespace:
+    """What optimizer_step needs of a run."""
+    model = small_model()
+    run = SimpleNamespace(config=GrpoConfig(**flags), master=model, policy=model, folder="run")
+    run.optimizer, run.nonfinite = optimizer(model.parameters(), lr=1.0), 0
+    return run
+
+
+def set_gradient(model, norm: float) -> None:
+    n = sum(w.numel() for w in model.parameters())
+    for w in model.parameters():
+        w.grad = torch.full_like(w, norm / n**0.5)
+
+
+@pytest.mark.parametrize("norm", [0.5, 8.0])
+def test_a_gradient_is_scaled_down_to_its_largest_norm(norm):
+    """The log has its norm before that."""
+    run = stepping(max_grad_norm=2.0)
+    before = copy.deepcopy(run.master)
+    set_gradient(run.master, norm)
+    assert optimizer_step(run, 0.0, 1.0, ONE)["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    pairs = zip(run.master.parameters(), before.parameters())
+    moved = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
+    assert moved.item() == pytest.approx(min(norm, 2.0), rel=1e-3)
+
+
+def test_momentum_alone_moves_no_weight():
+    run = stepping(torch.optim.AdamW)
+    set_gradient(run.master, 1.0)
+    optimizer_step(run, 0.0, 1e-3, ONE)
+    before = copy.deepcopy(run.master)
+    set_gradient(run.master, 0.0)
+    optimizer_step(run, 0.0, 1e-3, ONE)
+    assert same_weights(run.master, before)
+
+
+def test_five_updates_in_a_row_are_ten_steps_with_two_minibatches(capsys):
+    run = stepping(minibatches=2)
+    for _ in range(9):
+        set_gradient(run.master, 1.0)
+        assert optimizer_step(run, math.nan, 1.0, ONE)["skipped"]
+    line = refusal(lambda: optimizer_step(run, math.nan, 1.0, ONE), capsys)
+    assert "not finite" in line
+
+
+def test_threads_add_up_their_gradients(model, monkeypatch):
+    monkeypatch.setattr("lib.training.n_threads", lambda device: 2)
+    packed = pack(*pad([[3, 4]]), *pad([[5, 6, 1]]), torch.tensor([0]))
+    response_logps(model, packed)[0].sum().backward()
+    expected = 3 * gradient(model)
+    model.zero_grad()
+    loss_fn = lambda i, batch: (response_logps(model, batch)[0].sum(), {})  # noqa: E731
+    assert len(accumulate_gradients(model, model, loss_fn, [packed] * 3, ONE)) == 3
+    assert relative_difference(gradient(model), expected) < 1e-6

@@ -350,3 +350,27 @@ def test_fp32_adds_no_rows():
     assert small_model().extra_rows(300) == 0
     policy = make_policy(small_model(), "bf16")
     assert [policy.extra_rows(n) for n in (8, 9, 255, 256, 257, 300)] == [0, 7, 1, 0, 63, 20]
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_entropies_are_those_of_the_distributions(model, compiler, monkeypatch):
+    if not compiler:
+        monkeypatch.setattr("lib.kernels.available", lambda: False)
+    batch = pack(*pad([[3, 4, 5], [4]]), *pad([[6, 7, 8, 9, 1], [7, 1]]), torch.tensor([0, 1]))
+    _, entropies = response_logps(model, batch, 0.7, entropy=True)
+    hidden = model(batch.tokens, batch.positions, packed_attention(batch, model))
+    logits = model.logits(hidden[batch.logit_indices]) / 0.7
+    torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=logits).entropy())
+
+
+@torch.no_grad()
+def test_a_prompt_may_begin_another(model):
+    """What they share then ends before its last token, which predicts the response."""
+    (long,) = random_rows(model.config.vocab_size, [24])
+    prompts, responses = [long, long[:20]], [[6, 7, 1], [8, 1]]
+    batch = pack(*pad(prompts), *pad(responses), torch.tensor([0, 1]))
+    assert batch.shared == 19
+    pairs = zip(prompts, responses)
+    alone = [pack(*pad([p]), *pad([r]), torch.tensor([0])) for p, r in pairs]
+    expected = torch.cat([response_logps(model, one)[0] for one in alone])
+    torch.testing.assert_close(response_logps(model, batch)[0], expected, atol=1e-5, rtol=0)
