@@ -77,9 +77,8 @@ class Rollout:
             if mine.ndim == 2:  # as wide as the wider one
                 width = max(mine.shape[1], theirs.shape[1])
                 mine, theirs = (F.pad(x, (0, width - x.shape[1])) for x in (mine, theirs))
-            rows = (
-                index if len(mine) == len(self.prompts) else rows_of(index, self.rewards.shape[1])
-            )
+            of_prompts = len(mine) == len(self.prompts)
+            rows = index if of_prompts else rows_of(index, self.rewards.shape[1])
             setattr(new, name, mine.index_copy(0, rows, theirs))
         return new
 

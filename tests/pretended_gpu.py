@@ -116,7 +116,9 @@ def complaints(case: str, ours: dict, theirs: dict, same_tokens: bool) -> str:
         wrong += [f"gradients differ by {difference:.1e}"] * (not difference < most)
     for difference, most in zip(ours["logp_diffs"], diff_bounds):
         wrong += [f"sampler and trainer differ by {difference:.1e}"] * (not difference < most)
-    wrong += ["no groups have left while steps were replayed"] * (1 in ours.get("sizes", ()))
+    wrong += ["no groups have left while steps were replayed"] * any(
+        n < 2 for n in ours.get("sizes", ())
+    )
     for i, (x, y) in enumerate(zip(ours["rollouts"], theirs["rollouts"])):
         if same_tokens and not torch.equal(x["tokens"], y["tokens"]):
             wrong.append(f"tokens {i} differ")

@@ -211,11 +211,9 @@ def test_measure_counts_what_a_hand_counts():
 def test_openings_are_those_of_worked_solutions():
     for problem in problems():
         for strategy in (FORWARD, BACKWARD):
-            solution, begun = problem.solution(strategy), problem.make_prefix(0, strategy)
-            assert (
-                solution.startswith(begun + " ")
-                and problem.opening_strategy(solution, 0) == strategy
-            )
+            solution = problem.solution(strategy)
+            assert solution.startswith(problem.make_prefix(0, strategy) + " ")
+            assert problem.opening_strategy(solution, 0) == strategy
         assert problem.make_prefix(0) == "" and problem.opening_strategy("answer e1", 0) == ""
 
 
