@@ -138,7 +138,7 @@ def test_the_split_over_processes_does_not_matter(model):
         assert mine.response_tokens() == [whole.response_tokens()[row] for row in rows]
 
 
-@pytest.mark.parametrize("groups", [1, 2, 100])
+@pytest.mark.parametrize("groups", [2, 3])
 def test_the_split_into_batches_does_not_matter(model, groups, monkeypatch):
     whole = Sampler(model, STOP, 3, 12).sample(PROMPTS, keys(PROMPTS))
     monkeypatch.setattr(Sampler, "max_groups", lambda self, max_prompt_len: groups)

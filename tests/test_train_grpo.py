@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import backward, refusal, same_weights, score_groups, small_model, start_processes
+from conftest import backward, refusal, same_weights, small_model, start_processes
 
 import train_grpo
+import train_sft
 from data.finite_field import Problem, Task, is_validation
 from eval import rollout_metrics
+from lib.checkpoint import load_model, new_model
 from lib.diagnose import diagnose
 from lib.distributed import World, init_distributed
 from lib.flags import parse_flags, set_missing
@@ -303,31 +305,55 @@ def test_micro_batches_cover_the_chosen_groups_in_order_within_the_budget():
     assert micro_batches(prompts, responses, chosen[:0], 180) == []
 
 
+class Texts:
+    """A tokenizer whose tokens are whole responses."""
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def prefix(self, problem) -> list[int]:
+        return []
+
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        return [self.texts[row[0]] for row in rows]
+
+
+def score(problems: list, texts: list[str], stopped: list[bool] | None = None) -> Rollout:
+    """Return a rollout of these responses, those to each problem in a row, as scored."""
+    B = len(texts)
+    tokens, ones = torch.arange(B)[:, None], torch.ones(B, dtype=torch.long)
+    stopped = torch.tensor(stopped or [True] * B)
+    rollout = Rollout(*pad([[3]] * len(problems)), tokens, ones, torch.zeros(B, 1), stopped)
+    rollout.response_tokens = lambda: tokens.tolist()  # the tests' have no stop tokens
+    score_rollout(rollout, problems, Texts(texts))
+    return rollout
+
+
 def test_rewards_belong_to_their_prompt():
-    """Responses to their own problems are all right; to shuffled problems hardly any is."""
+    """Each response is scored against its own group's problem."""
     rng = random.Random(0)
-    problems = [Task().sample(rng, "train") for _ in range(20)]
-    texts = [problem.solution("forward") for problem in problems for _ in range(4)]
-    scored = score_groups(problems, texts, [True] * 80)
-    assert len(scored) == 20 and all(
-        r.correct and len(group) == 4 for group in scored for r in group
-    )
-    wrong = score_groups(problems[1:] + problems[:1], texts, [True] * 80)
-    assert sum(r.correct for group in wrong for r in group) < 30
+    problems = [Task((6, 9)).sample(rng, "train") for _ in range(20)]
+    texts = [problem.solution("forward") for problem in problems]
+    for i, answered in enumerate(([0, 1, 2], [1, 2, 0], [0, 2, 1])):  # whose solution each gets
+        some = problems[3 * i : 3 * i + 3]
+        of_groups = [texts[3 * i + j] for j in answered for _ in range(4)]
+        rollout = score(some, of_groups)
+        expected = [[some[j].answer == problem.answer] * 4 for j, problem in zip(answered, some)]
+        assert rollout.rewards.tolist() == expected
+        assert [[r.correct for r in group] for group in rollout.scored] == expected
+        assert [group[0].kind for group in rollout.scored] == [p.kind for p in some]
 
 
-def test_small_updates_move_the_weights():
+@pytest.mark.usefixtures("undrawn")
+def test_small_updates_move_the_weights(tmp_path):
     """Bug: bf16 weights swallow small updates (tiny-grpo, AReaL #1369). Master weights are fp32."""
-    model = small_model()
-    before = [w.clone() for w in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    packed = pack(*pad([[3, 4]]), *pad([[5, 6, 1]]), torch.tensor([0]))
-    response_logps(model, packed)[0].sum().backward()
-    optimizer.step()
-    for (name, w), old in zip(model.named_parameters(), before):
-        assert w.dtype == torch.float32
-        moved = (w != old)[w.grad != 0].float().mean()
-        assert moved > 0.9, name
+    flags = {"field": 3, "steps": "1-2", "updates": 1, "batch_size": 4, "precision": "bf16"}
+    config = train_sft.SftConfig(out=str(tmp_path / "run"), lr=1e-6, warmup=0, **flags)
+    trained, tokenizer = load_model(train_sft.main(config, ONE))
+    for (name, w), old in zip(
+        trained.named_parameters(), new_model(len(tokenizer), seed=0).parameters(), strict=True
+    ):
+        assert w.dtype == torch.float32 and (w != old).float().mean() > 0.9, name
 
 
 def test_defaults_follow_the_model():
@@ -408,28 +434,12 @@ def graded(monkeypatch):
     monkeypatch.setattr(Problem, "reward", reward)
 
 
-class Texts:
-    """A tokenizer whose tokens are whole responses."""
-
-    def __init__(self, texts: list[str]):
-        self.texts = texts
-
-    def prefix(self, problem) -> list[int]:
-        return []
-
-    def decode(self, rows: list[list[int]]) -> list[str]:
-        return [self.texts[row[0]] for row in rows]
-
-
 def test_a_graded_reward_trains_as_graded(graded):
     """Bug: a reward cast to right or wrong. Accuracy in tables stays exact match."""
     problem = Task().sample(random.Random(0), "train")
     wrong = next(name for name in ("e0", "e1") if name != problem.answer)
     texts = [problem.solution("forward"), f"answer {wrong}", "", f"answer {wrong}"]
-    tokens, ones = torch.arange(4)[:, None], torch.ones(4, dtype=torch.long)
-    rollout = Rollout(*pad([[3]]), tokens, ones, torch.zeros(4, 1), torch.ones(4).bool())
-    rollout.response_tokens = lambda: tokens.tolist()  # the tests' have no stop tokens
-    score_rollout(rollout, [problem], Texts(texts))
+    rollout = score([problem], texts)
     assert rollout.rewards.tolist() == [pytest.approx([1.0, 0.1, 0.0, 0.1])]
     advantages = group_advantages(rollout.rewards)[0]
     assert advantages[0] > advantages[1] == advantages[3] > advantages[2]
@@ -497,11 +507,7 @@ def test_what_was_cut_off_is_scored_as_such():
     """Each response by its own end, in two groups."""
     problems = [Task().sample(random.Random(i), "train") for i in (0, 1)]
     texts = [problem.solution("forward") for problem in problems for _ in range(2)]
-    tokens, ones = torch.arange(4)[:, None], torch.ones(4, dtype=torch.long)
-    stopped = torch.tensor([True, False, False, True])
-    rollout = Rollout(*pad([[3], [3]]), tokens, ones, torch.zeros(4, 1), stopped)
-    rollout.response_tokens = lambda: tokens.tolist()  # the tests' have no stop tokens
-    score_rollout(rollout, problems, Texts(texts))
+    rollout = score(problems, texts, [True, False, False, True])
     assert rollout.rewards.tolist() == [[1, 0], [0, 1]]
     assert [[r.stopped for r in group] for group in rollout.scored] == [
         [True, False],
