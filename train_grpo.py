@@ -164,10 +164,12 @@ def grpo_loss(
     if config.clip == "ratio":
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         per_token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
+        is_clipped = ratio * advantages > clipped * advantages  # these tokens get no gradient
     else:
         clipped = ratio.clamp(max=1 + config.clip_high)
         per_token_loss = -clipped.detach() * advantages * logps
-    per_token = {"ratio": ratio, "clip_ratio": ratio != clipped}
+        is_clipped = ratio > clipped
+    per_token = {"ratio": ratio, "clip_ratio": is_clipped}
     if ref_logps is not None:
         d = ref_logps - logps
         kl = d.exp() - d - 1  # k3: never negative; its gradient is that of KL(ref || policy)
@@ -242,9 +244,8 @@ def main(config: GrpoConfig, world: World) -> None:
     numbers = range(config.prompts_per_update)[world.rank :: world.world_size]  # of this rank
     minibatches = training.split_groups(config, numbers)
 
-    def prepare(model: Transformer, samples: int) -> eval.Policy:
-        sampling = (samples, max_new_tokens, config.temperature)
-        return Sampler(model, tokenizer.stops, *sampling), tokenizer
+    def prepare(model: Transformer, G: int) -> eval.Policy:  # G responses to each problem
+        return Sampler(model, tokenizer.stops, G, max_new_tokens, config.temperature), tokenizer
 
     followed = (tokenizer, problems[: config.keep_responses], config.seed)
     if world.is_master and run.first_update == 0:

@@ -60,8 +60,8 @@ class Ragged:
         logps, old_logps = self.logps[self.mask], self.old_logps[self.mask]
         return grpo_loss(config, logps, old_logps, ref_logps, *of_rows, totals)
 
-    def trl(self, config: GrpoConfig, loss_type: str) -> Tensor:
-        """Call TRL's method on a stand-in for its trainer, which has what the method reads."""
+    def trl(self, config: GrpoConfig, loss_type: str) -> tuple[Tensor, dict]:
+        """Call TRL's method on a stand-in for its trainer; return the loss and its metrics."""
         trainer = SimpleNamespace(
             _get_per_token_logps_and_entropies=lambda *_, **__: (self.logps, self.logps, None),
             loss_type=loss_type,
@@ -90,7 +90,7 @@ class Ragged:
         inputs |= {"old_per_token_logps": self.old_logps, "ref_per_token_logps": self.ref_logps}
         inputs["advantages"] = self.advantages
         grpo_trainer = pytest.importorskip("trl").GRPOTrainer
-        return grpo_trainer._compute_loss(trainer, None, inputs)
+        return grpo_trainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.05])
@@ -113,10 +113,15 @@ def test_loss_and_gradient_are_those_of_trl(
     flags = {"normalise": normalise, "clip": clip, "ratio_of": ratio_of, "beta": beta}
     config = GrpoConfig(mask_truncated=mask_truncated, **flags, **CLIPS)
     batch = Ragged()
-    (ours, per_token), theirs = batch.ours(config), batch.trl(config, loss_type)
+    (ours, per_token), (theirs, metrics) = batch.ours(config), batch.trl(config, loss_type)
     torch.testing.assert_close(ours, theirs)
     slopes = (torch.autograd.grad(loss, batch.logps)[0] for loss in (ours, theirs))
     torch.testing.assert_close(*slopes)
+
+    if (clip, ratio_of) == ("ratio", "token"):
+        counted = batch.stopped[batch.rows] | (not mask_truncated)
+        (share,) = metrics["clip_ratio/region_mean"]
+        assert per_token["clip_ratio"][counted].double().mean().item() == pytest.approx(share)
 
     good, ratio = batch.advantages[batch.rows] > 0, per_token["ratio"]
     for side in (good, ~good):
@@ -175,6 +180,8 @@ def test_a_sequence_is_clipped_as_a_whole():
     _, slopes, per_token = by_hand(ratios, ratio_of="sequence")
     assert per_token["clip_ratio"].tolist() == [False, True, True, True]
     assert slopes.tolist() == pytest.approx([-2.2 / 4, 0, 0, 0])
+    _, slopes, per_token = by_hand(ratios, -ADVANTAGES, ratio_of="sequence")
+    assert (slopes != 0).all() and not per_token["clip_ratio"].any(), "good ones, less likely"
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -186,8 +193,9 @@ def test_a_clipped_weight_still_teaches(sign):
     assert slopes.tolist() == pytest.approx([-sign * weight / 4 for weight in weights])
     assert value == pytest.approx(0.7 * sign * sum(weights) / 4)
     assert per_token["clip_ratio"].tolist() == [True, False, False, True]
-    _, slopes, _ = by_hand(ratios, advantages)
+    _, slopes, per_token = by_hand(ratios, advantages)
     assert (slopes == 0).tolist() == [sign > 0, sign < 0, False, sign > 0]
+    assert torch.equal(per_token["clip_ratio"], slopes == 0)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +224,13 @@ CHOICES = [
 ]
 
 
+def with_bounds(flags: dict) -> GrpoConfig:
+    """Bounds of a sequence are finer: its ratio, a mean, lies nearer to 1."""
+    finer = {name: x / 3 for name, x in CLIPS.items()}
+    bounds = finer if flags.get("ratio_of") == "sequence" else CLIPS
+    return dataclasses.replace(CONFIG, **bounds, **flags)
+
+
 class Choices(Batch):
     """A Batch with some truncated responses, and with log-probs of each response by itself."""
 
@@ -239,7 +254,7 @@ class Choices(Batch):
         responses = {n: getattr(r, n)[rows] for n in ("tokens", "lengths", "logps", "stopped")}
         rollout = dataclasses.replace(r, **prompts, **responses, rewards=self.rewards[order])
         rollout.advantages = group_advantages(rollout.rewards)
-        config = dataclasses.replace(CONFIG, **CLIPS, **flags)
+        config = with_bounds(flags)
         models = {"master": self.model, "policy": self.model, "reference": self.reference}
         self.model.zero_grad()
         run = SimpleNamespace(config=config, **models)
@@ -248,7 +263,7 @@ class Choices(Batch):
 
     def written_out(self, groups=ALL, **flags) -> Tensor:
         """Return the same gradient from a loss that is written out, one token at a time."""
-        config = dataclasses.replace(CONFIG, **CLIPS, **flags)
+        config = with_bounds(flags)
         advantages = group_advantages(self.rewards).flatten().tolist()
         masked = config.mask_truncated * ~self.rollout.stopped
         loss, rows = 0.0, [i for i in range(24) if i // 4 in groups.tolist()]
@@ -261,10 +276,11 @@ class Choices(Batch):
                 ratio = (logps[t] - old_logps[t]).exp()
                 if config.ratio_of == "sequence":
                     ratio = (logps - old_logps).mean().exp()
+                low, high = 1 - config.clip_low, 1 + config.clip_high
                 if config.clip == "weight":
-                    term = -min(ratio.item(), 1.3) * a * logps[t]
+                    term = -min(ratio.item(), high) * a * logps[t]
                 else:
-                    term = -torch.min(ratio * a, ratio.clamp(0.8, 1.3) * a)
+                    term = -torch.min(ratio * a, ratio.clamp(low, high) * a)
                 kl = (ref_logps[t] - logps[t]).exp() - (ref_logps[t] - logps[t]) - 1
                 share = {"tokens": 1 / n_tokens, "constant": 1 / (20 * len(rows))}
                 share["responses"] = 1 / len(logps) / len(rows)
