@@ -246,3 +246,10 @@ def test_command_prints_problems_with_both_solutions():
 def test_command_refuses_in_one_line(flags):
     done = run(*flags)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_problem_may_use_up_all_labels():
+    labels = Task((MAX_LABEL, MAX_LABEL)).sample(random.Random(0), "train").labels(0)
+    assert labels == range(1, MAX_LABEL + 1)
+    ends = {Task((2, 2)).sample(random.Random(i), "train").labels(0)[-1] for i in range(500)}
+    assert ends == {*range(2, MAX_LABEL + 1)}

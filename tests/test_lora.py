@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ import train_grpo
 import train_sft
 from data.finite_field import Problem
 from lib import kernels
-from lib.checkpoint import find_checkpoint, load_model
+from lib.checkpoint import find_checkpoint, load_master, load_model
 from lib.distributed import World
 from lib.lora import (
     Adapter,
@@ -22,6 +23,7 @@ from lib.lora import (
     adapted,
     add_adapters,
     add_lora,
+    dropout_key,
     load_adapters,
     mark_stale,
     packed_adapters,
@@ -274,6 +276,39 @@ def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
         with pytest.raises(SystemExit) as stop:
             load_adapters(wrong, folder / "adapter")
         assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_each_adapter_drops_other_inputs():
+    """Though their inputs have one size and their key is one."""
+    policy = adapters_on(small_model(), dropout=0.5)
+    linears = [m for m in adapted(policy).values() if m.in_features == 32]
+    x, masks = torch.ones(50, 32, requires_grad=True), set()
+    for linear in linears:
+        out = linear.adapter(x, torch.zeros(50, linear.out_features), 7)
+        (slopes,) = torch.autograd.grad(out.sum(), x)
+        masks.add(tuple((slopes == 0).flatten().tolist()))
+    assert len(masks) == len(linears) > 1
+
+
+def test_dropout_has_a_stream_for_each_seed_update_process_and_micro_batch():
+    config = train_grpo.GrpoConfig(lora=3, lora_dropout=0.1)
+    places = [(3, 1, 2), (4, 1, 2), (3, 0, 2), (3, 1, 0)]
+    found = {dropout_key(config, *place) for place in places}
+    found.add(dropout_key(replace(config, seed=1), *places[0]))
+    assert len(found) == 5
+    for off in ({"lora": 0}, {"lora_dropout": 0.0}):
+        assert dropout_key(replace(config, **off), *places[0]) is None
+
+
+def test_adapters_begin_as_the_seed_says(pretrained):
+    flags = {"lora": 3, "lora_dropout": 0.0, "temperature": 1.0}
+    first, same, other = (
+        load_master(train_grpo.GrpoConfig(seed=seed, **flags), pretrained, None, "fp32", "cpu")
+        for seed in (1, 1, 2)
+    )
+    assert same_weights(first, same)
+    for a, b in zip(*(adapted(model).values() for model in (first, other))):
+        assert not torch.equal(a.adapter.a, b.adapter.a)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ import pytest
 import torch
 from conftest import refusal, same_weights, small_model
 
+import eval as evaluation
 import train_grpo
+import train_sft
 from data.finite_field import MATCHING_STRATEGY, Problem, Task, is_validation
 from data.parse import parse_lines
 from lib import training
-from lib.checkpoint import load_model
+from lib.checkpoint import load_model, new_model
 from lib.distributed import World
 from lib.packing import random_position_gaps
+from lib.rng import rng
 from lib.run_dir import read_log
 from lib.training import cosine_decay
 from strategies import split_parts, tag
@@ -247,10 +250,10 @@ def test_a_laptops_defaults_are_refused_for_the_tiny_model(script, tmp_path, mon
 def test_training_goes_on_from_a_given_checkpoint(tmp_path):
     """As for a pretrained model: a data set, in epochs, without position gaps."""
     main(SftConfig(out=str(tmp_path / "first"), **TINY_RUN), ONE)
-    flags = {"examples": 6, "epochs": 2, "batch_size": 4, "steps": "1-2", "warmup": 0}
+    flags = {"examples": 5, "epochs": 2, "batch_size": 4, "steps": "1-2", "warmup": 0}
     main(SftConfig(model=str(tmp_path / "first"), out=str(tmp_path / "second"), **flags), ONE)
     rows = [read_log(tmp_path / name / "metrics.jsonl") for name in ("first", "second")]
-    assert len(rows[1]) == 3, "twelve examples in batches of four"
+    assert len(rows[1]) == 3, "ten examples in batches of at most four"
     assert rows[1][0]["loss"] < rows[0][0]["loss"], "it begins with what the first run learned"
 
 
@@ -267,3 +270,49 @@ def test_resume_is_exact(tmp_path):
         for n in ("whole", "parts")
     ]
     assert rows[0] == rows[1] and [update for update, _ in rows[0]] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_loop_goes_by_the_seed(tmp_path, monkeypatch):
+    """Gaps are drawn anew for each update and example, dropout for each update and batch."""
+    gaps, places, real = [], [], train_sft.make_batch
+
+    def spy(tokenizer, chosen, device, *args):
+        gaps.extend(args[1:] and [(args[0], key) for key in args[1]])
+        return real(tokenizer, chosen, device, *args)
+
+    monkeypatch.setattr(train_sft, "make_batch", spy)
+    monkeypatch.setattr(train_sft, "dropout_key", lambda _, *place: places.append(place))
+    monkeypatch.setattr(train_sft, "n_threads", lambda device: 2)
+    flags = TINY_RUN | {"updates": 2, "seed": 5, "position_gap": 9, "lr": 1e-9}
+    trained, tokenizer = load_model(main(SftConfig(out=str(tmp_path / "run"), **flags), ONE))
+    assert sorted(gaps) == [(9, (5, "gaps", update, i)) for update in (0, 1) for i in range(4)]
+    assert sorted(places) == [(update, 0, i) for update in (0, 1) for i in (0, 1)]
+    for seed, same in ((5, True), (0, False)):
+        weights = trained.lm_head.weight, new_model(len(tokenizer), seed).lm_head.weight
+        assert torch.allclose(*weights, atol=1e-6) == same
+
+
+def test_examples_are_of_the_seed():
+    """Fresh ones, and those of a set."""
+    for flags in ({}, {"examples": 100, "epochs": 1}):
+        prompts = [{p.prompt() for p, _ in examples(50, seed=i, **flags)} for i in (0, 1)]
+        assert len(prompts[0] & prompts[1]) < 5
+
+
+def test_validation_is_that_written_out(tokenizer, monkeypatch):
+    """The loss is a mean over all tokens, accuracy of one response to each problem."""
+    asked, real = [], evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: asked.append(args) or real(*args))
+    model, task, config = small_model(), Task((1, 4)), SftConfig(seed=3)
+    problems = task.validation(11, rng(0, "some"))
+    run = SimpleNamespace(config=config, policy=model, tokenizer=tokenizer)
+    metrics = train_sft.validation_metrics(run, task, problems, 7)
+    stream = rng(3, "validation strategies")
+    chosen = [(problem, task.solution(problem, "mixed", stream)) for problem in problems]
+    batch = make_batch(tokenizer, chosen, torch.device("cpu"))
+    expected = loss_sum(model, batch).item() / len(batch.targets)
+    assert metrics["validation_loss"] == pytest.approx(expected, rel=1e-4)
+    ((sampler, _, sampled, seed),) = asked
+    assert (sampler.model, sampler.group_size, sampler.temperature) == (model, 1, 1.0)
+    assert (sampler.max_new_tokens, sampled, seed) == (7, problems, 3)
