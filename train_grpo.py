@@ -328,8 +328,8 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, object, list, int]:
     max_new_tokens = training.validate(config, tokenizer, source, task, problems, world)
     first_update, start = open_run(folder, resume_from, config, "grpo", world)
     init = start or source or train_sft.train_start(config, world)
-    where = (first_update, init, resume_from, tokenizer, world)
-    run = training.load_run(config, "grpo", config.updates, *where)
+    origin = (first_update, init, resume_from, tokenizer, world)
+    run = training.load_run(config, "grpo", config.updates, *origin)
     training.print_laptop(config, LAPTOP, world)
     return run, task, problems, max_new_tokens
 

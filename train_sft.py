@@ -212,8 +212,8 @@ def set_up(config: SftConfig, world: World) -> tuple[training.Run, object, list,
     first_update, start = open_run(folder, resume_from, config, "sft", world)
     init = start if resume_from else source
     in_epochs = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
-    where = (config.updates or in_epochs, first_update, init, resume_from, tokenizer, world)
-    run = training.load_run(config, "sft", *where)
+    origin = (config.updates or in_epochs, first_update, init, resume_from, tokenizer, world)
+    run = training.load_run(config, "sft", *origin)
     training.print_laptop(config, LAPTOP, world)
     return run, task, problems, max_new_tokens
 

@@ -69,12 +69,12 @@ def pack(
     response_lengths: Tensor,
     prompt_index: Tensor,
     positions: tuple[Tensor, Tensor] | None = None,
-    scored: Tensor | None = None,
+    n_targets: Tensor | None = None,
 ) -> Packed:
     """Pack prompts (P, Tp) and responses (B, Tr), padded on the right, with their lengths.
 
     prompt_index (B,) is each response's prompt. RoPE positions (P, Tp) and (B, Tr) are consecutive
-    unless given. The last `scored` (B,) tokens of each response are targets, or all of them.
+    unless given. The last `n_targets` (B,) tokens of each response are targets, or all of them.
     """
     device, (P, Tp), (B, Tr) = prompts.device, prompts.shape, responses.shape
     shared = 0 if positions else shared_prefix(prompts, prompt_lengths)
@@ -86,8 +86,8 @@ def pack(
     input_index = n_before + (input_mask.flatten().cumsum(0) - 1).view(B, Tr)
     if positions is None:
         positions = tp.expand(P, Tp), prompt_lengths[prompt_index][:, None] + t
-    if scored is not None:
-        target_mask &= t >= (response_lengths - scored)[:, None]
+    if n_targets is not None:
+        target_mask &= t >= (response_lengths - n_targets)[:, None]
     # Prefix, prompts, responses: what is shared comes first, if anything is
     prefix_length = prompt_lengths.new_tensor([shared] if shared else [])
     tokens = torch.cat((prompts[0, :shared], prompts[prompt_mask], responses[input_mask]))  # (N,)
@@ -115,9 +115,9 @@ def pack_examples(prompts: TokenLists, responses: TokenLists, device: torch.devi
     differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
     shared = next(differ, min(map(len, prompts)))
     rests, lengths = pad([p[shared:] + r for p, r in zip(prompts, responses)], device)
-    scored = torch.tensor([len(response) for response in responses], device=device)
+    n_targets = torch.tensor([len(response) for response in responses], device=device)
     prefix = pad([prompts[0][:shared]], device)
-    return pack(*prefix, rests, lengths, torch.zeros_like(lengths), scored=scored)
+    return pack(*prefix, rests, lengths, torch.zeros_like(lengths), n_targets=n_targets)
 
 
 def pack_with_gaps(

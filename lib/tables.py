@@ -56,7 +56,7 @@ def table(summary: dict) -> str:
     columns = {key: key for key in ("pass@1", largest_pass_rate(summary["overall"]))}
     if summary["overall"]["match_rate"] is not None:
         columns |= {"verified": "verified@1"}
-        columns |= {"forward": "forward_share", "backward": "backward_share"}
+        columns |= {strategy: f"{strategy}_share" for strategy in summary["by_strategy"]}
     columns |= strategy_columns(summary)
     rows = [["", *columns, "95% interval", "problems"]]
     for name, metrics in rows_of(summary).items():

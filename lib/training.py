@@ -110,8 +110,7 @@ def load_run(
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
     precision = checkpoint.choose_dtype(config.precision, shape, resume_from, world)
     if source:
-        where = (init, resume_from, precision, world.device)
-        master = checkpoint.load_master(config, *where)
+        master = checkpoint.load_master(config, init, resume_from, precision, world.device)
     else:
         master = checkpoint.new_model(len(tokenizer), config.seed)
     if config.fsdp:  # which takes the weights to the device once they are sharded
@@ -137,8 +136,8 @@ def load_run(
                 warn(f"{folder / RESPONSES} is gone: it begins anew")
             responses = run_dir.JsonLines(folder / RESPONSES)
             responses.rewind(first_update)
-    where = (config, folder, updates, first_update, init, meta, tokenizer)
-    return Run(*where, master, policy, optimizer, log, responses)
+    about = (config, folder, updates, first_update, init, meta, tokenizer)
+    return Run(*about, master, policy, optimizer, log, responses)
 
 
 def print_laptop(config, defaults: dict, world: World) -> None:

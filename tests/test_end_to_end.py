@@ -159,6 +159,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(sft, tmp_path, monk
     assert same_weights(*weights[:2]) and not same_weights(*weights[1:])
 
 
+def test_an_update_of_which_one_step_was_skipped_says_so(sft, tmp_path, monkeypatch):
+    poison(monkeypatch, {4})
+    flags = {"updates": 2, "minibatches": 2, "group_size": 8, "temperature": 1.5}
+    rows = grpo(tmp_path / "run", sft, **flags)
+    assert [row["skipped"] for row in rows] == [False, True]
+
+
 def test_after_five_such_updates_the_run_stops(sft, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, set(range(3, 100)))
     with pytest.raises(SystemExit) as stop:
@@ -306,12 +313,12 @@ def test_sft_of_a_pretrained_model_has_another_default_folder(tmp_path, monkeypa
 
 
 @pytest.fixture
-def stepped(monkeypatch) -> list[float]:
-    """The learning rates at which the optimizer has stepped."""
+def stepped(monkeypatch) -> list[tuple[float, float]]:
+    """The learning rates and weight decays at which the optimizer has stepped."""
     rates, real = [], torch.optim.AdamW.step
 
     def step(self, *args, **kwargs):
-        rates.append(self.param_groups[0]["lr"])
+        rates.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
@@ -319,17 +326,20 @@ def stepped(monkeypatch) -> list[float]:
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero(sft, tmp_path, monkeypatch, stepped):
+    """RL has no weight decay."""
     rewards = itertools.count()  # so that every group has a signal
     monkeypatch.setattr(Problem, "reward", lambda *_: float(next(rewards)))
     grpo(tmp_path / "rl", sft, updates=10, warmup=2, lr=1e-3, save_every=10)
     remaining = [min(1, (i + 1) / 3, (10 - i) / 8) for i in range(10)]  # linear
-    assert stepped == pytest.approx([1e-3 * share for share in remaining])
+    assert [lr for lr, _ in stepped] == pytest.approx([1e-3 * share for share in remaining])
+    assert {decay for _, decay in stepped} == {0.0}
     stepped.clear()
-    flags = SFT_FLAGS | {"updates": 10, "warmup": 2, "lr": 1e-3}
+    flags = SFT_FLAGS | {"updates": 10, "warmup": 2, "lr": 1e-3, "weight_decay": 0.3}
     train_sft.main(train_sft.SftConfig(out=str(tmp_path / "sft"), **flags), ONE)
     cosine = [0.5 * (1 + math.cos(math.pi * i / 10)) for i in range(10)]
     expected = [1e-3 * min(1, (i + 1) / 2) * share for i, share in enumerate(cosine)]
-    assert stepped == pytest.approx(expected)
+    assert [lr for lr, _ in stepped] == pytest.approx(expected)
+    assert {decay for _, decay in stepped} == {0.3}
     rows = read_log(tmp_path / "sft" / "metrics.jsonl")
     assert [row["lr"] for row in rows] == pytest.approx(expected)
 

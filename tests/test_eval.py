@@ -382,3 +382,13 @@ def test_the_log_holds_the_accuracy_of_all_responses():
     rights = ((True, False), (False, False), (True, False))
     scored = [[response("evaluation", 6, FORWARD, True, r) for r in group] for group in rights]
     assert rollout_metrics(scored)["accuracy"] == pytest.approx(2 / 6)
+
+
+def test_the_table_has_a_column_for_each_strategy_that_was_taken():
+    problems, texts = responses(n=8)
+    for some, columns in ((texts, ["forward", "backward"]), ([""] * len(texts), ["none"])):
+        heading, row, *_ = table(summarise(score_groups(problems, some, [True] * 32))).splitlines()
+        heading, cells = (re.split("  +", line.strip()) for line in (heading, row))
+        assert heading[3 : heading.index("matching")] == columns
+        shares = map(float, cells[4 : 4 + len(columns)])
+        assert sum(shares) == pytest.approx(100)
