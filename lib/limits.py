@@ -19,6 +19,9 @@ def memory_limit() -> int:
     return min([total, *(int(limit) for limit in limits)])
 
 
+saves_memory = False  # whether this process does
+
+
 def save_memory() -> None:
     """Keep less for reuse of what was freed and compiled; call it before the first product.
 
@@ -28,6 +31,8 @@ def save_memory() -> None:
     shape, up to half a megabyte, and keeps 1024, as PyTorch does; a thread needs some forty at a
     time. A tiny model would be slower with this, and has no need of it.
     """
+    global saves_memory
+    saves_memory = True
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             ctypes.CDLL("libc.so.6").mallopt(option, 2**20)
@@ -36,7 +41,12 @@ def save_memory() -> None:
 
 
 def return_memory() -> None:
-    """Give back to the system what is free in glibc's heaps: up to 0.8 GB of SmolLM2, in 0.1 s."""
+    """Give back to the system what is free in glibc's heaps, where memory is saved.
+
+    What training has freed, and then sampling, is up to 0.8 GB of SmolLM2. It takes 0.1 s.
+    """
+    if not saves_memory:
+        return
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -98,7 +98,7 @@ def load_run(
     The weights are those of the checkpoint `resume_from`, else of `init` (both folders or None),
     else of a new tiny model over the tokenizer's words.
     """
-    if not tokenizer.word_level:
+    if world.device.type == "cpu" and not tokenizer.word_level:
         save_memory()
     folder, log, responses, start = Path(config.out), None, None, {}
     if init:  # first: it may change while it is loaded
@@ -272,6 +272,7 @@ def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, 
         run.optimizer.step()
         sync_weights(run.policy, run.master)
     run.optimizer.zero_grad()
+    return_memory()  # before a validation adds to it
     return {"grad_norm": grad_norm, "skipped": bool(run.nonfinite)}
 
 
@@ -363,8 +364,7 @@ def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     A thread writes it while the next update runs; here the run waits for it if it ends, and ends if
     the thread has failed.
     """
-    if run.policy.device.type == "cpu" and not run.tokenizer.word_level:
-        return_memory()
+    return_memory()
     (stopping,) = world.all_reduce(signals.caught)
     last, due = update + 1 == run.updates, save_is_due(run, update) or stopping
     if run.saving and (due or run.saving.done()):
