@@ -14,6 +14,9 @@ all it brings counts as selection. Then 95% intervals hold the truth less often:
 simulations where a strategy is nearly gone (tests/test_decompose_gain.py), in 16 to 65 where a
 policy takes it on problems that suit it. What the split means: paper/README.md, "Why accuracy
 changed".
+
+eval.py samples both policies with the same random numbers. That misleads the split where one token
+decides both the strategy and whether it succeeds, as in an answer of a single number.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ from statistics import fmean
 
 import numpy as np
 
-from lib.responses import ARITHMETIC, GUESS, Scored, accuracy, by_number, group_by
+from lib.responses import ARITHMETIC, GUESS, NONE, Scored, accuracy, by_number, group_by
 from lib.stats import mean_interval
 
 CAUSES = ("arithmetic", "procedure", "guess")
@@ -78,12 +81,16 @@ def decompose_gain(
 
     forced: of both policies, for each problem, responses in strategies that no free response took
 
-    Improvement is split by what a wrong response fails by first. Intervals are normal ones, with
-    variances bootstrapped over problems, and imputed anew in each resample; 1/n^2 is added for n
-    problems, as if one more had gained or lost all.
+    Improvement is split by what a wrong response fails by first, which is known of the paper's task
+    alone. Of others without labels there is no split: {}. Intervals are normal ones, with variances
+    bootstrapped over problems, and imputed anew in each resample; 1/n^2 is added for n problems, as
+    if one more had gained or lost all.
     """
     everything = (before, after, *forced)
     strategies = sorted({(r.strategy, r.matches) for s in everything for group in s for r in group})
+    if strategies == [(NONE, None)]:
+        return {}
+    causes = CAUSES if before[0][0].matches is not None else ()
     counts = [count_outcomes(scored, strategies) for scored in everything]
     kinds = [group[0].kind for group in before]
     difficulties = [group[0].difficulty for group in before]
@@ -115,7 +122,7 @@ def decompose_gain(
     for i, (name, value) in enumerate(groups):
         parts = result[name].setdefault(value, {}) if value else result[name]
         parts["gain"] = {"mean": float(means[i, 0])}
-        for j, part in enumerate(("selection", "improvement", *CAUSES), 1):
+        for j, part in enumerate(("selection", "improvement", *causes), 1):
             parts[part] = {"mean": float(means[i, j]), "ci95": intervals[i, j].tolist()}
     return result
 

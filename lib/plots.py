@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from lib.flags import parse_flags, quiet_pipes, require, require_writable, user_errors
 from lib.gain import CAUSES
 from lib.openings import PARTS
+from lib.responses import by_number
 from lib.run_dir import read_log
 from lib.tables import rows_of
 
@@ -63,7 +64,7 @@ def save(figure, path: Path | str) -> None:
 def plot_evaluation(summaries: dict[str, dict], path: Path | str, metrics: dict) -> None:
     """Draw eval.summarise's summaries by name, and what else is in eval.report's metrics."""
     rows = [[(draw_accuracy, summaries), (draw_strategies, summaries)]]
-    if "reasons" in metrics:
+    if metrics.get("reasons"):
         rows[0].append((draw_reasons, metrics["reasons"], metrics["imputed"]))
     if next(iter(summaries.values()))["overall"]["samples"] >= MANY_SAMPLES:
         rows[0].append((draw_pass_at_k, summaries))
@@ -91,8 +92,9 @@ def draw_intervals(axis, x: np.ndarray, metrics: list[dict], mean: str, **style)
 
 def draw_accuracy(axis, summaries: dict[str, dict]) -> None:
     style, names = {"fmt": "o--", "markerfacecolor": "white"}, []
-    for summary in summaries.values():
-        names += [name for name in summary["by_difficulty"] or ["all"] if name not in names]
+    for by_difficulty in next(iter(summaries.values()))["by_both"].values():
+        names += [name for name in by_difficulty or ["all"] if name not in names]
+    names.sort(key=by_number)
     for i, (name, summary) in enumerate(summaries.items()):
         if i == len(summaries) - 1:
             style = {"fmt": "o-"}
@@ -125,7 +127,7 @@ def draw_strategies(axis, summaries: dict[str, dict]) -> None:
 
 
 def draw_reasons(axis, reasons: dict, imputed: dict) -> None:
-    """Draw what selection and what improvement, stacked by its causes, brought to pass@1.
+    """Draw what selection and improvement, stacked by its causes where known, brought to pass@1.
 
     A cross marks what they are if accuracies are imputed, where that is something else.
     """
@@ -134,10 +136,12 @@ def draw_reasons(axis, reasons: dict, imputed: dict) -> None:
     x = np.arange(len(rows))
     axis.bar(x - 0.2, means["selection"], 0.38, color="tab:green", label="selection")
     above, below = np.zeros(len(rows)), np.zeros(len(rows))
-    for cause, colour in zip(CAUSES, CAUSE_COLOURS):
+    stacked = {cause: f"improvement: {cause}" for cause in CAUSES if cause in means}
+    stacked = stacked or {"improvement": "improvement"}
+    for (cause, label), colour in zip(stacked.items(), CAUSE_COLOURS):
         part = means[cause]
         if np.abs(part).max() > 0.001:
-            style = {"color": colour, "label": f"improvement: {cause}"}
+            style = {"color": colour, "label": label}
             axis.bar(x + 0.2, part, 0.38, bottom=np.where(part > 0, above, below), **style)
         above, below = above + np.maximum(part, 0), below + np.minimum(part, 0)
     style = {"fmt": "none", "ecolor": "black", "elinewidth": 0.9}
@@ -230,7 +234,8 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
     n_rows = math.ceil(len(PANELS) / 4)
     figure, axes = new_figure(16, 3.5 * n_rows, n_rows, 4)
     logged = {key for rows in runs.values() for row in rows for key in row if row[key] is not None}
-    kinds = sorted(m.removeprefix("accuracy/") for m in logged if m.startswith("accuracy/"))
+    of_kinds = (key for key in logged if key.startswith(("accuracy/", "validation/")))
+    kinds = sorted({key.partition("/")[2] for key in of_kinds})
     for axis, (title, metric) in zip(axes, PANELS.items()):
         metrics = [metric.replace("*", kind) for kind in kinds] if "*" in metric else [metric]
         names = kinds
@@ -254,7 +259,8 @@ def plot_training(runs: dict[str, list[dict]], path: Path) -> None:
                 axis.legend(fontsize=8, frameon=False)
         axis.set_title(title, fontsize=10)
         if not axis.lines:
-            why = "not computed: --beta is 0" if metric == "kl" else "no values"
+            no_reference = metric == "kl" and "entropy" in logged
+            why = "not computed: --beta is 0" if no_reference else "no values"
             axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes, color="grey")
         if metric.startswith(SHARES):
             axis.set_ylim(0, 1.02)

@@ -70,22 +70,24 @@ def comparison_table(metrics: dict) -> str:
     """Format two checkpoints, what changed, and why: what eval.report has found of them."""
     names = ("before", "after", "difference", "reasons")
     before, after, difference, reasons = (metrics[name] for name in names)
+    whys = rows_of(reasons) if reasons else {}
 
     def change_of(a: dict, b: dict, key: str) -> str:
         return f"{percent(a.get(key, 0.0))} -> {percent(b.get(key, 0.0))}"
 
     columns = {"pass@1": "pass@1"} | strategy_columns(before) | strategy_columns(after)
-    rows = [["", *columns, "change", "= selection", "+ improvement"]]
-    tables = [rows_of(x) for x in (before, after, difference, reasons)]
-    for name, a, b, change, why in zip(tables[0], *(table.values() for table in tables)):
-        parts = [signed(change, "pass@1"), signed(why["selection"]), signed(why["improvement"])]
+    rows = [["", *columns, "change"] + ["= selection", "+ improvement"] * bool(whys)]
+    tables = [rows_of(x) for x in (before, after, difference)]
+    for name, a, b, change in zip(tables[0], *(table.values() for table in tables)):
+        parts = [signed(change, "pass@1")]
+        parts += [signed(whys[name][part]) for part in ("selection", "improvement") if whys]
         rows.append([name, *(change_of(a, b, key) for key in columns.values()), *parts])
-    a, b, why = before["overall"], after["overall"], reasons["overall"]
+    a, b = before["overall"], after["overall"]
     key, of_all = largest_pass_rate(a), difference["overall"]
     note = f"all problems: {key} {change_of(a, b, key)}"
     found = f"problems solved only after: {of_all['solved']}, only before: {of_all['lost']}"
-    if "matching" in columns:
-        shown = (f"{cause} {100 * why[cause]['mean']:+.1f}" for cause in CAUSES)
+    if a["match_rate"] is not None:
+        shown = (f"{cause} {100 * whys['all'][cause]['mean']:+.1f}" for cause in CAUSES)
         note += f"; improvement by {', '.join(shown)}"
         keys = dict.fromkeys(("verified@1", key.replace("pass", "verified")))
         verified = ", ".join(f"{key} {change_of(a, b, key)}" for key in keys)

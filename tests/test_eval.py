@@ -37,6 +37,7 @@ from eval import (
 )
 from lib.distributed import World
 from lib.gain import paired_difference
+from lib.responses import Response
 from lib.rng import rng
 from lib.run_dir import choose_checkpoints, describe_start, save_checkpoint
 from lib.stats import mean_interval, pass_at_k, wilson
@@ -392,3 +393,22 @@ def test_the_table_has_a_column_for_each_strategy_that_was_taken():
         assert heading[3 : heading.index("matching")] == columns
         shares = map(float, cells[4 : 4 + len(columns)])
         assert sum(shares) == pytest.approx(100)
+
+
+def own(label: str, right: bool, kind: str = "sum", difficulty: str = "") -> Response:
+    """A response to a problem from a file."""
+    return Response("", kind, difficulty, right, True, strategy=label)
+
+
+@pytest.mark.parametrize("label", ["matching", "none"])
+def test_a_task_of_ones_own_has_no_causes_and_without_labels_no_split(label, tmp_path):
+    """Bug: a label called matching was taken for the paper's task, with verified@1 at 0."""
+    scored = [[[own(label, right)] * 2 for right in rights] for rights in ([0, 1, 0], [1, 1, 0])]
+    evaluations = {name: Evaluation(x, [[] for _ in x], None) for name, x in zip("ab", scored)}
+    text = report(evaluations, tmp_path / "a.json", tmp_path / "a.png")
+    assert "+33.3" in text and "verified" not in text and "arithmetic" not in text
+    assert ("= selection" in text) == (label != "none")
+    metrics = json.loads((tmp_path / "a.json").read_text())
+    parts = metrics["reasons"].get("overall", {})
+    assert [*parts] == ["gain", "selection", "improvement"] * (label != "none")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

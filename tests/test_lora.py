@@ -112,8 +112,8 @@ def test_only_adapters_are_trained_and_frozen_weights_are_shared():
 
 def test_dropout_depends_on_its_key_alone():
     policy = adapters_on(small_model(), dropout=0.5)
-    plain, again = log_probs(policy), log_probs(policy)
-    assert torch.equal(plain, again), "without a key nothing is dropped"
+    undropped = log_probs(adapters_on(small_model()))
+    assert torch.equal(log_probs(policy), undropped), "without a key nothing is dropped"
     assert torch.equal(log_probs(policy, dropout_key=1), log_probs(policy, dropout_key=1))
     assert not torch.equal(log_probs(policy, dropout_key=1), log_probs(policy, dropout_key=2))
 
@@ -265,8 +265,11 @@ def test_adapters_of_another_shape_are_refused(tmp_path, pretrained, capsys):
     meta = lora_from(pretrained, tmp_path)
     folder = save_checkpoint(tmp_path, 1, policy, tokenizer, optimizer, meta).result()
     again = add_lora(base, 3, 6, 0.0, torch.Generator())
+    before = log_probs(again)
     load_adapters(again, folder / "adapter")
     assert same_weights(again, policy)
+    loaded = log_probs(again)
+    assert torch.equal(loaded, log_probs(policy)) and not torch.equal(loaded, before)
     for spoil in (
         lambda: add_lora(base, 4, 6, 0.0, torch.Generator()),
         (folder / "adapter" / "adapter_model.safetensors").unlink,

@@ -8,10 +8,11 @@ import pytest
 from conftest import response
 
 from data.finite_field import EVALUATION, INVERSION
-from eval import rollout_metrics
+from eval import rollout_metrics, summarise
 from lib import plots
 from lib.flags import parse_flags
 from lib.plots import PANELS, PlotConfig, plot_training, smooth
+from lib.responses import Response
 
 
 def log(n: int, kl: bool) -> list[dict]:
@@ -131,3 +132,26 @@ def test_what_is_no_log_is_refused(written, says, tmp_path, monkeypatch, capsys)
         and says in capsys.readouterr().err
         and not (tmp_path / "p.png").exists()
     )
+
+
+def test_some_types_may_have_no_difficulty():
+    """Bug: the figure of such a file was a traceback."""
+    groups = [[Response("", "sum", name, True, True)] for name in ("10 terms", "9 terms")]
+    groups.append([Response("", "word", "", True, True)])
+    _, (axis,) = plots.new_figure(4, 4, 1, 1)
+    plots.draw_accuracy(axis, dict.fromkeys(("before", "after"), summarise(groups)))
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert labels == ["9\nterms", "10\nterms", "all"]
+
+
+def test_validation_of_another_type_is_drawn_and_the_kl_panel_is_true(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    nothing = {"update": 1, "reward": 0.0, "accuracy/sum": 0.0, "validation/word": 0.5}
+    for entropy, says in ((None, "no values"), (0.1, "not computed: --beta is 0")):
+        plot_training({"one": [nothing | {"entropy": entropy}]}, tmp_path / "p.png")
+        panels = dict(zip(PANELS.values(), figures.pop().axes))
+        (text,) = panels["kl"].texts
+        assert text.get_text() == says
+        heights = [line.get_ydata() for line in panels["accuracy/*"].lines if len(line.get_ydata())]
+        assert [0.5] in [[*height] for height in heights]
