@@ -50,7 +50,7 @@ from strategies import score_rollout
 class GrpoConfig:
     # Run
     init: str = ""  # SFT checkpoint or run [ckpt/sft-mixed-gfFIELD, trained first if it is missing]
-    out: str = ""  # run folder [ckpt/grpo-DIFFICULTY-gfFIELD]
+    out: str = ""  # run folder [ckpt/grpo-DIFFICULTY-gfFIELD; with --data ckpt/grpo-FILE]
     seed: int = 0  # of problems, sampling and everything else
     resume: bool = False  # continue the newest checkpoint of the run folder
     save_every: int = 25  # updates between checkpoints
@@ -58,7 +58,7 @@ class GrpoConfig:
     eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
     eval_problems: int | None = None  # validation problems of an evaluation [256]
     laptop: bool = False  # defaults for a pretrained model without a GPU; the start prints them
-    keep_responses: int = 2  # groups kept in responses.jsonl at a save: so many of each split
+    keep_responses: int = 2  # groups kept in responses.jsonl at saves, evaluations: of each split
     # Problems
     difficulty: Literal["easy", "hard", "extreme"] = "hard"  # 2-5, 6-9 or 6-15 steps
     steps: str = ""  # such as 3-7, instead of --difficulty
@@ -66,7 +66,7 @@ class GrpoConfig:
     field: int = 11  # number of elements of the field, a prime
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or shown ones
     evaluation_share: float = 0.5  # share of evaluation among the problems; the rest is inversion
-    examples: int | None = None  # distinct problems, 0: always fresh ones [tiny 0, pretrained 1024]
+    examples: int | None = None  # distinct problems, 0: fresh [tiny 0, pretrained 1024; --data all]
     no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
     data: str = ""  # JSON lines with prompt and answer: data/jsonl.py
     answer_pattern: str = ""  # regular expression: where the answer lies in a response [all of it]
@@ -76,7 +76,7 @@ class GrpoConfig:
     prompts_per_update: int | None = None  # problems per update, over all processes [32]
     group_size: int = 8  # responses to each
     temperature: float | None = None  # of the sampling [tiny 1.0, pretrained 0.7]
-    max_new_tokens: int = 0  # longest response [0: the longest solution and a little more]
+    max_new_tokens: int = 0  # longest response [0: longest solution and a line; none known: 256]
     refills: int = 0  # times that groups without signal are replaced by fresh problems
     # Objective
     advantage: Literal["z-score", "mean", "leave-one-out"] = "z-score"  # how rewards are compared
@@ -164,7 +164,7 @@ def grpo_loss(
     if config.clip == "ratio":
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         per_token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
-        is_clipped = ratio * advantages > clipped * advantages  # these tokens get no gradient
+        is_clipped = ratio * advantages > clipped * advantages  # no gradient but a KL term's
     else:
         clipped = ratio.clamp(max=1 + config.clip_high)
         per_token_loss = -clipped.detach() * advantages * logps

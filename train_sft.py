@@ -36,7 +36,7 @@ from rollout import Sampler
 class SftConfig:
     # Run
     model: str = "tiny"  # tiny, or a folder or hub name: Qwen2, Qwen2.5, Qwen3, Llama 3, SmolLM2
-    out: str = ""  # run folder [ckpt/sft-STRATEGY-gfFIELD, pretrained also -MODEL]
+    out: str = ""  # run folder [ckpt/sft-STRATEGY-gfFIELD or sft-FILE, pretrained also -MODEL]
     seed: int = 0  # of weights, problems and everything else
     resume: bool = False  # continue the newest checkpoint of the run folder
     save_every: int = 400  # updates between checkpoints
@@ -51,7 +51,7 @@ class SftConfig:
     window: int = 0  # parts in a solution; those before stand solved in the prompt [0: all]
     field: int = 11  # number of elements of the field, a prime
     relabel: Literal["fixed", "shown"] = "fixed"  # one hidden naming of the elements, or shown ones
-    examples: int | None = None  # distinct problems, 0: always fresh ones [tiny 0, pretrained 2048]
+    examples: int | None = None  # distinct problems, 0: fresh [tiny 0, pretrained 2048; --data all]
     no_chat_template: bool = False  # prompts as plain text, though the model has a chat template
     data: str = ""  # JSON lines with prompt and response: data/jsonl.py
     answer_pattern: str = ""  # regular expression: where the answer lies in a response [all of it]
@@ -121,7 +121,7 @@ def make_batch(tokenizer: Tokenizer, examples: list, device, position_gap=0, key
     solutions = [tokenizer.solution(solution) for _, solution in examples]
     if not position_gap:
         return pack_examples(prompts, solutions, device)
-    words = tokenizer.inner.get_vocab().items()  # gaps come before labels, start and end
+    words = tokenizer.inner.get_vocab().items()  # gaps come before start, end and what ends in :
     starts = torch.tensor([i for word, i in words if word in ("start", "end") or word[-1] == ":"])
     gaps = [(starts, position_gap, torch_rng(*key)) for key in keys]
     return pack_with_gaps(prompts, solutions, device, gaps)

@@ -43,7 +43,7 @@ def save_memory() -> None:
 def return_memory() -> None:
     """Give back to the system what is free in glibc's heaps, where memory is saved.
 
-    What training has freed, and then sampling, is up to 0.8 GB of SmolLM2. It takes 0.1 s.
+    What training has freed, and then sampling, is up to 0.8 GB of SmolLM2. It takes up to 0.1 s.
     """
     if not saves_memory:
         return

@@ -5,9 +5,10 @@
     python -m paper.bench --plot linear.png    # also an update's time against its tokens
     python -m paper.bench --trace              # a GPU's kernels, bytes and memory, without a GPU
 
-Ours and the peer take turns on the same random weights and numbers of tokens; the best of a few
-rounds counts, as on an idle machine. Responses always run to their full length. The tiny rows use
-the main job's model. Peers, in paper/peers.py: transformers, and where installed TRL and llama.cpp.
+Ours and the peer have the same random weights and numbers of tokens, and take turns where both
+sample on the CPU; the best of a few rounds counts, as on an idle machine. Responses always run to
+their full length. The tiny rows use the main job's model. Peers, in paper/peers.py: transformers,
+and where installed TRL and llama.cpp.
 
 The limit is a roofline: a step's minimum bytes and FLOPs over measured bandwidth and matmul rate.
 A decoding step reads weights and KV cache once; a token costs two FLOPs a weight, in training six.
@@ -49,7 +50,7 @@ from train_grpo import GrpoConfig, group_advantages, grpo_backward
 
 @dataclass
 class BenchConfig:
-    rounds: int = 4  # timings of ours and of the peer, in turn; the best counts
+    rounds: int = 4  # timings of ours and of the peer; the best counts
     only: str = ""  # a row, such as cpu-tiny-rollout, alone
     small: bool = False  # tiny sizes, to see that everything runs
     trace: bool = False  # instead, count what steps of Qwen2.5-1.5B's size would do on a GPU

@@ -66,7 +66,7 @@ def solution_losses(model, tokenizer, flags: SftConfig, task, problems: list) ->
     """Return the mean of -log p over the tokens of solutions, by what they are."""
 
     def loss(some: list, strategy: str) -> float:
-        stream = rng(flags.seed, "validation strategies")  # as in train_sft.validate
+        stream = rng(flags.seed, "validation strategies")  # as in train_sft.validation_metrics
         examples = [(problem, task.solution(problem, strategy, stream)) for problem in some]
         batch = make_batch(tokenizer, examples, model.device)
         return loss_sum(model, batch).item() / len(batch.targets)
@@ -130,7 +130,7 @@ def main(config: ForgettingConfig, world: World) -> None:
     metas, models, before = [*map(load_meta, chain)], [], None
     own_data = any(meta.get("data") for meta in metas)
     require(not own_data, "this compares models on the paper's task, not on --data")
-    of_sft = next((meta for meta in metas if meta.get("stage") == "sft"), {})
+    of_sft = next((meta for meta in metas[::-1] if meta.get("stage") == "sft"), {})
     known = {name: metas[-1][name] for name in ("field", "relabel")} | of_sft
     flags = SftConfig(**{x.name: known[x.name] for x in fields(SftConfig) if x.name in known})
     task, problems = load_problems(flags, config.problems)

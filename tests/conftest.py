@@ -1,4 +1,4 @@
-"""Small random models that every test can afford."""
+"""What tests share: small random models, made-up responses, and processes beside the tests."""
 
 import json
 import multiprocessing

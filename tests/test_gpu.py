@@ -1,4 +1,4 @@
-"""On a GPU, with its kernels and graphs: the CPU's tokens, log-probs and gradient."""
+"""On a GPU, with its kernels and graphs: in fp32 as on the CPU, in bf16 as in its own training."""
 
 from types import SimpleNamespace
 

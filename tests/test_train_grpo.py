@@ -1,4 +1,4 @@
-"""The GRPO loss: each test is a bug that a public trainer has had."""
+"""The GRPO loss and step, by bugs that public trainers have had; defaults and warnings."""
 
 import copy
 import dataclasses
