@@ -19,13 +19,14 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from data.finite_field import VALIDATION_SHARE
 from lib.flags import fail, parse_json_lines, require
-from lib.responses import printable
+from lib.responses import composed, printable
 
 INTEGER = r"(?:\d{1,3}(?:,\d{3}){1,99}|\d{1,300})"
 NUMBER = re.compile(
@@ -43,6 +44,11 @@ def number(text: str) -> Fraction | None:
     return Fraction(above) / int(below) if int(below) else None
 
 
+def written_out(value: float | bool) -> str:
+    """Return a JSON number without an exponent, and true and false as JSON writes them."""
+    return str(value).lower() if isinstance(value, bool) else f"{Decimal(str(value)):f}"
+
+
 @functools.lru_cache(10_000)
 def parse_latex(text: str) -> list:
     """Return what math-verify reads in a formula."""
@@ -54,10 +60,10 @@ def parse_latex(text: str) -> list:
 def same_answer(answer: str, found: str) -> bool:
     """Whether two answers are equal: as text, as numbers, or by math-verify if the first is LaTeX.
 
-    Of no text more than digits and operators is evaluated. Source for LaTeX:
-    github.com/huggingface/Math-Verify.
+    What tokenizers change, white space and composed letters, does not count. Of no text more than
+    digits and operators is evaluated. Source for LaTeX: github.com/huggingface/Math-Verify.
     """
-    if answer == found:
+    if composed(answer) == composed(found):
         return True
     if (value := number(answer)) is not None:
         return value == number(found)
@@ -91,6 +97,11 @@ def answer_form(pattern: re.Pattern | None) -> re.Pattern | None:
     return None
 
 
+def is_taken(label: str) -> bool:
+    """Whether tables and logs have a name of their own that is this label."""
+    return label in TAKEN or label.startswith(("accuracy_", "pass@", "verified@"))
+
+
 def load_function(place: str) -> Callable | None:
     """Return the function of FILE.py:function. Raises ValueError if there is none."""
     if not place:
@@ -100,9 +111,10 @@ def load_function(place: str) -> Callable | None:
     if spec is None or not Path(file).is_file():
         raise ValueError(f"{place}: expected FILE.py:function, of a file that is there")
     module = sys.modules[spec.name] = module_from_spec(spec)
+    sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # it is a program
+    except (Exception, SystemExit) as error:  # it is a program
         raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {error}") from None
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{file} has no function {name!r}")
@@ -111,7 +123,8 @@ def load_function(place: str) -> Callable | None:
 
 @dataclass(frozen=True)
 class Problem:
-    row: dict  # the file's line
+    line: dict  # as it stands in the file
+    row: dict  # its texts
     where: str  # file and line, for messages
     task: "Task"
     kind: str
@@ -142,17 +155,16 @@ class Problem:
         return earned
 
     def label(self, response: str) -> str:
-        """Return what --tagger says."""
+        """Return what --tagger says, with _ behind it if that is a name of the log's."""
         label = self.call("tagger", response) if self.task.tagger else None
         label = "" if label is None else printable(str(label))
-        taken = label in TAKEN or label.startswith(("accuracy_", "pass@", "verified@"))
-        require(not taken, f"{self.where}: --tagger says {label!r}, a name of the log's")
-        return label
+        return label + "_" * is_taken(label)
 
     def call(self, name: str, *arguments):
+        """Call --reward or --tagger with the file's line, and the answer if that lacks one."""
         try:
-            return getattr(self.task, name)(dict(self.row), *arguments)
-        except Exception as error:  # it is a program
+            return getattr(self.task, name)(self.row | self.line, *arguments)
+        except (Exception, SystemExit) as error:  # it is a program
             fail(f"{self.where}: --{name} failed: {type(error).__name__}: {error}")
 
 
@@ -166,15 +178,16 @@ class Task:
         self.tagger = load_function(flags.get("tagger", ""))  # (row, response) -> label
         try:
             self.pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"--answer-pattern {config.answer_pattern!r}: {error}") from None
         self.form = answer_form(self.pattern)
         seen, splits = {}, {"train": [], "validation": []}
         for n, row in parse_json_lines(path, path.read_bytes()):
             problem = self.read(row, f"{path}, line {n}", path.stem)
-            key = zlib.crc32(problem.prompt().encode()) % VALIDATION_SHARE
+            system, prompt = composed(problem.system), composed(problem.prompt())
+            key = zlib.crc32(prompt.encode()) % VALIDATION_SHARE
             split = problem.row.get("split", "train" if key else "validation")
-            first_split, first = seen.setdefault((problem.system, problem.prompt()), (split, n))
+            first_split, first = seen.setdefault((system, prompt), (split, n))
             if first_split != split:
                 raise ValueError(f"{problem.where}: the prompt of line {first}, of another split")
             if split == "train" or n == first:  # validation problems are distinct
@@ -184,13 +197,16 @@ class Task:
                 raise ValueError(f"{path} holds no {split} problem")
         self.train, self.held_out = splits.values()
         self.train[0].reward("")  # functions that fail do so before any work
-        self.train[0].label("")
+        label = self.train[0].label("")
+        taken = is_taken(label.removesuffix("_"))
+        require(not taken, f"--tagger says {label[:-1]!r}, a name of the log's")
 
-    def read(self, row: dict, where: str, kind: str) -> Problem:
+    def read(self, line: dict, where: str, kind: str) -> Problem:
         """Return a line's problem. Raises ValueError if it is none that can be solved."""
+        row = dict(line)
         for name in TEXTS:
             if isinstance(row.get(name, ""), int | float) and name != "prompt":
-                row[name] = f"difficulty {row[name]}" if name == "difficulty" else str(row[name])
+                row[name] = "difficulty " * (name == "difficulty") + written_out(row[name])
             text = row.get(name, "")
             if not isinstance(text, str) or re.search(r"[\ud800-\udfff]", text):  # half a letter
                 raise ValueError(f"{where}: {name!r} is no text")
@@ -198,14 +214,14 @@ class Task:
             raise ValueError(f"{where}: 'split' is neither train nor validation")
         if "answer" not in row and "response" in row:
             row["answer"] = find_answer(row["response"], self.pattern) or ""
-        if "all" in (row.get("kind"), row.get("difficulty")):
-            raise ValueError(f"{where}: 'all' is the name of all problems together")
         for name in ("prompt", "answer"):
             if not row.get(name, "").strip():
                 raise ValueError(f"{where}: {name!r} is missing or empty")
         self.check_answer(answer := row["answer"].strip(), row.get("response"), where)
         names = [printable(x) for x in (row.get("kind", kind), row.get("difficulty", ""))]
-        return Problem(row, where, self, *names, answer, row.get("system", ""))
+        if "all" in names:
+            raise ValueError(f"{where}: 'all' is the name of all problems together: say 'kind'")
+        return Problem(line, row, where, self, *names, answer, row.get("system", ""))
 
     def check_answer(self, answer: str, response: str | None, where: str) -> None:
         """Raise ValueError if no response could match an answer, or if the line's own does not."""
@@ -217,6 +233,7 @@ class Task:
             forms += [f"{value}", f"{float(value):.15g}"]
             forms += [f"{whole}.", f"{whole:,}"] * (value == whole)
             forms += [f"{whole}.{'0' * n}" for n in range(1, 7)]  # as many decimals
+        forms += [space + form for form in forms for space in (" ", "\n")]  # as in "is 5"
         form = None if LATEX.search(answer) else self.form
         if form and not any(map(form.fullmatch, forms)):
             raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")

@@ -11,6 +11,7 @@ A row of RUN/responses.jsonl is one response, with its prompt and what is known 
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
@@ -179,3 +180,8 @@ def indented(mark: str, text: str, color: str) -> Iterator[str]:
 def printable(text: str) -> str:
     """Replace what would move the cursor or clear the screen."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def composed(text: str) -> str:
+    """Return a text without what a tokenizer may change: white space, and letters in two parts."""
+    return " ".join(unicodedata.normalize("NFC", text).split())

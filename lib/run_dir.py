@@ -80,10 +80,13 @@ def open_run(
             renamed = names_start and "init_sha256" in meta
             require(renamed, f"{run} was started with {flag} {then}, not {now or 'without'}")
         for flag in changed_inputs(meta, config):
-            fail(f"the file of {flag} has changed since {run} was started")
+            changed = f"the file of {flag} has changed since {run} was started"
+            require(flag == "--tagger", changed)
+            warn(f"{changed}: labels may differ from here on")
         start, done = resumed_start(run, meta, named_start(config), renamed), meta["update"]
     else:
-        require(not checkpoints(run), f"{run} holds a run already: give --resume or another --out")
+        there = checkpoints(run) or (run / "evaluation.json").exists()  # of a finished run
+        require(not there, f"{run} holds a run already: give --resume or another --out")
     require(len(set(world.all_gather([done]))) == 1, f"ranks see different checkpoints in {run}")
     return done, start
 
@@ -230,7 +233,7 @@ def choose_checkpoints(names: list[str]) -> list[Path]:
     runs = []
     if len(names) < 2:
         folder = Path(names[0] if names else "ckpt")
-        runs = [run for run in folder.glob("*") if checkpoints(run)]
+        runs = [run for run in folder.glob("*") if checkpoints(run) and not checkpoints(folder)]
     if runs:
         run = max(runs, key=lambda run: checkpoints(run)[-1].lstat().st_mtime)
         paths = [find_checkpoint(str(run))]

@@ -6,7 +6,6 @@ problem and a task are.
 """
 
 import json
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib.flags import fail, read_json, require, write_json
+from lib.responses import composed
 from lib.rng import rng
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -136,12 +136,12 @@ class Tokenizer:
             require(fits, f"{at}prompt and response take {n} of {max_positions} positions")
             n = len(self.solution(problem.answer)) if at else 0
             require(n <= budget, f"{at}the answer takes {n} tokens, more than {budget}")
+        own = [problem for problem in problems if in_file(problem) and "response" in problem.row]
+        solved = self.decode([self.solution(x.row["response"])[:-1] for x in own])
+        for problem, text in zip(own, solved):
+            lost = f"{in_file(problem)}the model's tokenizer makes {text[:200]!r} of 'response'"
+            require(problem.is_correct(text), f"{lost}, of which the answer is another")
         return budget
-
-
-def composed(text: str) -> str:
-    """Return a text without what a tokenizer may change: white space, and letters in two parts."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def in_file(problem) -> str:

@@ -86,8 +86,10 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
     if tokenizer.word_level or not config.data:  # each prompt of a file is checked by itself
         tokenizer.require_vocabulary(task.words)
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
-    limits = (shape.max_position_embeddings, config.max_new_tokens)
-    return tokenizer.max_response_tokens(task, *limits, problems)
+    limits, given = (task, shape.max_position_embeddings), config.max_new_tokens
+    if per_update == "batch_size":  # SFT reads whole solutions, however short responses are to be
+        tokenizer.max_response_tokens(*limits, 0, problems)
+    return tokenizer.max_response_tokens(*limits, given, problems)
 
 
 def load_run(

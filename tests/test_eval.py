@@ -305,6 +305,9 @@ def test_a_folder_of_runs_means_the_newest_run_and_its_start(tmp_path, monkeypat
     assert choose_checkpoints(["ckpt/sft"]) == [start]
     assert choose_checkpoints([str(older)]) == [older]
     assert choose_checkpoints(["ckpt/grpo", "ckpt/sft"]) == [grpo, start], "in the order given"
+    inside = save(Path("ckpt/sft/rl"), 3)
+    assert choose_checkpoints(["ckpt/sft"]) == [start], "a run, though another lies inside it"
+    shutil.rmtree(inside.parent)
     set_times(grpo, older, start)
     assert choose_checkpoints(["ckpt"]) == [start], "the newest run has no start"
     assert capsys.readouterr().err == ""

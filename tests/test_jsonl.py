@@ -678,3 +678,102 @@ def test_a_tagger_that_says_nothing_gives_no_label(label, strategy, tmp_path):
     function.write_text(f"def t(row, response):\n    return {label!r}\n")
     task = read(tmp_path / "sums.jsonl", GOOD, PATTERN, tagger=f"{function}:t")
     assert score_response(task.held_out[0], "2").strategy == strategy
+
+
+# ------------------------------------------------------------------------------------------------
+# What a reader of the code has found
+
+SUMS = [{"prompt": f"{i} + 1?", "answer": i + 1, "difficulty": 3, "kind": 7} for i in range(40)]
+
+
+def test_functions_are_given_the_line_as_it_stands_in_the_file(tmp_path):
+    """Bug: a number had become a text, so that every reward was 0."""
+    (tmp_path / "beside.py").write_text("def same(a, b):\n    return float(a == b)\n")
+    code = "import beside\ndef r(row, response, correct):\n"
+    code += "    return beside.same(row['answer'], int(response or 0)) + row['kind']\n"
+    (tmp_path / "own.py").write_text(code)
+    task = read(tmp_path / "sums.jsonl", SUMS, reward=f"{tmp_path / 'own.py'}:r")
+    problem = task.train[0]
+    assert problem.reward(problem.answer) == 8 and problem.reward("99") == 7
+    assert (problem.kind, problem.difficulty) == ("7", "difficulty 3")
+
+
+def test_json_numbers_are_answers_as_they_are_written(tmp_path):
+    """Bug: Python's spellings, 1e-05 and True, which no response has."""
+    answers = [0.00001, 1e16, 2.5, 3, True, False] * 8
+    rows = [{"prompt": f"{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    task = read(tmp_path / "a.jsonl", rows)
+    found = {problem.answer for problem in task.train}
+    assert found == {"0.00001", "10000000000000000", "2.5", "3", "true", "false"}
+
+
+def test_a_label_that_tables_have_does_not_end_a_run(tmp_path):
+    (tmp_path / "own.py").write_text("def first(row, response):\n    return response[:3]\n")
+    task = read(tmp_path / "sums.jsonl", SUMS, tagger=f"{tmp_path / 'own.py'}:first")
+    assert [task.train[0].label(x) for x in ("all of them", "some")] == ["all_", "som"]
+
+
+@pytest.mark.parametrize("other", ["What is  2+2?", "What is 2+2? ", "What\r\nis 2+2?"])
+def test_white_space_makes_no_other_prompt(other, tmp_path):
+    """Bug: such a prompt could be of training and of validation, the same to the model."""
+    prompts = {"train": "What is 2+2?", "validation": other}
+    rows = [{"prompt": x, "answer": "4", "split": split} for split, x in prompts.items()]
+    with pytest.raises(ValueError, match="the prompt of line 1, of another split"):
+        read(tmp_path / "a.jsonl", rows)
+    few = [{"prompt": f"{i} {x}", "answer": "4"} for i in range(40) for x in prompts.values()]
+    held_out = read(tmp_path / "b.jsonl", few).held_out
+    assert held_out and not {int(p.prompt().split()[0]) for p in held_out} & {
+        int(p.prompt().split()[0]) for p in read(tmp_path / "b.jsonl", few).train
+    }
+
+
+@pytest.mark.parametrize(
+    "answer, found, equal",
+    [("New  York", "New York", True), ("cafe\u0301", "caf\u00e9", True), ("a b", "ab", False)],
+)
+def test_what_tokenizers_change_does_not_count(answer, found, equal):
+    assert same_answer(answer, found) is equal
+
+
+def test_a_file_named_all_needs_types(tmp_path):
+    with pytest.raises(ValueError, match="'all' is the name"):
+        read(tmp_path / "all.jsonl", [{"prompt": "a?", "answer": "b"}])
+
+
+@pytest.mark.parametrize("pattern", [r"is( -?\d+)", r"\s-?\d+\s*$"])
+def test_a_pattern_may_begin_with_a_space(pattern, tmp_path):
+    task = read(tmp_path / "sums.jsonl", SUMS, pattern)
+    assert task.train[0].is_correct(f"It is {task.train[0].answer}")
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ({"answer_pattern": "a{99999999999}"}, "--answer-pattern"),
+        ({"reward": "leaves.py:f"}, "leaves.py:f cannot be loaded: SystemExit"),
+    ],
+)
+def test_more_flags_are_refused_in_a_line(flags, says, pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("sums.jsonl"), GOOD)
+    Path("leaves.py").write_text("import sys\nsys.exit()\n")
+    assert says in refused(train_grpo, grpo_config(pretrained, **flags), capsys)
+
+
+def test_what_a_tokenizer_changes_may_lose_the_answer(tmp_path, monkeypatch, capsys):
+    """Words have no line breaks: the pattern finds an answer in the file, and in no response."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i} + 1", "response": f"think\nanswer {i + 1}"} for i in range(40)]
+    write_rows(Path("lines.jsonl"), rows)
+    config = train_sft.SftConfig(data="lines.jsonl", answer_pattern=r"(?m)^answer (\d+)$")
+    line = refusal(lambda: train_sft.main(config, ONE), capsys)
+    assert "makes 'think answer 1' of 'response'" in line and not Path("ckpt").exists()
+
+
+def test_sft_needs_positions_for_its_solutions_whatever_it_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i} ?", "response": "a " * (3000 * (i == 7)) + "b"} for i in range(40)]
+    write_rows(Path("long.jsonl"), rows)
+    flags = {"data": "long.jsonl", "answer_pattern": "b", "max_new_tokens": 9}
+    line = refusal(lambda: train_sft.main(train_sft.SftConfig(**flags), ONE), capsys)
+    assert "of 2048 positions" in line

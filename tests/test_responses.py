@@ -30,7 +30,7 @@ from data.finite_field import (
 from data.parse import parse_prompt
 from lib import training
 from lib.distributed import World
-from lib.responses import Response, ShowConfig
+from lib.responses import RESPONSES, Response, ShowConfig
 from lib.rng import rng
 from lib.run_dir import read_log
 from lib.tokenizer import load_tokenizer
@@ -606,3 +606,13 @@ def test_a_response_that_an_engine_cut_off_is_not_right(tmp_path, capsys):
     for reason, says in (("length", "cut off"), ("stop", "right")):
         file = write_rows(tmp_path / f"{reason}.jsonl", row | {"finish_reason": reason})
         assert says in show(capsys, file)
+
+
+def test_a_file_of_that_name_is_read_to_its_end(tmp_path, capsys):
+    """Only a run, which may be writing, has an unfinished last line."""
+    row = {"prompt": GOOD, "response": "start e3"}
+    file = write_rows(tmp_path / RESPONSES, row, row)
+    file.write_bytes(file.read_bytes().rstrip(b"\n"))
+    assert len(show(capsys, file, json=True).splitlines()) == 2
+    (tmp_path / "metrics.jsonl").touch()
+    assert len(show(capsys, file, json=True).splitlines()) == 1

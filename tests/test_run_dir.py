@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from lib.checkpoint import checkpoints, find_checkpoint, load_model, newest_chec
 from lib.distributed import World
 from lib.files import verify_manifest
 from lib.run_dir import Log, open_run, read_log, save_checkpoint
+from train_grpo import GrpoConfig
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_sft.__file__).parent
@@ -348,3 +351,28 @@ def test_old_checkpoints_make_room(tmp_path):
     assert sorted(p.name for p in run.iterdir()) == ["step-10", "step-11", "step-notes"]
     save_checkpoint(run, 12, model, tokenizer, optimizer, {"keep": 0}).result()
     assert len(list(run.iterdir())) == 4
+
+
+def test_a_finished_runs_log_is_kept_though_its_checkpoints_are_gone(tmp_path, capsys):
+    """Bug: the same command without --resume emptied it."""
+    (tmp_path / "evaluation.json").write_text("{}")
+    line = refusal(lambda: open_run(tmp_path, None, GrpoConfig(), "grpo", ONE), capsys)
+    assert "holds a run already" in line
+
+
+@pytest.mark.parametrize("flag", ["tagger", "reward"])
+def test_a_run_resumes_with_a_changed_tagger_and_not_with_a_changed_reward(flag, tmp_path, capsys):
+    """Labels change neither weights nor samples."""
+    folder, functions = tmp_path / "step-3", tmp_path / "own.py"
+    folder.mkdir()
+    functions.write_text("1")
+    config = GrpoConfig(resume=True, lora=0, **{flag: f"{functions}:f"})
+    meta = asdict(config) | {"stage": "grpo", "update": 3, "inputs": {f"--{flag}": "other"}}
+    (folder / "training.json").write_text(json.dumps(meta))
+    resume = partial(open_run, tmp_path, folder, config, "grpo", ONE)
+    if flag == "reward":
+        line = refusal(resume, capsys)
+    else:
+        assert resume() == (3, None)
+        line = capsys.readouterr().err
+    assert f"the file of --{flag} has changed" in line
