@@ -25,7 +25,7 @@ from torch import Tensor
 from lib import fused, kernels
 from lib.attention import KVCache, cache_bytes, packed_attention
 from lib.distributed import in_threads, n_threads
-from lib.memory import free_bytes
+from lib.memory import free_bytes, prefill_bytes
 from lib.packing import Packed, last_tokens, log_softmax, pack, pack_prompts, pad
 from lib.rng import torch_rng
 from lib.transformer import Transformer
@@ -149,11 +149,12 @@ class Sampler:
         return Rollout(padded, prompt_lengths, tokens, lengths, logps, stopped, self.max_new_tokens)
 
     def max_groups(self, max_prompt_len: int) -> int:
-        """Return how many groups may share a batch: the cache takes half of what is free."""
+        """Return how many groups share a batch: cache and prefill each take half of free memory."""
         shape = self.group_size, max_prompt_len, self.max_new_tokens
         free = free_bytes(self.model.device) - self.reserve()
         free += self.batch.cache.n_bytes if self.batch else 0  # which can be used again
-        return max(1, int(free / 2 / cache_bytes(self.model, 1, *shape)))
+        of_prompt = max_prompt_len * prefill_bytes(self.model)
+        return max(1, int(free / 2 / max(cache_bytes(self.model, 1, *shape), of_prompt)))
 
     def _batch(self, groups: int, max_prompt_len: int) -> "DecodeBatch":
         """Return a batch with this capacity; with CUDA graphs, the existing one if it is enough."""

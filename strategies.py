@@ -74,7 +74,7 @@ def score_rollout(rollout, problems: list, tokenizer) -> None:
         group = range(i * G, (i + 1) * G)
         rollout.scored.append([score_response(problem, texts[j], stopped[j]) for j in group])
     rewards = [[response.reward for response in group] for group in rollout.scored]
-    rollout.rewards = rollout.logps.new_tensor(rewards)
+    rollout.rewards = rollout.logps.double().new_tensor(rewards)  # large ones may differ by little
 
 
 def score_response(problem, text: str, stopped: bool = True) -> Response:

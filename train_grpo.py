@@ -129,9 +129,9 @@ def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
 
     A group of equal rewards gets zeros. "leave-one-out": minus the mean of the others.
     """
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    advantages = (rewards - rewards.mean(1, keepdim=True)).float()
     if kind == "z-score":
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
+        advantages = advantages / (advantages.std(1, keepdim=True) + 1e-6)
     if kind == "leave-one-out":
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
     return advantages * (rewards != rewards[:, :1]).any(1, keepdim=True)  # no rest of rounding

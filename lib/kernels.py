@@ -30,6 +30,7 @@ failures: list[Exception] = []  # of building kernels: the first one ends the us
 libraries: dict[tuple, ctypes.CDLL | None] = {}  # by dtype and size of a head
 one_build = threading.Lock()  # one thread builds, the others wait for it
 PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+PACKS = PACKS and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not by a CPU without AVX512
 packed_weights = WeakIdKeyDictionary()  # of oneDNN, by the weight that they are made of
 Int, Float, Pointer = [ctypes.c_long], [ctypes.c_float], [ctypes.c_void_p]
 ELEMENTWISE = {

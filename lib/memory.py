@@ -32,6 +32,13 @@ def free_bytes(device: torch.device) -> int:
     return int(min(2 * CPU_CACHE, spare / 4 / n_threads(device) / processes))
 
 
+def prefill_bytes(model) -> int:
+    """Return what a token of a prompt takes at most while prompts are computed: in the MLP."""
+    config = model.config
+    in_dtype = 3 * config.intermediate_size + config.hidden_size  # of gate_up, SwiGLU and the norm
+    return model.dtype.itemsize * in_dtype + 4 * config.hidden_size
+
+
 def still_to_come(run, world: World) -> int:
     """Return the bytes that training will allocate on a GPU besides activations; 0 on the CPU.
 

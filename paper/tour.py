@@ -76,13 +76,14 @@ def loss_terms(model, rollout: Rollout, tokenizer, row: int) -> str:
 
 def experiments(rollout: Rollout, lr: float) -> list[tuple]:
     """Return changes to try: where, a line, what it becomes, and what the step then works with."""
-    uncentred = replace(rollout, advantages=rollout.rewards / (rollout.rewards.std() + 1e-6))
+    uncentred = rollout.rewards.float() / (rollout.rewards.float().std() + 1e-6)
+    uncentred = replace(rollout, advantages=uncentred)
     flipped = replace(rollout, advantages=-rollout.advantages)
     no_guess = torch.tensor([[float("guess" not in one.response) for one in rollout.scored[0]]])
     other_reward = replace(rollout, rewards=no_guess, advantages=group_advantages(no_guess))
     return [
-        ("train_grpo.py, group_advantages", "advantages = rewards - rewards.mean(1, keepdim=True)",
-         "advantages = rewards.clone()", uncentred, lr),
+        ("train_grpo.py, group_advantages", "(rewards - rewards.mean(1, keepdim=True)).float()",
+         "rewards.float()", uncentred, lr),
         ("train_grpo.py, grpo_loss", "per_token_loss = -torch.minimum(...)",
          "per_token_loss = torch.minimum(...)", flipped, lr),
         ("data/finite_field.py, Problem.reward", "return float(self.is_correct(...))",

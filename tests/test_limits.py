@@ -99,6 +99,15 @@ def test_what_does_not_fit_the_container_waits(monkeypatch):
     assert sampler.max_groups(50) == 1
 
 
+def test_prompts_wait_whose_prefill_does_not_fit():
+    """Bug: responses of few tokens need little cache, but all prompts were computed at once."""
+    model = small_model(intermediate_size=512)
+    long, short = (Sampler(model, [1], 1, T).max_groups(200) for T in (9000, 2))
+    layer = 4 * (3 * 512 + 32 + 32)  # bytes of a token in fp32
+    assert short * 200 * layer <= CPU_CACHE < (short + 1) * 200 * layer
+    assert long * cache_bytes(model, 1, 1, 200, 9000) <= CPU_CACHE and long < short
+
+
 def test_a_cache_on_the_cpu_is_not_larger_than_serves(monkeypatch):
     """An evaluation of SmolLM2 took 0.7 GB for each thread, and was no faster by it."""
     sampler = Sampler(small_model(), [1], 8, 100)

@@ -448,6 +448,18 @@ def test_a_graded_reward_trains_as_graded(graded):
     assert metrics["reward"] == pytest.approx(0.3) and metrics[f"accuracy/{problem.kind}"] == 0.25
 
 
+def test_rewards_may_be_large_and_differ_by_little(monkeypatch):
+    """Bug: in fp32 they were equal, so nothing was trained on."""
+    earned = iter([2.0**40, 2.0**40 + 1, 2.0**40, 2.0**40 + 1])
+    monkeypatch.setattr(Problem, "reward", lambda *_: next(earned))
+    rollout = score([Task().sample(random.Random(0), "train")], [""] * 4)
+    assert rollout.has_signal().all()
+    for kind, size in (("mean", 0.5), ("z-score", 0.5 / 0.57735), ("leave-one-out", 2 / 3)):
+        advantages = group_advantages(rollout.rewards, kind)
+        assert advantages.dtype == torch.float32
+        assert advantages[0].tolist() == pytest.approx([-size, size, -size, size], rel=1e-4)
+
+
 def test_a_line_changed_in_the_loss_changes_the_gradient(batch, monkeypatch):
     """grpo_loss holds the whole objective: what is changed there changes the gradient."""
     whole = batch.gradient()
