@@ -10,7 +10,7 @@ import torch
 
 from lib.distributed import World, in_threads
 from lib.flags import parse_flags
-from lib.rng import rng, torch_rng
+from lib.rng import epoch_indices, rng, torch_rng
 
 
 @dataclass
@@ -73,3 +73,9 @@ def test_threads_work_side_by_side(monkeypatch):
     assert alone != threading.main_thread().name, (
         "a single item, too: the main thread would keep compiled products and memory of its own"
     )
+
+
+def test_streams_are_named_by_all_parts_of_their_keys_and_orders_by_the_seed():
+    assert len({rng(*key).random() for key in ((1, 23), (12, 3), (123,), ("1", 23))}) == 4
+    orders = [epoch_indices(seed, 50, 0, 50) for seed in (0, 1)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])

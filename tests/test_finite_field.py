@@ -253,3 +253,17 @@ def test_a_problem_may_use_up_all_labels():
     assert labels == range(1, MAX_LABEL + 1)
     ends = {Task((2, 2)).sample(random.Random(i), "train").labels(0)[-1] for i in range(500)}
     assert ends == {*range(2, MAX_LABEL + 1)}
+
+
+def test_both_operations_are_as_frequent():
+    drawn = [Task((6, 9)).sample(random.Random(i), "train") for i in range(300)]
+    operations = [op for problem in drawn for part in problem.parts for op, _ in part.steps]
+    assert 0.46 < operations.count("+") / len(operations) < 0.54
+
+
+def test_a_small_task_gives_nearly_all_of_its_validation_problems():
+    """Repetitions end the search only if 300 come in a row."""
+    task, stream = Task((1, 2), p=5), random.Random(0)
+    every = {task.sample(stream, "validation").parts for _ in range(5000)}
+    found = task.validation(10_000, random.Random(1))
+    assert 0.95 * len(every) < len(found) <= len(every) + 1 and len(every) > 60

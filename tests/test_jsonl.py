@@ -186,6 +186,7 @@ def test_without_a_split_the_prompts_hash_decides(tmp_path):
     drawn = task.validation(50, random.Random(0))
     assert len({p.prompt() for p in drawn}) == 50 and {p.prompt() for p in drawn} <= held_out
     assert len(task.validation(1000, random.Random(0))) == len(held_out)
+    assert task.validation(50, random.Random(1)) != drawn, "of the seed"
 
 
 def test_a_given_split_is_kept(tmp_path):
