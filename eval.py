@@ -142,8 +142,9 @@ def evaluate_policies(
 
     strategies: that open responses to all problems, too, behind `given` parts, for lib/openings.py
     """
-    free = {name: evaluate(*load(), problems, seed, bar) for name, load in policies.items()}
-    evaluations = {}
+    free, evaluations = {}, {}
+    for i, (name, load) in enumerate(policies.items()):  # of each its own: lib/gain.py says why
+        free[name] = evaluate(*load(), problems, seed, bar, f"evaluation sampling{' again' * i}")
     for (name, mine), theirs in zip(free.items(), reversed(free.values())):  # the other's
         numbers = {s: lacking(problems, mine, theirs, s) for s in (FORWARD, BACKWARD)}
         wanted = numbers | dict.fromkeys(strategies, range(len(problems)))
@@ -160,9 +161,8 @@ def evaluate_policies(
         if strategies:
             pairs = zip(problems, mine, strict=True)
             opened = [[x.opening_strategy(r.response, given) for r in group] for x, group in pairs]
-            kinds = [problem.parts[given].kind for problem in problems]
             of_all = {s: [*by_strategy[s].values()] for s in strategies}
-            measured = openings.measure(kinds, opened, of_all)
+            measured = openings.measure([x.parts[given].kind for x in problems], opened, of_all)
         evaluations[name] = Evaluation(mine, forced, measured)
     return evaluations
 

@@ -415,3 +415,14 @@ def test_a_task_of_ones_own_has_no_causes_and_without_labels_no_split(label, tmp
     parts = metrics["reasons"].get("overall", {})
     assert [*parts] == ["gain", "selection", "improvement"] * (label != "none")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_policies_have_random_numbers_of_their_own(checkpoints, monkeypatch):
+    """Bug: shared ones misled the split where one token decides strategy and success."""
+    streams, sample = [], evaluation.Sampler.sample
+    spy = lambda self, prompts, keys: streams.append(keys[0]) or sample(self, prompts, keys)  # noqa: E731
+    monkeypatch.setattr(evaluation.Sampler, "sample", spy)
+    both = [str(checkpoints / "step-2"), str(checkpoints)]
+    main(EvalConfig(both, problems=4, samples=1, steps="1-2"), ONE)
+    alone = streams[0]
+    assert len(set(streams)) == len(streams) >= 2 and alone == (0, "evaluation sampling", 0)
