@@ -85,8 +85,9 @@ def open_run(
             warn(f"{changed}: labels may differ from here on")
         start, done = resumed_start(run, meta, named_start(config), renamed), meta["update"]
     else:
-        there = checkpoints(run) or (run / "evaluation.json").exists()  # of a finished run
-        require(not there, f"{run} holds a run already: give --resume or another --out")
+        evaluated = stage == "grpo" and (run / "evaluation.json").exists()  # a finished run
+        fresh = not (evaluated or checkpoints(run))
+        require(fresh, f"{run} holds a run already: give --resume or another --out")
     require(len(set(world.all_gather([done]))) == 1, f"ranks see different checkpoints in {run}")
     return done, start
 
