@@ -316,3 +316,15 @@ def test_validation_is_that_written_out(tokenizer, monkeypatch):
     ((sampler, _, sampled, seed),) = asked
     assert (sampler.model, sampler.group_size, sampler.temperature) == (model, 1, 1.0)
     assert (sampler.max_new_tokens, sampled, seed) == (7, problems, 3)
+
+
+def test_the_loss_is_the_mean_over_all_tokens_of_all_batches(tokenizer):
+    model, chosen, cpu = small_model(), examples(5), torch.device("cpu")
+    run = SimpleNamespace(config=SftConfig(lora=0, batch_size=5), master=model, policy=model)
+    batches = [make_batch(tokenizer, some, cpu) for some in (chosen[:1], chosen[1:])]
+    loss, n_tokens = train_sft.sft_backward(run, batches, ONE, 0)
+    whole = make_batch(tokenizer, chosen, cpu)
+    expected = loss_sum(model, whole) / len(whole.targets)
+    assert n_tokens == len(whole.targets) and loss == pytest.approx(expected.item(), rel=1e-5)
+    slopes = torch.autograd.grad(expected, list(model.parameters()))
+    torch.testing.assert_close([w.grad for w in model.parameters()], list(slopes))
