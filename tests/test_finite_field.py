@@ -267,3 +267,11 @@ def test_a_small_task_gives_nearly_all_of_its_validation_problems():
     every = {task.sample(stream, "validation").parts for _ in range(5000)}
     found = task.validation(10_000, random.Random(1))
     assert 0.95 * len(every) < len(found) <= len(every) + 1 and len(every) > 60
+
+
+def test_a_window_wider_than_a_problem_leaves_all_its_parts_free():
+    task, stream = Task((1, 2), parts=(3, 3), window=5), random.Random(0)
+    problems = [task.sample(stream, "train") for _ in range(20)]
+    assert not any(problem.prefix for problem in problems)
+    firsts = [task.solution(problem, "mixed", stream).split()[0] for problem in problems]
+    assert 0 < firsts.count("guess") < 20, "the first part takes either strategy"

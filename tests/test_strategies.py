@@ -296,3 +296,10 @@ def test_a_part_that_was_not_reached_has_no_say():
 
 def test_an_opening_of_the_other_side_is_out_of_turn(example):
     assert tag(example, "\n".join(["end e5", *GOOD[1:]])).error.kind == SKIPPED
+
+
+@pytest.mark.parametrize("text", ["answer e1x", "start e3,", "8: e3 + e4 = e0.", "xanswer e1"])
+def test_a_line_ends_with_a_word(text):
+    """What is written on behind it is a line of another form."""
+    (line,) = parse_lines(text)
+    assert line.form == "other"
