@@ -221,7 +221,8 @@ def lines_of(response: str) -> list[str]:
 def tagged_rows(path: Path, p: int) -> list[dict]:
     """Read a run's responses; or tag responses from elsewhere to our prompts, in GF(p)."""
     rows, content = [], path.read_bytes()
-    if (path.parent / "metrics.jsonl").exists():  # of a run that may be writing its last line
+    of_run = path.name == RESPONSES and (path.parent / "metrics.jsonl").exists()
+    if of_run:  # which may be writing its last line
         content = content.rpartition(b"\n")[0]
     for number, row in parse_json_lines(path, content):
         if not all(name in row and isinstance(row[name], kind) for name, kind in KINDS.items()):

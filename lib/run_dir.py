@@ -231,10 +231,9 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 def choose_checkpoints(names: list[str]) -> list[Path]:
     """Return one or two checkpoints; of a folder of runs the newest run's, beside its start."""
     require(len(names) <= 2, "name one checkpoint, or two to compare")
-    runs = []
-    if len(names) < 2:
-        folder = Path(names[0] if names else "ckpt")
-        runs = [run for run in folder.glob("*") if checkpoints(run) and not checkpoints(folder)]
+    runs, folder = [], Path(names[0] if names else "ckpt")
+    if len(names) < 2 and not checkpoints(folder):
+        runs = [run for run in folder.glob("*") if checkpoints(run)]
     if runs:
         run = max(runs, key=lambda run: checkpoints(run)[-1].lstat().st_mtime)
         paths = [find_checkpoint(str(run))]

@@ -87,7 +87,7 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
         tokenizer.require_vocabulary(task.words)
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
     limits, given = (task, shape.max_position_embeddings), config.max_new_tokens
-    if per_update == "batch_size":  # SFT reads whole solutions, however short responses are to be
+    if given and per_update == "batch_size":  # SFT reads whole solutions, however short these are
         tokenizer.max_response_tokens(*limits, 0, problems)
     return tokenizer.max_response_tokens(*limits, given, problems)
 
