@@ -6,11 +6,10 @@
     python eval.py --samples 256 --problems 128 --plot curves.png    # pass@k to 256
     python eval.py --force both      # accuracy of each strategy, whatever the policy prefers
 
-pass@1 is the share of sampled responses that are right, averaged over problems; pass@k is the
-unbiased estimate of Chen et al. (arXiv 2107.03374, equation 1); verified@k counts the right ones
-that hold no wrong line and no guess. Intervals are 95%, over problems: Wilson's for a pass rate,
-conservative for several samples a problem; for a paired difference Bonett and Price's (2012); for
-selection and improvement normal ones of bootstrapped variance. See lib/gain.py, lib/openings.py.
+pass@1 is the share of responses that are right, averaged over problems; pass@k is the unbiased
+estimate of Chen et al. (arXiv 2107.03374, equation 1); verified@k counts the right ones without a
+wrong line or a guess. Intervals are 95%, over problems: Wilson's for a pass rate, conservative for
+several samples a problem; Bonett and Price's (2012) for a paired difference; others: lib/gain.py.
 """
 
 from collections import Counter
@@ -337,6 +336,7 @@ def main(config: EvalConfig, world: World) -> None:
         model, tokenizer = load_model(path, world.device, DTYPES[precisions[path]], template)
         if tokenizer.word_level or not config.data:
             tokenizer.require_vocabulary(task.words)
+        model.requires_grad_(False)  # so that the CPU keeps its weights in oneDNN's layout
         limits = (model.config.max_position_embeddings, wanted)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
         return Sampler(model, tokenizer.stops, samples, budget, temperature), tokenizer

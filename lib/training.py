@@ -155,7 +155,8 @@ def initial_policy(run: Run) -> Transformer:
         return without_adapters(run.master)
     start = checkpoint.find_start(run.folder, run.meta)
     require(start is not None, f"{run.init}, where this run started, is gone or has changed")
-    return checkpoint.load_model(start, run.master.device, DTYPES[run.meta["compute_dtype"]])[0]
+    dtype = DTYPES[run.meta["compute_dtype"]]
+    return checkpoint.load_model(start, run.master.device, dtype)[0].requires_grad_(False)
 
 
 def progress_bar(run: Run, name: str, world: World) -> tqdm:

@@ -1,210 +1,24 @@
-"""Run an experiment's commands, each once and several side by side, and report their results."""
+"""What an experiment consists of: cells, rows of their results, claims about these, and figures."""
 
 import math
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-import torch
-
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION, MATCHING_STRATEGY
-from lib.checkpoint import load_meta, newest_checkpoint
-from lib.flags import flag_name, read_json, require, user_errors, warn, write_json
-from lib.limits import core_limit
+from lib.flags import read_json
 from lib.openings import PARTS
-from lib.plots import draw_smoothly, new_figure, save
-from lib.run_dir import read_log, resumed_start
+from lib.plots import draw_smoothly, new_figure
 from lib.tables import markdown
 
-ROOT = Path(__file__).parent.parent  # where the scripts lie
-SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")  # each needs what those before it wrote
 MODELS = {"B": "backward", "F": "forward", "FB": "mixed"}  # strategies in the SFT data
 
 OTHER_STRATEGY = {EVALUATION: BACKWARD, INVERSION: FORWARD}  # which has to guess
 ACCURACIES = ("all", INVERSION, EVALUATION)  # keys of a row's pass@1
 Labels = dict[str, object]  # what tells rows apart, such as {"model": "FB", "stage": "SFT"}
 Series = tuple[str, str, Labels]  # a name, a key of rows (of logs for curves), labels of the rows
-
-
-@dataclass
-class ReproduceConfig:
-    experiment: list = field(default_factory=list)  # its name, or all
-    model: str = ""  # a pretrained model's folder or hub name, with the paper's recipe [tiny]
-    laptop: bool = False  # train --model with --laptop, and evaluate it on 128 problems
-    only: str = ""  # B, F or FB: run its commands alone; rows of the others are kept
-    seeds: int = 1  # runs of each cell, with seeds 0, 1, ...
-    jobs: int = 0  # commands side by side [0: of the tiny model on the CPU one per core, else one]
-    list: bool = False  # list the experiments
-
-
-@dataclass(frozen=True)
-class Run:
-    """A command, and the folder or JSON file that holds its result."""
-
-    script: str
-    arguments: tuple[str, ...]
-    flags: dict[str, str]
-    output: Path
-
-    def command(self) -> list[str]:
-        flags = [word for name, value in self.flags.items() for word in (flag_name(name), value)]
-        flags = [word for word in flags if word != "True"]  # --laptop takes no value
-        return [self.script, *self.arguments, *flags]
-
-    def __str__(self) -> str:
-        return shlex.join(["python", *self.command()])
-
-    @property
-    def turn(self) -> tuple[int, int]:
-        """When it can run: after the scripts before, and after RL that it goes on from."""
-        return SCRIPTS.index(self.script), self.output.name.count("-rl-")
-
-    def finished(self) -> bool:
-        """Return whether its result is complete. Refuse one of other flags or another start."""
-        if self.output.suffix == ".json":
-            return self.output.exists() and self.output.read_text().endswith("\n}\n")  # not cut off
-        newest = newest_checkpoint(self.output)
-        meta = load_meta(newest) if newest else {}
-        for name, now in ({"laptop": "False"} | self.flags).items():
-            then = str(meta.get(name, now))
-            message = f"{self.output} was made with {flag_name(name)} {then}, not {now}"
-            require(then == now or name == "out", f"{message}: move it away")
-        resumed_start(self.output, meta)
-        return bool(newest) and meta["update"] == meta["total"]
-
-    @property
-    def minutes_file(self) -> Path:
-        """The file that keeps how many minutes it has taken so far."""
-        return self.output.with_name(f"{self.output.name}.minutes")
-
-    def log(self) -> list[dict]:
-        return read_log(self.output / "metrics.jsonl")
-
-
-def name_of(what: str, flags: dict) -> str:
-    return "-".join([what, *(f"{name}-{value}" for name, value in flags.items())])
-
-
-@dataclass
-class Experiment:
-    """The runs of an experiment: `add` all that it needs, `run` them, then read their results."""
-
-    name: str
-    config: ReproduceConfig
-    runs: dict[Path, Run] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        model = Path(self.config.model).name
-        return Path("paper/results") / (f"{self.name}-{model}" if model else self.name)
-
-    def add(self, script: str, output: Path, *arguments: str, **flags) -> Run:
-        """Return the run that writes `output`: one run serves all the cells that need it."""
-        texts = {name: str(value) for name, value in flags.items()}
-        return self.runs.setdefault(output, Run(script, arguments, texts, output))
-
-    def sft(self, model: str, seed: int, **flags) -> Run:
-        """Add SFT on the strategies of B, F or FB."""
-        name = name_of(f"sft-{model}-{seed}", flags)
-        out = Path("ckpt/reproduce") / (Path(self.config.model).name or "tiny") / name
-        if self.config.model:
-            laptop = {"laptop": True, "epochs": 8} if self.config.laptop else {}
-            flags = {"model": self.config.model} | laptop | flags
-        return self.add("train_sft.py", out, strategy=MODELS[model], seed=seed, **flags, out=out)
-
-    def rl(self, init: Run, seed: int, **flags) -> Run:
-        """Add RL from an SFT run."""
-        out = init.output.with_name(name_of(f"{init.output.name}-rl", flags))
-        if self.config.laptop:
-            flags = {"laptop": True, "updates": 80} | flags
-        return self.add("train_grpo.py", out, init=init.output, seed=seed, **flags, out=out)
-
-    def compare(self, before: Run, after: Run, seed: int, **flags) -> Run:
-        """Add an evaluation of both on the seed's validation problems, at RL's temperature."""
-        if self.config.model:
-            flags["temperature"] = 0.7
-        if self.config.laptop:
-            flags["problems"] = 128
-        flags = flags | {"seed": seed}
-        out = after.output / f"{name_of('evaluated', flags)}.json"
-        flags["json"] = out
-        return self.add("eval.py", out, str(before.output), str(after.output), **flags)
-
-    def run(self) -> None:
-        """Say what has not been done, and do it: all SFT, then all RL, then all evaluations."""
-        n_cores = core_limit()
-        large = self.config.model or torch.cuda.is_available()
-        jobs = self.config.jobs or (1 if large else n_cores)
-        threads = str(max(1, n_cores // jobs))
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-        runs = sorted(self.runs.values(), key=lambda run: run.turn)
-        left = [run for run in runs if not run.finished()]
-        heading = f"{self.name}: {len(left)} of {len(runs)} commands are left"
-        print(heading, *left, sep="\n", flush=True)
-        try:
-            for _, side_by_side in groupby(left, key=lambda run: run.turn):
-                with ThreadPoolExecutor(jobs) as pool:
-                    list(pool.map(lambda run: execute(run, environment, jobs == 1), side_by_side))
-        except KeyboardInterrupt:  # a terminal sends it to the commands, too, which have saved now
-            warn("stopped; the same command goes on from here")
-            raise
-
-    def report(self, rows: list[dict], table: str, verdicts: list[list], figure) -> None:
-        """Print the table and the verdicts, and write them with the rows and the figure."""
-        minutes_files = [run.minutes_file for run in self.runs.values()]
-        minutes = None  # known if all commands were run here
-        if all(file.exists() for file in minutes_files):
-            minutes = round(sum(float(file.read_text()) for file in minutes_files), 1)
-        took = "" if minutes is None else f", which took {minutes:.0f} minutes in all"
-        commands = "\n".join(map(str, self.runs.values()))
-        details = f"<details><summary>The commands{took}</summary>"
-        details += f"\n\n```\n{commands}\n```\n\n</details>\n"
-        text = "\n\n".join([table, verdict_table(verdicts), details])
-        result = {"seeds": self.config.seeds, "minutes": minutes}
-        result |= {"rows": rows, "claims": verdicts}
-        with user_errors():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / f"{self.name}.json", result)
-            (self.folder / f"{self.name}.md").write_text(text)
-        save(figure, self.folder / f"{self.name}.png")
-        print(f"\n{text}\n{self.folder}")
-
-
-def execute(run: Run, environment: dict[str, str], alone: bool) -> None:
-    """Run a command to its end, from its newest checkpoint if it was interrupted.
-
-    One that runs alone shows its progress. Raises KeyboardInterrupt if Ctrl-C has ended it.
-    """
-    resumed = run.output.suffix != ".json" and newest_checkpoint(run.output) is not None
-    script, *rest = run.command()
-    command = [sys.executable, ROOT / script, *rest, *(["--resume"] if resumed else [])]
-    start = time.perf_counter()
-    pipes = {"stdout": subprocess.PIPE, "stderr": None if alone else subprocess.PIPE}
-    process = subprocess.run(command, **pipes, text=True, env=environment)
-    minutes = (time.perf_counter() - start) / 60
-    if run.minutes_file.parent.exists():
-        earlier = resumed and run.minutes_file.exists()
-        before = float(run.minutes_file.read_text()) if earlier else 0.0
-        run.minutes_file.write_text(f"{before + minutes:.2f}\n")
-    if process.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
-        raise KeyboardInterrupt
-    reason = "" if alone else f": {process.stderr.strip()[-400:]}"
-    require(process.returncode == 0, f"{run} failed{reason}")
-    print(f"{minutes:5.1f} min  {run}", flush=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# What an experiment consists of
 
 
 @dataclass(frozen=True)
@@ -223,12 +37,12 @@ class Cell:
     def name(self) -> str:
         return ", ".join(map(str, self.labels.values()))
 
-    def row(self, seed: int, evaluation: Run | None) -> dict:
-        """Return eval.py's metrics in percent; 0 for an accuracy over no responses."""
+    def row(self, seed: int, evaluation: Path | None) -> dict:
+        """Return the metrics of eval.py's file in percent; 0 for an accuracy over no responses."""
         row = self.labels | {"seed": seed}
         if evaluation is None:
             return row
-        found = read_json(evaluation.output)
+        found = read_json(evaluation)
         summary, overall = found[self.side], found[self.side]["overall"]
         groups, by_difficulty = {"all": overall, **summary["by_type"]}, summary["by_difficulty"]
         row["by_steps"] = {int(x.split()[0]): 100 * y["pass@1"] for x, y in by_difficulty.items()}

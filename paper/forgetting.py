@@ -62,6 +62,16 @@ def find_chain(names: list[str]) -> list[Path]:
     return chain
 
 
+def sft_settings(checkpoint: Path) -> dict:
+    """Return what made the SFT model from which a checkpoint comes, perhaps by several runs."""
+    path, meta = checkpoint, load_meta(checkpoint)
+    while meta.get("stage") != "sft":
+        start = find_start(path.parent, meta)
+        require(start is not None, f"there was no SFT before {checkpoint}, or it is gone")
+        path, meta = start, load_meta(start)
+    return meta
+
+
 def solution_losses(model, tokenizer, flags: SftConfig, task, problems: list) -> dict[str, float]:
     """Return the mean of -log p over the tokens of solutions, by what they are."""
 
@@ -130,8 +140,7 @@ def main(config: ForgettingConfig, world: World) -> None:
     metas, models, before = [*map(load_meta, chain)], [], None
     own_data = any(meta.get("data") for meta in metas)
     require(not own_data, "this compares models on the paper's task, not on --data")
-    of_sft = next((meta for meta in metas[::-1] if meta.get("stage") == "sft"), {})
-    known = {name: metas[-1][name] for name in ("field", "relabel")} | of_sft
+    known = sft_settings(chain[-1])
     flags = SftConfig(**{x.name: known[x.name] for x in fields(SftConfig) if x.name in known})
     task, problems = load_problems(flags, config.problems)
     for path, meta in zip(chain, metas):

@@ -13,7 +13,7 @@ from paper.experiment import MODELS, Cell, Claim, Plan, series
 
 TYPES = (EVALUATION, INVERSION)
 EASY, HARD, EXTREME = ({"difficulty": name} for name in ("easy", "hard", "extreme"))
-MARGIN = 3  # percentage points below which two evaluations count as equal
+MARGIN = 3  # points that count as a change; by chance one type moves so far in a seed in seven
 EXPERIMENTS: dict[str, Plan] = {}
 
 
@@ -34,6 +34,10 @@ def grows(least: float = MARGIN) -> Callable[[float, float], bool]:
 
 def stays(least: float = MARGIN) -> Callable[[float, float], bool]:
     return lambda before, after: after - before < least
+
+
+def near(least: float = MARGIN) -> Callable[[float, float], bool]:
+    return lambda before, after: abs(after - before) < least
 
 
 def below(limit: float) -> Callable[..., bool]:
@@ -67,7 +71,7 @@ def table1_claims() -> list[Claim]:
     best = [(kind, kind, {"model": "FB", "stage": "RL 6-9"}) for kind in TYPES]
     claims = [
         Claim("FB with RL on 6-9 steps is the best of the nine (B, F, FB)",
-              lambda *found: found[-1] == max(found), nine),
+              lambda *found: found[-1] > max(found[:-1]), nine),
         Claim("and above 90% on both types", lambda *found: min(found) > 90, best),
         Claim("selection: the share of the matching strategy goes from about half to above 95%",
               lambda sft, rl: 35 < sft < 65 and rl > 95,
@@ -150,7 +154,7 @@ EXPERIMENTS["ceiling"] = Plan(
     [
         Claim("(ours) RL on 2-5 steps moves verified@1", grows(10),
               series("verified@1", "stage", ("SFT", "RL 2-5"))),
-        Claim("(ours) and not the end of the curve, verified@256", stays(),
+        Claim("(ours) and not the end of the curve, verified@256", near(),
               series("verified@256", "stage", ("SFT", "RL 2-5"))),
         Claim("(ours) RL on 6-9 steps moves the end, too", grows(),
               series("verified@256", "stage", ("SFT", "RL 6-9"))),

@@ -11,42 +11,259 @@ again, and one that Ctrl-C has interrupted resumes. Commands of the tiny model r
 the CPU, one thread each; those of another have all cores, one after the other. Runs lie in
 ckpt/reproduce, results in paper/results/NAME or NAME-MODEL (.json, .md and .png).
 
-The experiments are in paper/plans.py, how their commands run in paper/experiment.py.
+The experiments are in paper/plans.py, what they consist of in paper/experiment.py.
 """
 
-from itertools import product
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby, product
+from pathlib import Path
 
-from lib.flags import parse_flags, quiet_pipes, read_json, require, require_min
-from paper.experiment import MODELS, Experiment, ReproduceConfig
+import torch
+
+import train_grpo
+import train_sft
+from lib.checkpoint import find_start, load_meta, newest_checkpoint
+from lib.flags import (
+    flag_name,
+    parse_flags,
+    quiet_pipes,
+    read_json,
+    require,
+    require_min,
+    set_missing,
+    user_errors,
+    warn,
+    write_json,
+)
+from lib.limits import core_limit
+from lib.plots import save
+from lib.run_dir import changed_flags, read_log
+from paper.experiment import MODELS, verdict_table
 from paper.plans import EXPERIMENTS
+
+ROOT = Path(__file__).parent.parent  # where the scripts lie
+SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")  # each needs what those before it wrote
+
+
+@dataclass
+class ReproduceConfig:
+    experiment: list = field(default_factory=list)  # its name, or all
+    model: str = ""  # a pretrained model's folder or hub name, with the paper's recipe [tiny]
+    laptop: bool = False  # train --model with --laptop, and evaluate it on 128 problems
+    only: str = ""  # B, F or FB: run its commands alone; rows of the others are kept
+    seeds: int = 1  # runs of each cell, with seeds 0, 1, ...
+    jobs: int = 0  # commands side by side [0: of the tiny model on the CPU one per core, else one]
+    list: bool = False  # list the experiments
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command, and the folder or JSON file that holds its result."""
+
+    script: str
+    arguments: tuple[str, ...]
+    flags: dict[str, object]
+    output: Path
+    tiny: bool  # whether it is about the tiny model
+
+    def command(self) -> list[str]:
+        flags = [x for name, value in self.flags.items() for x in (flag_name(name), str(value))]
+        flags = [word for word in flags if word != "True"]  # --laptop takes no value
+        return [self.script, *self.arguments, *flags]
+
+    def __str__(self) -> str:
+        return shlex.join(["python", *self.command()])
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """When it can run: after the scripts before, and after RL that it goes on from."""
+        return SCRIPTS.index(self.script), self.output.name.count("-rl-")
+
+    def settings(self) -> train_sft.SftConfig | train_grpo.GrpoConfig:
+        """Return all flags of a training command, its defaults included."""
+        if self.script == "train_sft.py":
+            return train_sft.fill_defaults(train_sft.SftConfig(**self.flags), self.tiny)
+        config = train_grpo.GrpoConfig(**self.flags)
+        set_missing(config, train_grpo.LAPTOP if config.laptop else train_grpo.USUAL)
+        return train_grpo.fill_defaults(config, self.tiny)
+
+    def is_another(self) -> str:
+        """Say why what lies in its folder was not made by this command; "" if it was."""
+        newest = None if self.output.suffix == ".json" else newest_checkpoint(self.output)
+        meta = load_meta(newest) if newest else {}
+        if newest and (changed := changed_flags(meta, self.settings())):
+            flag, then, now = changed[0]
+            return f"{self.output} was made with {flag} {then}, not {now}"
+        if "init_sha256" in meta and find_start(self.output, meta) is None:
+            return f"{self.output} started from weights that are gone from {meta['init_from']}"
+        return ""
+
+    def finished(self) -> bool:
+        """Return whether its result is complete. Refuse that of another command."""
+        if self.output.suffix == ".json":
+            return self.output.exists() and self.output.read_text().endswith("\n}\n")  # not cut off
+        another = self.is_another()
+        require(not another, f"{another}: move it away")
+        newest = newest_checkpoint(self.output)
+        meta = load_meta(newest) if newest else {}
+        return bool(newest) and meta["update"] == meta["total"]
+
+    @property
+    def minutes_file(self) -> Path:
+        """The file that keeps how many minutes it has taken so far."""
+        return self.output.with_name(f"{self.output.name}.minutes")
+
+
+def name_of(what: str, flags: dict) -> str:
+    return "-".join([what, *(f"{name}-{value}" for name, value in flags.items())])
+
+
+@dataclass
+class Experiment:
+    """The runs of an experiment: `add` all that it needs, `run` them, then read their results."""
+
+    name: str
+    config: ReproduceConfig
+    runs: dict[Path, Run] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        model = Path(self.config.model).name
+        return Path("paper/results") / (f"{self.name}-{model}" if model else self.name)
+
+    def add(self, script: str, output: Path, *arguments: str, **flags) -> Run:
+        """Return the run that writes `output`: one run serves all the cells that need it."""
+        flags = {name: str(x) if isinstance(x, Path) else x for name, x in flags.items()}
+        run = Run(script, arguments, flags, output, tiny=not self.config.model)
+        return self.runs.setdefault(output, run)
+
+    def sft(self, model: str, seed: int, **flags) -> Run:
+        """Add SFT on the strategies of B, F or FB."""
+        name = name_of(f"sft-{model}-{seed}", flags)
+        out = Path("ckpt/reproduce") / (Path(self.config.model).name or "tiny") / name
+        if self.config.model:
+            laptop = {"laptop": True} if self.config.laptop else {}
+            epochs = {"epochs": 8} if laptop and "updates" not in flags else {}
+            flags = {"model": self.config.model} | laptop | epochs | flags
+        return self.add("train_sft.py", out, strategy=MODELS[model], seed=seed, **flags, out=out)
+
+    def rl(self, init: Run, seed: int, **flags) -> Run:
+        """Add RL from an SFT run."""
+        out = init.output.with_name(name_of(f"{init.output.name}-rl", flags))
+        if self.config.laptop:
+            flags = {"laptop": True, "updates": 80} | flags
+        return self.add("train_grpo.py", out, init=init.output, seed=seed, **flags, out=out)
+
+    def compare(self, before: Run, after: Run, seed: int, **flags) -> Run:
+        """Add an evaluation of both on the seed's validation problems, at RL's temperature."""
+        if self.config.model:
+            flags["temperature"] = 0.7
+        if self.config.laptop:
+            flags["problems"] = 128
+        flags = flags | {"seed": seed}
+        out = after.output / f"{name_of('evaluated', flags)}.json"
+        flags["json"] = out
+        return self.add("eval.py", out, str(before.output), str(after.output), **flags)
+
+    def run(self) -> None:
+        """Say what has not been done, and do it: all SFT, then all RL, then all evaluations."""
+        n_cores = core_limit()
+        large = self.config.model or torch.cuda.is_available()
+        jobs = self.config.jobs or (1 if large else n_cores)
+        threads = str(max(1, n_cores // jobs))
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+        runs = sorted(self.runs.values(), key=lambda run: run.turn)
+        left = [run for run in runs if not run.finished()]
+        heading = f"{self.name}: {len(left)} of {len(runs)} commands are left"
+        print(heading, *left, sep="\n", flush=True)
+        try:
+            for _, side_by_side in groupby(left, key=lambda run: run.turn):
+                with ThreadPoolExecutor(jobs) as pool:
+                    list(pool.map(lambda run: execute(run, environment, jobs == 1), side_by_side))
+        except KeyboardInterrupt:  # a terminal sends it to the commands, too, which have saved now
+            warn("stopped; the same command goes on from here")
+            raise
+
+    def report(self, rows: list[dict], table: str, verdicts: list[list], figure) -> None:
+        """Print the table and the verdicts, and write them with the rows and the figure."""
+        minutes_files = [run.minutes_file for run in self.runs.values()]
+        minutes = None  # known if all commands were run here
+        if all(file.exists() for file in minutes_files):
+            minutes = round(sum(float(file.read_text()) for file in minutes_files), 1)
+        took = "" if minutes is None else f", which took {minutes:.0f} minutes in all"
+        commands = "\n".join(map(str, self.runs.values()))
+        details = f"<details><summary>The commands{took}</summary>"
+        details += f"\n\n```\n{commands}\n```\n\n</details>\n"
+        text = "\n\n".join([table, verdict_table(verdicts), details])
+        result = {"seeds": self.config.seeds, "minutes": minutes}
+        result |= {"rows": rows, "claims": verdicts}
+        with user_errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / f"{self.name}.json", result)
+            (self.folder / f"{self.name}.md").write_text(text)
+        save(figure, self.folder / f"{self.name}.png")
+        print(f"\n{text}\n{self.folder}")
+
+
+def execute(run: Run, environment: dict[str, str], alone: bool) -> None:
+    """Run a command to its end, from its newest checkpoint if it was interrupted.
+
+    One that runs alone shows its progress. Raises KeyboardInterrupt if Ctrl-C has ended it.
+    """
+    resumed = run.output.suffix != ".json" and newest_checkpoint(run.output) is not None
+    script, *rest = run.command()
+    command = [sys.executable, ROOT / script, *rest, *(["--resume"] if resumed else [])]
+    start = time.perf_counter()
+    pipes = {"stdout": subprocess.PIPE, "stderr": None if alone else subprocess.PIPE}
+    process = subprocess.run(command, **pipes, text=True, env=environment)
+    minutes = (time.perf_counter() - start) / 60
+    earlier = resumed and run.minutes_file.exists()
+    if run.minutes_file.parent.exists() and resumed == earlier:  # else killed: it is not known
+        before = float(run.minutes_file.read_text()) if earlier else 0.0
+        run.minutes_file.write_text(f"{before + minutes:.2f}\n")
+    if process.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
+        raise KeyboardInterrupt
+    reason = "" if alone else f": {process.stderr.strip()[-400:]}"
+    require(process.returncode == 0, f"{run} failed{reason}")
+    print(f"{minutes:5.1f} min  {run}", flush=True)
 
 
 def reproduce(name: str, config: ReproduceConfig) -> None:
     """Run an experiment's commands, read their rows and report."""
     plan, experiment = EXPERIMENTS[name], Experiment(name, config)
-    others = Experiment(name, config)  # runs of other models than --only: none of them is started
     planned, rows, drawn = [], [], []
     for cell, seed in product(plan.cells, range(config.seeds)):
-        chosen = experiment if config.only in ("", cell.model) else others
-        sft = chosen.sft(cell.model, seed, **cell.sft)
-        start = chosen.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
-        rl, evaluation = chosen.rl(start, seed, **cell.rl), None
+        one = Experiment(name, config)  # the runs of this cell
+        sft = one.sft(cell.model, seed, **cell.sft)
+        start = one.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
+        rl, evaluation = one.rl(start, seed, **cell.rl), None
         if cell.evaluation is not None:
-            evaluation = chosen.compare(sft, rl, seed, **cell.evaluation)
-        planned.append((cell, seed, sft, rl, evaluation))
-    require(bool(experiment.runs), f"{name} trains no model {config.only}")
-    left_out = {path for path, run in others.runs.items() if not run.finished()}
+            evaluation = one.compare(sft, rl, seed, **cell.evaluation)
+        chosen = config.only in ("", cell.model)  # others are shown if finished
+        if chosen or all(not run.is_another() and run.finished() for run in one.runs.values()):
+            experiment.runs |= one.runs
+            planned.append((cell, seed, rl, evaluation))
     experiment.run()
-    for cell, seed, sft, rl, evaluation in planned:
-        if (evaluation or rl).output in left_out:
-            continue
-        experiment.runs |= {run.output: run for run in (sft, rl, evaluation) if run}
-        row, log = cell.row(seed, evaluation), rl.log()
+    for cell, seed, rl, evaluation in planned:
+        row = cell.row(seed, evaluation.output if evaluation else None)
+        log = read_log(rl.output / "metrics.jsonl")
         rows.append(row | (plan.measure(cell, log) if plan.measure else {}))
         drawn.append(rows[-1] | {"log": log})
     claims = [claim for claim in plan.claims if claim.has_rows(rows, config.seeds)]
     verdicts = [claim.verdict(rows) for claim in claims]
     experiment.report(rows, plan.table(rows), verdicts, plan.draw(drawn))
+
+
+def trains(name: str, only: str) -> bool:
+    """Return whether an experiment trains the model that --only names; "" names any."""
+    return not only or any(cell.model == only for cell in EXPERIMENTS[name].cells)
 
 
 def list_experiments(config: ReproduceConfig) -> None:
@@ -64,14 +281,18 @@ def list_experiments(config: ReproduceConfig) -> None:
 def main(config: ReproduceConfig) -> None:
     if config.list:
         return list_experiments(config)
-    names = list(EXPERIMENTS) if config.experiment == ["all"] else config.experiment
+    config.model = "" if config.model == "tiny" else config.model
+    require_min(config, seeds=1, jobs=0)
+    require(config.only in ("", *MODELS), f"--only {config.only}: there are {', '.join(MODELS)}")
+    require(bool(config.model) or not config.laptop, "--laptop needs a --model")
+    names = config.experiment
+    if names == ["all"]:
+        names = [name for name in EXPERIMENTS if trains(name, config.only)]
     require(bool(names), f"name an experiment: {', '.join(EXPERIMENTS)} or all")
     for name in names:
         known = f"there are {', '.join(EXPERIMENTS)} and all"
         require(name in EXPERIMENTS, f"there is no experiment {name!r}; {known}")
-    require_min(config, seeds=1, jobs=0)
-    require(config.only in ("", *MODELS), f"--only {config.only}: there are {', '.join(MODELS)}")
-    require(bool(config.model) or not config.laptop, "--laptop needs a --model")
+        require(trains(name, config.only), f"{name} trains no model {config.only}")
     for name in names:
         reproduce(name, config)
 

@@ -39,6 +39,9 @@ def runs(tmp_path_factory) -> dict[str, Path]:
             train_sft.main(train_sft.SftConfig(**flags, **SFT), ONE)
             flags = SMALL | {"init": flags["out"], "out": str(place / f"{kind}-rl"), "lora": lora}
             train_grpo.main(train_grpo.GrpoConfig(**flags, **GRPO), ONE)
+        for name, init in (("again", place / "tiny-rl"), ("no-sft", pretrained)):
+            flags |= {"init": str(init), "out": str(place / name)}
+            train_grpo.main(train_grpo.GrpoConfig(**flags, **GRPO), ONE)
     return {folder.name: folder for folder in place.iterdir()}
 
 
@@ -67,6 +70,16 @@ def test_one_run_of_the_tiny_model_gets_no_questions(runs, capsys):
     main(ForgettingConfig([str(runs["tiny-rl"] / "step-2")], problems=16), ONE)
     out = capsys.readouterr().out
     assert "| SFT | RL |" in out and "forward for inversion" in out and "France" not in out
+
+
+def test_rl_that_goes_on_from_rl_is_measured_on_its_sfts_problems(runs, tmp_path):
+    """Bug: the problems were those of SFT's default flags where the chain held RL alone."""
+    losses = {}
+    for name in ("tiny-rl", "again"):
+        out = tmp_path / f"{name}.json"
+        main(ForgettingConfig([str(runs[name])], problems=16, json=str(out)), ONE)
+        losses[name] = [model["losses"] for model in json.loads(out.read_text())]
+    assert losses["again"][0] == losses["tiny-rl"][1], "the end of one run is the start of the next"
 
 
 def test_the_kl_is_that_of_all_tokens_written_out():
@@ -106,6 +119,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys):
     assert "there is no folder nowhere" in refused("nowhere")
     assert "did not start from a checkpoint" in refused(runs["tiny-sft"])
     assert "did not start from" in refused(runs["tiny-rl"], runs["large-rl"])
+    assert "there was no SFT before" in refused(runs["no-sft"])
     assert "--problems must be at least 1" in refused(runs["tiny-rl"], problems=0)
     assert "missing or read-only" in refused(runs["tiny-rl"], json=str(tmp_path / "no/x.json"))
     assert find_chain([str(runs["tiny-rl"])])[0].parent.resolve() == runs["tiny-sft"].resolve()

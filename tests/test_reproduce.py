@@ -15,10 +15,10 @@ from conftest import refusal, response
 from data.finite_field import EVALUATION, INVERSION, MATCHING_STRATEGY
 from eval import compare, rollout_metrics, summarise
 from lib.flags import parse_flags, read_json, write_json
-from paper import experiment, plans, reproduce
-from paper.experiment import Experiment, ReproduceConfig, verdict_table
+from paper import plans, reproduce
+from paper.experiment import verdict_table
 from paper.plans import EXPERIMENTS
-from paper.reproduce import main
+from paper.reproduce import Experiment, ReproduceConfig, main
 
 OTHER = {"forward": "backward", "backward": "forward"}
 
@@ -80,6 +80,10 @@ class FakeExperiment(Experiment):
             seeded = "window" in name or "parts" not in name
             run.output.parent.mkdir(parents=True, exist_ok=True)
             run.minutes_file.write_text("3.0")
+            if run.script != "eval.py":
+                (run.output / "step-3").mkdir(parents=True, exist_ok=True)
+                made_by = {"update": 3, "total": 3}
+                (run.output / "step-3" / "training.json").write_text(json.dumps(made_by))
             if run.script == "train_grpo.py":
                 n = round(20 * float(run.flags.get("evaluation_share", 0.5)))
                 after = responses(shown, 1.0, 1.0, [EVALUATION] * n + [INVERSION] * (20 - n))
@@ -237,7 +241,7 @@ def at(sft: str, stage: str) -> dict:
 # experiment, row, key, a value for which all claims hold, one for which a claim fails, that claim
 BOUNDS = [
     ("table1", of("FB", "RL 6-9"), "inversion", 90.1, 89.9, "above 90%"),
-    ("table1", of("F", "RL 6-9"), "all", 98.9, 99.1, "best of the nine"),
+    ("table1", of("F", "RL 6-9"), "all", 98.9, 99, "best of the nine"),
     ("table1", of("FB", "RL 6-9"), "match_rate", 95.1, 94.9, "selection"),
     ("table1", of("FB", "SFT"), "match_rate", 64.9, 65.1, "selection"),
     ("table1", of("FB", "SFT"), "match_rate", 35.1, 34.9, "selection"),
@@ -270,6 +274,7 @@ BOUNDS = [
     ("openings", {"stage": "RL 6-9"}, "faultless, other", 65, 64.9, "the other one, too"),
     ("ceiling", {"stage": "RL 2-5"}, "verified@1", 30, 29.9, "moves verified@1"),
     ("ceiling", {"stage": "RL 2-5"}, "verified@256", 82.9, 83.1, "not the end"),
+    ("ceiling", {"stage": "RL 2-5"}, "verified@256", 77.1, 76.9, "not the end"),
     ("ceiling", {"stage": "RL 6-9"}, "verified@256", 83, 82.9, "moves the end, too"),
     ("composition", at("the last two parts", "RL"), "verified@1", 35, 34.9, "learns 3-5 parts"),
     ("composition", at("single parts", "RL"), "verified@1", 9.9, 10, "single parts"),
@@ -347,7 +352,7 @@ step.mkdir(parents=True)
 
 def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     (tmp_path / "train_sft.py").write_text(SCRIPT)
     lab = Experiment("x", ReproduceConfig(jobs=2))
     runs = [lab.sft("F", seed) for seed in range(2)]
@@ -361,7 +366,8 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     lab.run()
     assert len((tmp_path / "calls").read_text().splitlines()) == 2, "nothing is done twice"
     assert str(runs[0]) in capsys.readouterr().out
-    assert all(0 <= float(run.minutes_file.read_text()) < 1 for run in runs)
+    assert 0 <= float(runs[0].minutes_file.read_text()) < 1
+    assert not runs[1].minutes_file.exists(), "how long it took before it was killed is not known"
 
     cut = lab.compare(runs[0], runs[1], 0)
     cut.output.write_text('{\n  "first": {\n    "pass@1": 1.0\n  }\n')  # as a full disk leaves it
@@ -377,6 +383,7 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
         other.finished()
     assert "--model org/a, not b/a" in capsys.readouterr().err
 
+    lab = Experiment("x", ReproduceConfig())
     lab.sft("F", 7)
     with pytest.raises(SystemExit) as stop:
         lab.run()
@@ -430,6 +437,62 @@ def test_a_laptop_evaluates_less_and_keeps_to_its_own_runs(tmp_path, monkeypatch
         assert f"made with --laptop {meta}, not {not meta}: move it away" in line
 
 
+def test_a_run_by_other_defaults_or_without_its_start_is_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lab = Experiment("x", ReproduceConfig(only="FB"))
+    sft = lab.sft("FB", 0, field=13)
+    rl = lab.rl(sft, 0, difficulty="hard")
+    folder = sft.output / "step-2400"
+    folder.mkdir(parents=True)
+    made_by = {"update": 2400, "total": 2400, "updates": 2400}
+    for lr, finished in ((sft.settings().lr, True), (0.5, False)):
+        (folder / "training.json").write_text(json.dumps(made_by | {"lr": lr}))
+        assert (not sft.is_another()) == finished
+    line = refusal(sft.finished, capsys)
+    assert f"made with --lr 0.5, not {sft.settings().lr}: move it away" in line
+
+    assert rl.settings().updates == 300
+    folder = rl.output / "step-300"
+    folder.mkdir(parents=True)
+    made_by = {"update": 300, "total": 300, "init_sha256": "0", "init_from": "ckpt/gone"}
+    (folder / "training.json").write_text(json.dumps(made_by))
+    assert "weights that are gone from ckpt/gone: move it away" in refusal(rl.finished, capsys)
+
+
+def test_every_experiment_also_trains_a_pretrained_model_on_a_laptop(tmp_path, monkeypatch):
+    """Bug: SFT with a number of updates of its own was given epochs, too, and refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    for cell in (cell for plan in EXPERIMENTS.values() for cell in plan.cells):
+        lab = Experiment("x", ReproduceConfig(model="some/model", laptop=True))
+        sft = lab.sft(cell.model, 0, **cell.sft)
+        rl = lab.rl(sft, 0, **cell.rl)
+        assert (sft.settings().epochs is None) == ("updates" in cell.sft)
+        assert sft.settings().laptop and rl.settings().lora_dropout == 0
+
+
+def test_runs_of_other_models_that_are_in_the_way_are_left_out(tmp_path, monkeypatch):
+    """They are not started, so that none of them has to be moved away."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    for other in ("ckpt/reproduce/tiny/sft-B-0", "ckpt/reproduce/tiny/sft-F-0"):
+        Path(other, "step-1600").mkdir(parents=True)
+        made_by = {"update": 1600, "total": 1600, "lr": 0.5}
+        Path(other, "step-1600/training.json").write_text(json.dumps(made_by))
+    main(ReproduceConfig(["table1"], only="FB", model="tiny"))
+    rows = read_json(Path("paper/results/table1/table1.json"))["rows"]
+    assert {row["model"] for row in rows} == {"FB"}
+
+
+def test_all_leaves_out_what_does_not_train_a_model(monkeypatch):
+    names = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda name, config: names.append(name))
+    main(ReproduceConfig(["all"], only="F"))
+    assert names == ["table1", "dynamics", "gf13", "robustness"]
+    main(ReproduceConfig(["all"]))
+    assert names[4:] == [*EXPERIMENTS]
+
+
 STOPPABLE = """
 import signal, sys, time
 from pathlib import Path
@@ -444,9 +507,9 @@ time.sleep(60)
 EVENING = """
 from pathlib import Path
 from lib.flags import quiet_pipes
-from paper import experiment
-experiment.ROOT = Path.cwd()
-lab = experiment.Experiment("x", experiment.ReproduceConfig(model="some/model"))
+from paper import reproduce
+reproduce.ROOT = Path.cwd() / "scripts"
+lab = reproduce.Experiment("x", reproduce.ReproduceConfig(model="some/model"))
 lab.sft("F", 0), lab.sft("B", 0)
 with quiet_pipes():
     lab.run()
@@ -454,8 +517,9 @@ with quiet_pipes():
 
 
 def test_ctrl_c_waits_for_what_runs_and_starts_nothing_more(tmp_path):
-    (tmp_path / "train_sft.py").write_text(STOPPABLE)
-    environment = os.environ | {"PYTHONPATH": str(Path(experiment.__file__).parent.parent)}
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train_sft.py").write_text(STOPPABLE)
+    environment = os.environ | {"PYTHONPATH": str(Path(reproduce.__file__).parent.parent)}
     options = {"cwd": tmp_path, "env": environment, "start_new_session": True, "text": True}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", EVENING], **options, **pipes)
@@ -483,7 +547,8 @@ def test_list_and_refusals(tmp_path, monkeypatch, capsys):
         (["table9"], "table9"),
         (["table1", "--seeds", "0"], "--seeds"),
         (["table1", "--only", "G"], "--only G: there are B, F, FB"),
-        (["extreme", "--only", "F"], "extreme trains no model F"),
+        (["table1", "extreme", "--only", "F"], "extreme trains no model F"),
+        (["all", "--only", "G"], "--only G: there are B, F, FB"),
         (["table1", "--laptop"], "--laptop needs a --model"),
     ):
         monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags])
