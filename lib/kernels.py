@@ -122,9 +122,10 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         total, weight = ctx.saved_tensors
+        d_total, d_out = d_total.contiguous(), d_out.contiguous()
         d_x, d_added = torch.empty_like(total), torch.empty_like(d_out)
         d_weight = torch.zeros_like(weight)
-        given = total, weight, d_total.contiguous(), d_out.contiguous()
+        given = total, weight, d_total, d_out
         function = library(d_out.dtype).add_rms_norm_backward
         function(*total.shape, ctx.eps, *pointers(*given, d_x, d_added, d_weight))
         return d_x, d_added, d_weight, None

@@ -27,9 +27,14 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    return int(min(2 * CPU_CACHE, thread_bytes(device) / 4))
+
+
+def thread_bytes(device: torch.device) -> float:
+    """Return the share of the machine's memory that each thread on the CPU has."""
     processes = processes_here()
     spare = max(0, memory_limit() - processes * PROCESS_BYTES)
-    return int(min(2 * CPU_CACHE, spare / 4 / n_threads(device) / processes))
+    return spare / n_threads(device) / processes
 
 
 def prefill_bytes(model) -> int:
@@ -94,8 +99,9 @@ def micro_batch_tokens(run, world: World, keys_per_token: float = 1.5) -> int:
     adapters = config.lora or 0, bool(config.lora_dropout)
     kept = *adapters, config.gradient_checkpointing, keys_per_token
     n_bytes = activation_bytes(run.policy.config, *kept)
-    if world.device.type == "cpu":  # as many as its caches hold, and 0.7 GB for each thread
-        return max(256, min(2048, int(2 * CPU_BYTES / n_bytes / run.policy.dtype.itemsize)))
+    if world.device.type == "cpu":  # as many as its caches hold, and as its thread's share allows
+        kept = min(CPU_BYTES, thread_bytes(world.device) / 2)
+        return max(256, min(2048, int(2 * kept / n_bytes / run.policy.dtype.itemsize)))
     free = 0.9 * free_bytes(world.device) - still_to_come(run, world)
     if run.policy.dtype == torch.float32:
         n_bytes *= 3  # twice as large, and attention by PyTorch keeps its padding and its scores

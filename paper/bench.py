@@ -14,6 +14,7 @@ The limit is a roofline: a step's minimum bytes and FLOPs over measured bandwidt
 A decoding step reads weights and KV cache once; a token costs two FLOPs a weight, in training six.
 """
 
+import functools
 import importlib.util
 import os
 import random
@@ -25,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 
 from data.finite_field import MATCHING_STRATEGY, Task, vocabulary
 from lib import checkpoint
-from lib.distributed import World, distributed
+from lib.distributed import World, distributed, in_threads, n_threads
 from lib.flags import parse_flags, require, require_min, require_writable, user_errors, write_json
 from lib.lora import add_lora, without_adapters
 from lib.policy import (
@@ -114,15 +116,18 @@ class Machine:
         return max(n_bytes / self.bandwidth, 2 * work.matrix_weights * work.tokens / self.flops)
 
 
-def measure(world: World, rounds: int) -> Machine:
-    """Measure the machine's rates, in the precision that training would use on it."""
-    device, precision = world.device, detect_dtype(TINY.shape, world.device)
+def measure(world: World, rounds: int, precision: str) -> Machine:
+    """Measure the machine's rates; on the CPU of a product in each thread, as ours computes."""
+    device, products = world.device, range(n_threads(world.device))
     size, n = (8192, 2**30) if device.type == "cuda" else (1024, 2**24)
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     large = torch.zeros(n, dtype=torch.int64, device=device)
-    (matmul,) = fastest(10, lambda: nn.functional.linear(a, b))
+    (seconds,) = fastest(
+        10, lambda: in_threads(lambda _: nn.functional.linear(a, b), products, device)
+    )
     (read,) = fastest(10, large.sum)
-    return Machine(world, precision, rounds, large.nbytes / read, 2 * size**3 / matmul)
+    flops = len(products) * 2 * size**3 / seconds
+    return Machine(world, precision, rounds, large.nbytes / read, flops)
 
 
 class Ours:
@@ -205,8 +210,8 @@ def update_rows(name: str, work: Work, machine: Machine) -> Iterator[tuple]:
         if importlib.util.find_spec("trl"):
             # TRL computes in our precision; a small model also in fp32, which may be faster.
             small = {"fp32"} if work.shape.hidden_size < 512 else set()
-            times = [peers.trl_update_seconds(ours, x, rounds) for x in {machine.precision} | small]
-            peer = min(times)
+            precisions = {machine.precision} | small
+            peer = min(peers.trl_update_seconds(ours, x, 2 * rounds) for x in precisions)
             seconds = min(seconds, *fastest(rounds, ours.update, warmup=0))
         what = f"GRPO update in {machine.precision}, KL {beta}, {work}; TRL"
         yield name + "-no-kl" * (beta == 0), what, seconds, peer, None
@@ -286,21 +291,31 @@ def main(config: BenchConfig, world: World) -> None:
     require_min(config, rounds=1)
     require(config.only in ("", *ROWS), f"--only is one of {', '.join(ROWS)}, not {config.only!r}")
     require_writable(config.json, config.plot)
-    machine = measure(world, config.rounds)
-    print(f"{name_of(world)}, torch {torch.__version__}; computing in {machine.precision}")
-    matmul = f"matrix products {machine.flops / 1e12:.2f} TFLOP/s"
-    print(f"memory {machine.bandwidth / 1e9:.0f} GB/s, {matmul}\n\n{HEADER}", flush=True)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    found = {"machine": name_of(world), "versions": versions, "rounds": config.rounds}
+    found |= {"rates": {}, "rows": []}
+    print(f"{found['machine']}, {versions}")
+
+    @functools.cache
+    def machine_in(precision: str) -> Machine:
+        machine = measure(world, config.rounds, precision)
+        rates = f"{machine.bandwidth / 1e9:.0f} GB/s, {machine.flops / 1e12:.2f} TFLOP/s"
+        found["rates"][precision] = rates
+        print(f"\n{precision}: memory {rates} in matrix products\n\n{HEADER}", flush=True)
+        return machine
+
     prefix = config.only or ("gpu" if world.device.type == "cuda" else "cpu")
-    timed = []
     for name, (rows, work) in ROWS.items():
         if name.startswith(prefix):
+            machine = machine_in(detect_dtype(work.shape, world.device))
             for row in rows(name, SMALL if config.small else work, machine):
-                timed.append(as_dict(*row))
+                found["rows"].append(as_dict(*row))
                 if config.json:
                     with user_errors():
-                        write_json(Path(config.json), timed)
-                print(format_row(timed[-1]), flush=True)
+                        write_json(Path(config.json), found)
+                print(format_row(found["rows"][-1]), flush=True)
     if config.plot:
+        machine = machine_in(detect_dtype(TINY.shape, world.device))
         plot_lengths(SMALL if config.small else TINY, machine, Path(config.plot))
 
 

@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 rehearse=""
 [ "${1:-}" = --rehearse ] && rehearse=yes && shift
-out="${1:-ckpt/gpu_day}" failed=0 cards=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+out="${1:-ckpt/gpu_day}" failed=0 cards=$(python -c 'import torch; print(torch.cuda.device_count())')
 [ "$cards" -gt 0 ] || [ -n "$rehearse" ] || { echo "there is no GPU: give --rehearse" >&2 && exit 2; }
 mkdir -p "$(dirname "$out")" && mkdir "$out" || exit 2  # an older day is not overwritten
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 def why_not() -> str:
     """Say why `load` cannot work here; "" if it can."""
+    libraries = Path(importlib.util.find_spec("torch").origin).with_name("lib")
+    if (libraries / "libtorch_cuda.so").exists():
+        return "needs PyTorch's CPU build: this one has a CUDA of its own"
     return "" if shutil.which("g++") else "needs g++, to build a CUDA that does nothing"
 
 

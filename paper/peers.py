@@ -84,6 +84,8 @@ def trl_update_seconds(ours, precision: str, rounds: int) -> float:
 
             sizes = {"r": work.lora, "lora_alpha": 2 * work.lora, "lora_dropout": 0.0}
             data["peft_config"] = LoraConfig(**sizes, target_modules="all-linear")
+            if precision == "bf16":  # frozen weights, as ours; by default TRL loads them in fp32
+                options["model_init_kwargs"] = {"dtype": "bfloat16"}
         GRPOTrainer(folder, args=GRPOConfig(folder, **options), callbacks=[Clock()], **data).train()
     gc.collect()  # the trainer is in cycles, and ours needs its memory
     return min(seconds[1:])

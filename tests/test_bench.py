@@ -24,7 +24,10 @@ def test_rows_and_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "ROWS", tiny)  # at small sizes the others are the same
     files = {"json": str(tmp_path / "b.json"), "plot": str(tmp_path / "p.png")}
     main(BenchConfig(rounds=1, small=True, **files), ONE)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())}
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["rounds"] == 1 and f"torch {torch.__version__}" in found["versions"]
+    assert all("TFLOP/s" in rates for rates in found["rates"].values()) and found["rates"]
+    rows = {row["name"]: row for row in found["rows"]}
     assert {"cpu-tiny-rollout", "cpu-tiny-update"} <= rows.keys()
     rollout = rows["cpu-tiny-rollout"]
     assert rollout["ratio"] == pytest.approx(rollout["peer"] / rollout["ours"])

@@ -167,13 +167,20 @@ def test_micro_batches_fill_what_training_leaves_free(monkeypatch):
     assert keys_per_token(*lengths) == (30 + 2 * 30 + 18) / (30 + 18)
 
 
-def test_micro_batches_of_the_cpu_keep_as_much_in_fp32_as_in_bf16():
+def test_micro_batches_of_the_cpu_keep_as_much_in_fp32_as_in_bf16(monkeypatch):
+    """On a small machine they keep half of a thread's share of its memory."""
     world, config = World(0, 1, torch.device("cpu")), GrpoConfig(lora=0)
     for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 2)):
         policy = empty_model(ModelConfig(8, 512, 1024, 24), dtype, "cpu")
         n_bytes = activation_bytes(policy.config, 0, False, False) * itemsize / 2
         run = SimpleNamespace(config=config, policy=policy)
-        assert 256 < micro_batch_tokens(run, world) == int(CPU_BYTES / n_bytes) < 2048
+        with monkeypatch.context() as patch:
+            patch.setattr("lib.memory.n_threads", lambda device: 8)
+            for memory, kept in ((1000 * GB, CPU_BYTES), (8 * GB, GB / 2), (GB, 0)):
+                limit = memory + PROCESS_BYTES
+                patch.setattr("lib.memory.memory_limit", lambda limit=limit: limit)
+                expected = max(256, int(kept / n_bytes))
+                assert 256 <= micro_batch_tokens(run, world) == expected < 2048
 
 
 def test_threads_are_as_many_as_the_cores(monkeypatch):
