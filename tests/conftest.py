@@ -210,10 +210,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    for name in ("plot_evaluation", "plot_training"):
+        patch.setattr(f"lib.plots.{name}", lambda *_: None)
+
+
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Draw no plots, which take seconds, in tests of something else."""
-    monkeypatch.setattr("lib.plots.save", lambda *_: None)
+    draw_nothing(monkeypatch)
 
 
 def start_processes(function, args: tuple, size: int) -> None:

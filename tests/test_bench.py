@@ -22,6 +22,7 @@ def machine(precision: str, bandwidth: float = 1e10, flops: float = 1e11) -> Mac
 def test_rows_and_plot(tmp_path, monkeypatch, capsys):
     tiny = {name: row for name, row in bench.ROWS.items() if "tiny" in name}
     monkeypatch.setattr(bench, "ROWS", tiny)  # at small sizes the others are the same
+    monkeypatch.setattr(bench, "detect_dtype", lambda *_: "fp32")
     files = {"json": str(tmp_path / "b.json"), "plot": str(tmp_path / "p.png")}
     main(BenchConfig(rounds=1, small=True, **files), ONE)
     found = json.loads((tmp_path / "b.json").read_text())

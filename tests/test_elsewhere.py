@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pretrained, refusal, same_weights, small_model, word_tokenizer
+from conftest import (
+    draw_nothing,
+    make_pretrained,
+    refusal,
+    same_weights,
+    small_model,
+    word_tokenizer,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
@@ -34,8 +41,15 @@ from lib.tokenizer import load_tokenizer
 ONE = World(0, 1, torch.device("cpu"))
 ROOT = Path(train_sft.__file__).parent
 TASK = {"field": 3, "steps": "1-2", "precision": "fp32", "save_every": 1, "keep": 0}
+TASK |= {"max_new_tokens": 8}  # of a byte tokenizer, which would make a hundred
 SFT = TASK | {"updates": 2, "examples": 8, "batch_size": 2, "warmup": 0}
-GRPO = TASK | {"updates": 2, "prompts_per_update": 2, "group_size": 2, "eval_problems": 2}
+GRPO = TASK | {
+    "updates": 2,
+    "prompts_per_update": 2,
+    "group_size": 2,
+    "eval_problems": 2,
+    "keep_responses": 0,
+}
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
@@ -62,7 +76,7 @@ def project(tmp_path_factory) -> Path:
     make_pretrained(folder / "models" / "small")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("lib.plots.save", lambda *_: None)
+        draw_nothing(patch)
         sft("ckpt/sft", model="models/small", lora=2)
         grpo("ckpt/rl", "ckpt/sft", lora=2)
     return folder
@@ -258,7 +272,7 @@ def test_adapters_are_saved_though_their_start_is_gone(
     assert "or merge them" in refusal(lambda: load_model(find_checkpoint(str(run))), capsys)
 
     monkeypatch.undo()
-    monkeypatch.setattr("lib.plots.save", lambda *_: None)
+    draw_nothing(monkeypatch)
     shutil.copytree(run, tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "step-2")
     line = refusal(lambda: grpo(tmp_path / "parts", copy, resume=True, **flags), capsys)

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pretrained, refusal, small_model, word_tokenizer
+from conftest import (
+    draw_nothing,
+    make_pretrained,
+    refusal,
+    small_model,
+    word_tokenizer,
+)
 
 import train_grpo
 import train_sft
@@ -30,7 +36,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     """SFT and RL of a pretrained model and of a tiny one, two updates each."""
     place = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.plots.save", lambda *_: None)
+        draw_nothing(patch)
         smaller = ModelConfig(0, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
         patch.setattr("lib.checkpoint.TINY", smaller)
         pretrained = str(make_pretrained(place / "pretrained"))

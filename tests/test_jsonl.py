@@ -11,7 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_pretrained, refusal, same_weights
+from conftest import (
+    draw_nothing,
+    make_pretrained,
+    refusal,
+    same_weights,
+)
 
 import eval as evaluation
 import train_grpo
@@ -623,7 +628,7 @@ def test_any_reward_lies_within_its_plot(place):
 
 def test_resume_is_exact_and_refuses_other_inputs(place, tmp_path, monkeypatch, capsys):
     """Two updates, a stop and two more equal four; not if the data or a function has changed."""
-    monkeypatch.setattr("lib.plots.save", lambda *_: None)
+    draw_nothing(monkeypatch)
     run = shutil.copytree(place.folder / "rl", tmp_path / "rl")
     shutil.rmtree(run / "step-4")
     config = train_grpo.GrpoConfig(**(place.flags | {"out": str(run), "resume": True}))

@@ -322,6 +322,7 @@ SFT = {
     "steps": "1-2",
     "field": 3,
     "epochs": 1,
+    "max_new_tokens": 8,
     "examples": 12,
     "batch_size": 4,
     "warmup": 0,
@@ -335,7 +336,9 @@ GRPO = {
     "updates": 2,
     "prompts_per_update": 4,
     "group_size": 4,
-    "eval_problems": 8,
+    "eval_problems": 2,
+    "max_new_tokens": 8,
+    "keep_responses": 0,
     "lora": 4,
     "save_every": 1,
 }

@@ -10,7 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import backward, refusal, same_weights, word_tokenizer
+from conftest import (
+    backward,
+    draw_nothing,
+    refusal,
+    same_weights,
+    word_tokenizer,
+)
 from test_end_to_end import SMALL, Alone
 from test_train_grpo import CONFIG, ONE, Batch, gradient, relative_difference
 from torch import Tensor
@@ -371,7 +377,7 @@ def start(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sft")
     flags = {"field": 3, "steps": "1-2", "updates": 1, "batch_size": 2, "precision": "fp32"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.plots.save", lambda *_: None)
+        draw_nothing(patch)
         smaller = ModelConfig(0, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
         patch.setattr("lib.checkpoint.TINY", smaller)
         train_sft.main(train_sft.SftConfig(out=str(out), **flags), ONE)

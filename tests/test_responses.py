@@ -12,7 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_pretrained, refusal, word_tokenizer
+from conftest import (
+    draw_nothing,
+    make_pretrained,
+    refusal,
+    word_tokenizer,
+)
 
 import strategies
 import train_grpo
@@ -416,7 +421,7 @@ def run(tmp_path_factory) -> SimpleNamespace:
         return real(run, rollout, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.plots.save", lambda *_: None)
+        draw_nothing(patch)
         smaller = ModelConfig(0, hidden_size=48, intermediate_size=96, num_hidden_layers=2)
         patch.setattr("lib.checkpoint.TINY", smaller)
         sft = {"updates": 60, "batch_size": 16, "warmup": 5, "lr": 1e-2, "precision": "fp32"}
@@ -470,7 +475,7 @@ def test_tags_are_those_of_the_text(run):
 @pytest.fixture
 def resumed(run, tmp_path, monkeypatch):
     """Resume a run from its second update, once its files have been changed; return its folder."""
-    monkeypatch.setattr("lib.plots.save", lambda *_: None)
+    draw_nothing(monkeypatch)
 
     def resume(change=lambda folder: None) -> Path:
         folder = shutil.copytree(run.folder, tmp_path / "rl")
@@ -509,7 +514,7 @@ def test_a_resumed_run_has_the_same_responses(left, run, resumed):
 
 def test_a_run_that_was_stopped_by_a_signal_has_them_too(run, tmp_path, monkeypatch):
     """It saves after its first update, when no responses are due."""
-    monkeypatch.setattr("lib.plots.save", lambda *_: None)
+    draw_nothing(monkeypatch)
     flags, real = run.flags | {"out": str(tmp_path / "rl")}, training.log_update
 
     def log_update(*args) -> None:
@@ -536,7 +541,7 @@ def test_another_number_of_kept_responses_is_refused_on_resume(run, resumed, mon
 
 def test_none_are_kept_with_0(run, tmp_path, monkeypatch, capsys):
     """The viewer then says so in one line; training is the same."""
-    monkeypatch.setattr("lib.plots.save", lambda *_: None)
+    draw_nothing(monkeypatch)
     flags = run.flags | {"out": str(tmp_path / "rl"), "keep_responses": 0}
     train_grpo.main(train_grpo.GrpoConfig(**flags), ONE)
     file = tmp_path / "rl" / run.file.name

@@ -53,7 +53,9 @@ def run(finished, tmp_path) -> Path:
 
 
 def without_times(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if "per_second" not in key} for row in rows]
+    """Leave out what another run cannot repeat: speeds, and the most memory so far."""
+    varies = ("per_second", "peak_memory_gb")
+    return [{k: x for k, x in row.items() if not any(y in k for y in varies)} for row in rows]
 
 
 def flip(file: Path) -> None:

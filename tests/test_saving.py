@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pretrained, refusal, same_weights, small_model, word_tokenizer
+from conftest import (
+    draw_nothing,
+    make_pretrained,
+    refusal,
+    same_weights,
+    small_model,
+    word_tokenizer,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -33,9 +40,16 @@ from lib.run_dir import read_log, save_checkpoint, saved_merged
 ONE = World(0, 1, torch.device("cpu"))
 ROOT = Path(train_sft.__file__).parent
 TASK = {"field": 3, "steps": "1-2", "save_every": 1, "keep": 0, "precision": "fp32"}
-SFT = TASK | {"updates": 3, "examples": 12, "batch_size": 4, "warmup": 0, "lr": 1e-2}
+SFT = TASK | {
+    "updates": 3,
+    "examples": 12,
+    "batch_size": 4,
+    "warmup": 0,
+    "lr": 1e-2,
+    "max_new_tokens": 8,
+}
 GRPO = TASK | {"updates": 3, "prompts_per_update": 4, "group_size": 4, "eval_problems": 4}
-GRPO |= {"lora": 2, "lr": 1e-2, "temperature": 1.5}
+GRPO |= {"lora": 2, "lr": 1e-2, "temperature": 1.5, "keep_responses": 0}
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
@@ -213,7 +227,7 @@ def test_a_checkpoint_appears_behind_the_rows_that_it_needs(tmp_path, monkeypatc
     monkeypatch.setattr(files, "fsync", fsync)
     monkeypatch.setattr(files, "rename", rename)
     monkeypatch.setattr(training, "end_update", end_update)
-    grpo(tmp_path / "run", start, lora=0)
+    grpo(tmp_path / "run", start, lora=0, keep_responses=2)
     assert appeared == [1, 2, 3]
 
 
@@ -248,7 +262,7 @@ def made(tmp_path_factory) -> Path:
     small = make_pretrained(folder / "models" / "small", "qwen2", tie_word_embeddings=True)
     AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16).save_pretrained(small)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.plots.save", lambda *_: None)
+        draw_nothing(patch)
         reward_length(patch)
         sft(folder / "sft", model=str(small), lora=2)
         grpo(folder / "rl", folder / "sft" / "step-2")
