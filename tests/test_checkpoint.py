@@ -5,13 +5,14 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_pretrained, refusal
+from conftest import make_pretrained, refusal, small_model
 from transformers import AutoModelForCausalLM
 
-from lib import checkpoint
+from lib import checkpoint, policy, training
 from lib.attention import packed_attention
 from lib.checkpoint import choose_dtype, find_checkpoint, load_model
 from lib.distributed import World
@@ -268,3 +269,25 @@ def test_a_token_beyond_the_models_rows_is_refused(pretrained, capsys):
     vocabulary[next(word for word, i in vocabulary.items() if i == 200)] = 5000
     file.write_text(json.dumps(backend))
     assert "more words in tokenizer" in refusal(lambda: load_model(pretrained), capsys)
+
+
+def test_all_processes_compute_in_the_same_precision(monkeypatch):
+    monkeypatch.setattr(World, "all_gather", lambda self, rows: ["fp32", *rows])
+    assert choose_dtype("bf16", None, None, ONE) == "fp32"
+
+
+def test_the_precision_is_the_one_that_is_clearly_faster(monkeypatch):
+    threads = torch.get_num_threads()
+    for seconds, says in (((1.0, 0.79), "bf16"), ((1.0, 0.81), "fp32")):
+        monkeypatch.setattr(policy, "fastest", lambda *_, seconds=seconds: seconds)
+        assert policy.detect_dtype(checkpoint.TINY, torch.device("cpu")) == says
+    assert torch.get_num_threads() == threads
+
+
+def test_the_reference_computes_as_the_run_does(pretrained, monkeypatch):
+    monkeypatch.setattr(checkpoint, "find_start", lambda *_: pretrained)
+    meta = {"lora": 0, "compute_dtype": "bf16"}
+    run = SimpleNamespace(meta=meta, folder=None, init=None, master=small_model())
+    reference = training.initial_policy(run)
+    assert reference.dtype == torch.bfloat16
+    assert not any(weight.requires_grad for weight in reference.parameters())

@@ -60,13 +60,6 @@ def test_pure_improvement():
     )
 
 
-def test_both():
-    reasons = decompose_gain(sample(0.5, 0.6), sample(1.0, 1.0, seed=1))["overall"]
-    assert near(reasons["selection"], 0.5 * (0.8 - 1 / 11)) and near(
-        reasons["improvement"], 0.75 * 0.4
-    )
-
-
 def test_neither():
     reasons = decompose_gain(sample(0.5, 0.6), sample(0.5, 0.6, seed=1))["overall"]
     for name in ("selection", "improvement", *CAUSES):

@@ -20,6 +20,7 @@ from data.finite_field import (
     BACKWARD,
     EVALUATION,
     FORWARD,
+    INVERSION,
     MATCHING_STRATEGY,
     Task,
     is_validation,
@@ -41,7 +42,7 @@ from lib.responses import Response
 from lib.rng import rng
 from lib.run_dir import choose_checkpoints, describe_start, save_checkpoint
 from lib.stats import mean_interval, pass_at_k, wilson
-from lib.tables import comparison_table, rows_of, table
+from lib.tables import comparison_table, openings_table, rows_of, table
 from strategies import GUESS, score_response
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -426,3 +427,65 @@ def test_two_policies_have_random_numbers_of_their_own(checkpoints, monkeypatch)
     main(EvalConfig(both, problems=4, samples=1, steps="1-2"), ONE)
     alone = streams[0]
     assert len(set(streams)) == len(streams) >= 2 and alone == (0, "evaluation sampling", 0)
+
+
+def test_its_flags_reach_the_sampler(checkpoints, tmp_path, monkeypatch):
+    made, templates, sampler, load = [], [], evaluation.Sampler, evaluation.load_model
+
+    def make_sampler(*how):
+        made.append(how)
+        return sampler(*how)
+
+    def load_model(*what):
+        templates.append(what[3])
+        return load(*what)
+
+    monkeypatch.setattr(evaluation, "Sampler", make_sampler)
+    monkeypatch.setattr(evaluation, "load_model", load_model)
+    few = {"problems": 2, "samples": 1, "steps": "1-2", "max_new_tokens": 5}
+    main(EvalConfig([str(checkpoints)], temperature=0.7, precision="bf16", **few), ONE)
+    ((model, _, *how),) = made
+    assert how == [1, 5, 0.7] and model.dtype == torch.bfloat16
+    assert not any(weight.requires_grad for weight in model.parameters()), "so kernels may pack it"
+    for then, now in ((False, True), (True, False)):  # as in training, or by the flag
+        folder = save(tmp_path / str(then), 1, no_chat_template=then)
+        main(EvalConfig([str(folder)], no_chat_template=now, **few), ONE)
+    assert templates == [True, False, False]
+
+
+def responses_of(kind: str, matching: int, right: int) -> list[list]:
+    """Four responses to each of eight problems: so many match, so many of these are right."""
+    way = MATCHING_STRATEGY[kind]
+    other = {FORWARD: BACKWARD, BACKWARD: FORWARD}[way]
+    group = [response(kind, 6, other, False, False, "wrong guess")] * (4 - matching)
+    for i in range(matching):
+        group.append(response(kind, 6, way, True, i < right, None if i < right else "arithmetic"))
+    return [group] * 8
+
+
+def test_each_row_of_a_table_is_of_its_group():
+    """Evaluation is selected, inversion improves."""
+    before = responses_of(EVALUATION, 2, 2) + responses_of(INVERSION, 4, 2)
+    after = responses_of(EVALUATION, 4, 4) + responses_of(INVERSION, 4, 4)
+    metrics = dict(zip(("before", "after"), map(summarise, (before, after))))
+    metrics |= {"difference": compare(before, after), "reasons": decompose_gain(before, after)}
+    imputed = json.loads(json.dumps(metrics["reasons"]))
+    imputed["overall"]["selection"]["mean"] = 0.123
+    text = comparison_table(metrics | {"imputed": imputed})
+    rows = {line.split()[0]: re.split("  +", line) for line in text.splitlines()}
+    for kind, parts in ((EVALUATION, ["+50.0", "+0.0"]), (INVERSION, ["+0.0", "+50.0"])):
+        assert [cell.split()[0] for cell in rows[kind][-2:]] == parts
+    assert "with imputed accuracies: selection +12.3," in text
+    (line,) = [x for x in table(metrics["before"]).splitlines() if x.startswith(EVALUATION)]
+    low, high = (f"{100 * x:.1f}" for x in metrics["before"]["by_type"][EVALUATION]["ci95"])
+    assert re.split("  +", line)[-2:] == [f"{low} - {high}", "8"]
+
+
+def test_openings_stand_before_and_after():
+    parts = ("access", "execution", "faultless")
+    openings = {
+        which: {EVALUATION: {FORWARD: {part: {"mean": mean} for part in parts}}}
+        for which, mean in (("before", 0.1), ("after", 0.9))
+    }
+    line = openings_table({"openings": openings}).splitlines()[1]
+    assert re.split("  +", line)[-1].strip() == "10.0 -> 90.0"

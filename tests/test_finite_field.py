@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from sympy import GF, isprime
@@ -25,6 +26,7 @@ from data.finite_field import (
     parse_range,
     vocabulary,
 )
+from strategies import tag
 
 
 @pytest.mark.parametrize("p", [2, 3, 11, 13])
@@ -275,3 +277,17 @@ def test_a_window_wider_than_a_problem_leaves_all_its_parts_free():
     assert not any(problem.prefix for problem in problems)
     firsts = [task.solution(problem, "mixed", stream).split()[0] for problem in problems]
     assert 0 < firsts.count("guess") < 20, "the first part takes either strategy"
+
+
+def test_a_task_is_that_of_the_flags():
+    flags = {"steps": "", "difficulty": "hard", "parts": "2-3", "field": 13, "relabel": "shown"}
+    config = SimpleNamespace(**flags, evaluation_share=0.9, window=2)
+    assert Task.from_flags(config) == Task((6, 9), 13, "shown", 0.9, (2, 3), 2)
+    assert Task.from_flags(config, 11, "fixed") == Task((6, 9), 11, "fixed", 0.9, (2, 3), 2)
+
+
+def test_mixed_solutions_take_either_strategy_as_often():
+    task, stream = Task((1, 1)), random.Random(0)
+    problems = [task.sample(stream, "train") for _ in range(400)]
+    found = [tag(x, task.solution(x, "mixed", stream)).strategy for x in problems]
+    assert 160 < found.count(FORWARD) < 240

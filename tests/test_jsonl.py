@@ -21,7 +21,8 @@ from conftest import (
 import eval as evaluation
 import train_grpo
 import train_sft
-from data.jsonl import Task, answer_form, find_answer, number, same_answer
+from data import gsm8k, load_problems, reasoning_gym
+from data.jsonl import Task, answer_form, find_answer, is_taken, number, same_answer
 from lib import plots
 from lib.checkpoint import load_model
 from lib.distributed import World
@@ -783,3 +784,54 @@ def test_sft_needs_positions_for_its_solutions_whatever_it_samples(tmp_path, mon
     flags = {"data": "long.jsonl", "answer_pattern": "b", "max_new_tokens": 9}
     line = refusal(lambda: train_sft.main(train_sft.SftConfig(**flags), ONE), capsys)
     assert "of 2048 positions" in line
+
+
+def test_of_a_file_all_examples_are_drawn(tmp_path):
+    file = str(write_rows(tmp_path / "a.jsonl", SUMS))
+    for flags, n in (({}, None), ({"examples": 3}, 3)):
+        config = train_grpo.GrpoConfig(data=file, **flags)
+        task, _ = load_problems(config, 2)
+        assert config.examples == (n or len(task.train))
+
+
+def test_functions_that_fail_are_refused(tmp_path, capsys):
+    functions = "def few(row):\n    return 1\ndef exits(*_):\n    raise SystemExit\n"
+    (tmp_path / "own.py").write_text(functions)
+    about = {"data": str(write_rows(tmp_path / "a.jsonl", SUMS)), "answer_pattern": ""}
+    for flag in ("reward", "tagger"):
+        for name, error in (("few", "TypeError"), ("exits", "SystemExit")):
+            config = SimpleNamespace(**about, **{flag: f"{tmp_path}/own.py:{name}"})
+            line = refusal(lambda config=config: Task(config), capsys)
+            assert f"--{flag} failed: {error}" in line and "a.jsonl, line " in line
+
+
+def test_names_of_the_log_are_no_labels():
+    names = "all accuracy verified match match_rate validation accuracy_at pass@1 verified@4"
+    assert all(map(is_taken, names.split()))
+
+
+def test_gsm8k(tmp_path, capsys):
+    answer = "1 + 1 = 2, no #### yet\nso\n#### 1,234"
+    rows = [{"question": "1 + 1?", "answer": answer}, {"question": "x", "answer": "no"}]
+    file = write_rows(tmp_path / "g.jsonl", rows)
+    assert "g.jsonl, line 2: expected a question" in refusal(lambda: gsm8k.main(file), capsys)
+    problem = gsm8k.problem_of(rows[0])
+    expected = {"prompt": "1 + 1?", "response": answer, "system": gsm8k.SYSTEM}
+    assert problem == expected | {"answer": "1,234", "difficulty": 2}
+    rows = [problem | {"prompt": f"{i}?"} for i in range(40)]
+    assert read(tmp_path / "p.jsonl", rows, r"#### (\S+)").train[0].is_correct("so #### 1234")
+
+
+def test_forms_of_an_answer():
+    forms = {"7": "number", " -12.\n": "number", "7 apples": "words", "": "words"}
+    assert {text: reasoning_gym.form({}, text) for text in forms} == forms
+
+
+def test_reasoning_gym(capsys):
+    pytest.importorskip("reasoning_gym")
+    words = ["chain_sum", "max_terms=2", "max_digits=2"]
+    reasoning_gym.main(reasoning_gym.GymConfig(words, n=3, seed=7))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 3 and all({"prompt", "answer"} <= row.keys() for row in rows)
+    nothing = reasoning_gym.GymConfig(["nothing"])
+    assert "reasoning_gym nothing" in refusal(lambda: reasoning_gym.main(nothing), capsys)

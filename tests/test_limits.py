@@ -291,3 +291,21 @@ def test_one_process_works_as_one_whatever_was_left_in_the_environment(name, mon
         assert world.is_master and world.world_size == 1
         warn("heard")
         assert "heard" in capsys.readouterr().err
+
+
+def test_one_process_of_several_warns(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        warn(f"heard from {rank}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "heard from 0" in line
+
+
+def test_a_cache_leaves_free_what_is_reserved(monkeypatch):
+    monkeypatch.setattr("rollout.free_bytes", lambda device: 10 * GB)
+
+    def groups(reserved: int) -> int:
+        return Sampler(small_model(), [1], 8, 100, 1.0, lambda: reserved).max_groups(50)
+
+    assert groups(5 * GB) == pytest.approx(groups(0) / 2, rel=0.01)

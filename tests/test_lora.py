@@ -397,3 +397,9 @@ def test_sampler_and_trainer_agree_through_adapters_and_the_base_is_the_referenc
         assert base.lm_head.weight.grad is None
         divergence[name] = metrics["kl"]
     assert divergence["fresh"] < 1e-6 < 1e-3 < divergence["moved"]
+
+
+def test_adapters_have_the_flags_scale_and_dropout(pretrained):
+    config = train_grpo.GrpoConfig(lora=4, lora_alpha=6, lora_dropout=0.1)
+    master = load_master(config, pretrained, None, "fp32", torch.device("cpu"))
+    assert {(x.adapter.scale, x.adapter.dropout) for x in adapted(master).values()} == {(1.5, 0.1)}

@@ -21,13 +21,16 @@ from test_end_to_end import SMALL, Alone
 from test_train_grpo import CONFIG, ONE, Batch, gradient, relative_difference
 from torch import Tensor
 
+import eval as evaluation
 import train_grpo
 import train_sft
-from data.finite_field import Problem
+from data.finite_field import Problem, Task
 from lib import training
 from lib.checkpoint import load_model
 from lib.distributed import World
+from lib.memory import still_to_come
 from lib.packing import pack, pad, response_logps
+from lib.rng import rng
 from lib.run_dir import read_log
 from lib.training import split_groups
 from lib.transformer import ModelConfig
@@ -585,17 +588,29 @@ def test_the_length_of_responses_counts_all_that_were_sampled(start, tmp_path, w
         assert row["response_length"] == pytest.approx(lengths.mean().item())
 
 
-def test_weights_decay_in_sft_alone(start, tmp_path, watch, monkeypatch):
-    seen, step = [], torch.optim.AdamW.step
+def test_the_loop_evaluates_validation_problems(start, tmp_path, monkeypatch, undrawn):
+    asked, made, evaluate, sampler = [], [], evaluation.evaluate, train_grpo.Sampler
 
-    def watched(self, *args):
-        seen.append({group["weight_decay"] for group in self.param_groups})
-        return step(self, *args)
+    def make_sampler(*how):
+        made.append(how)
+        return sampler(*how)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    watch.hopeless = lambda prompt: False
-    grpo(tmp_path / "rl", start, updates=1)
-    flags = {"field": 3, "steps": "1-2", "updates": 1, "batch_size": 2, "precision": "fp32"}
-    out = str(tmp_path / "sft")
-    train_sft.main(train_sft.SftConfig(out=out, weight_decay=0.3, **flags), ONE)
-    assert seen == [{0.0}, {0.3}]
+    def note(of, *what):
+        asked.append((of.group_size, *what[1:3]))
+        return evaluate(of, *what)
+
+    monkeypatch.setattr(train_grpo, "Sampler", make_sampler)
+    monkeypatch.setattr(evaluation, "evaluate", note)
+    flags = SMALL | {"eval_problems": 3, "keep_responses": 0, "max_new_tokens": 6, "warmup": 0}
+    flags |= {"seed": 3, "updates": 1, "eval_every": 1}
+    train_grpo.main(GrpoConfig(init=str(start), out=str(tmp_path), **flags), ONE)
+    held_out = Task((1, 2), p=3).validation(3, rng(3, "validation problems"))
+    asked = [of_one for of_one in asked if of_one[1]]  # none are kept
+    assert asked == [(1, held_out, 3), (4, held_out, 3), (4, held_out, 3)]
+    assert made[0][-1].func is still_to_come, "the cache leaves room for training"
+
+
+def test_gradient_checkpointing_is_a_flag(start, tmp_path):
+    flags = SMALL | {"updates": 1, "gradient_checkpointing": True}
+    run, *_ = train_grpo.set_up(GrpoConfig(init=str(start), out=str(tmp_path), **flags), ONE)
+    assert run.policy.gradient_checkpointing

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import response
 
-from data.finite_field import EVALUATION, INVERSION
+from data.finite_field import EVALUATION, FORWARD, INVERSION
 from eval import rollout_metrics, summarise
 from lib import plots
 from lib.flags import parse_flags
@@ -155,3 +155,27 @@ def test_validation_of_another_type_is_drawn_and_the_kl_panel_is_true(tmp_path, 
         assert text.get_text() == says
         heights = [line.get_ydata() for line in panels["accuracy/*"].lines if len(line.get_ydata())]
         assert [0.5] in [[*height] for height in heights]
+
+
+def test_curves_of_pass_at_k_are_each_their_own():
+    scored = []
+    for right in (0, 3, 8):
+        errors = [None if i % 2 else "order" for i in range(16)]
+        one = [response(EVALUATION, 6, FORWARD, True, i < right, x) for i, x in enumerate(errors)]
+        scored.append(one)
+    summary = summarise(scored)
+    _, (axis,) = plots.new_figure(4, 4, 1, 1)
+    plots.draw_pass_at_k(axis, {"": summary})
+    for line, what in zip(axis.lines, ("pass", "verified"), strict=True):
+        expected = [summary["overall"][f"{what}@{k}"] for k in (1, 2, 4, 8, 16)]
+        assert list(line.get_ydata()) == expected
+
+
+def test_bars_of_openings_are_of_their_policy():
+    openings = {
+        which: {EVALUATION: {FORWARD: {"access": {"mean": x, "ci95": [x, x]}}}}
+        for which, x in (("before", 0.1), ("after", 0.9))
+    }
+    _, (axis,) = plots.new_figure(4, 4, 1, 1)
+    plots.draw_openings(axis, openings, "access")
+    assert [bar.get_height() for bar in axis.patches] == [0.1, 0.9]

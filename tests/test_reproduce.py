@@ -555,3 +555,11 @@ def test_list_and_refusals(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main(parse_flags(ReproduceConfig, "", "experiment"))
         assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_pretrained_model_is_evaluated_at_the_temperature_of_its_rl(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for model, says in (("some/model", True), ("", False)):
+        lab = Experiment("x", ReproduceConfig(model=model))
+        sft = lab.sft("FB", 0)
+        assert ("--temperature 0.7" in str(lab.compare(sft, lab.rl(sft, 0), 5))) == says

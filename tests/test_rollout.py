@@ -90,7 +90,11 @@ def backend(request, monkeypatch):
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3, 3, 3, 3, 3, 3, 3, 3]]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "backend, temperature",
+    [*(("kernel", T) for T in (0.0, 0.7, 1.0, 2.0)), ("matmul", 0.7), ("flash", 1.0)],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("group, prefix", [(1, []), (3, []), (5, [*range(12, 32)])])
 def test_equals_sampling_one_sequence_at_a_time(model, backend, temperature, group, prefix):
     """With ragged prompts, rows that stop at different times, and groups that leave the batch.

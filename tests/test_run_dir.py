@@ -19,8 +19,9 @@ import train_sft
 from lib.checkpoint import checkpoints, find_checkpoint, load_model, newest_checkpoint
 from lib.distributed import World
 from lib.files import verify_manifest
-from lib.run_dir import Log, open_run, read_log, save_checkpoint
+from lib.run_dir import Log, changed_flags, open_run, read_log, save_checkpoint
 from train_grpo import GrpoConfig
+from train_sft import SftConfig
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_sft.__file__).parent
@@ -378,3 +379,12 @@ def test_a_run_resumes_with_a_changed_tagger_and_not_with_a_changed_reward(flag,
         assert resume() == (3, None)
         line = capsys.readouterr().err
     assert f"the file of --{flag} has changed" in line
+
+
+def test_only_these_flags_may_differ_on_resume():
+    free = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
+    free |= {"gradient_checkpointing", "fsdp"}
+    for config in (GrpoConfig(), SftConfig()):
+        changed = changed_flags(dict.fromkeys(asdict(config), "other"), config)
+        found = {flag[2:].replace("-", "_") for flag, *_ in changed}
+        assert found == asdict(config).keys() - free

@@ -2,9 +2,9 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -451,12 +451,12 @@ def test_what_cannot_be_merged_is_refused(how, place, monkeypatch, capsys):
     assert sorted(place.rglob("*")) == before
 
 
-def test_the_command(place, tmp_path):
-    command = [sys.executable, "-m", "lib.checkpoint", "merge"]
-    options = {"capture_output": True, "text": True, "cwd": ROOT}
+@pytest.mark.filterwarnings("ignore:'lib.checkpoint' found in sys.modules")
+def test_the_command(place, tmp_path, monkeypatch, capsys):
     new = str(tmp_path / "new")
-    done = subprocess.run([*command, str(place / "sft" / "step-1"), new], **options)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{new}\n", "")
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", "merge", str(place / "sft" / "step-1"), new])
+    runpy.run_module("lib.checkpoint", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr() == (f"{new}\n", "")
     assert AutoModelForCausalLM.from_pretrained(new).dtype == torch.float32
 
 
@@ -465,3 +465,23 @@ def test_a_merge_that_fails_leaves_nothing(place, tmp_path, monkeypatch, capsys)
     line = refusal(lambda: merge(place / "sft" / "step-1", tmp_path / "new"), capsys)
     assert "cannot write the checkpoint" in line
     assert not list(tmp_path.glob("*new*"))
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_save_of_a_pretrained_model_is_waited_for(large, tmp_path, pretrained, monkeypatch):
+    """Its copy would add to the next update's memory; a tiny model's is small."""
+    gate, waited, freed, end_update = threading.Event(), [], [], training.end_update
+    files.writer.submit(gate.wait)
+    threading.Timer(0.3, gate.set).start()
+
+    def end_and_look(run, *args):
+        end_update(run, *args)
+        waited.append(run.saving.done())
+
+    monkeypatch.setattr(training, "end_update", end_and_look)
+    monkeypatch.setattr(training, "return_memory", lambda: freed.append(1))
+    validated = {"accuracy": 1.0, "accuracy_given_match": 1.0}
+    monkeypatch.setattr(train_sft, "validation_metrics", lambda *_: validated)
+    flags = {"model": str(pretrained), "lora": 2} if large else {}
+    sft(tmp_path / "run", updates=2, **flags)
+    assert waited[0] == large and len(freed) == 4, "in each step, and before each save"

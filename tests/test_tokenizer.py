@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from conftest import CHAT, refusal, word_tokenizer
@@ -9,6 +10,7 @@ from conftest import CHAT, refusal, word_tokenizer
 import lib.tokenizer
 from data.finite_field import BACKWARD, FORWARD, Task, vocabulary
 from lib.tokenizer import load_tokenizer
+from lib.training import find_tokenizer
 
 PROBLEM = Task().sample(random.Random(0), "train")
 
@@ -96,14 +98,6 @@ def test_a_model_that_can_think_is_asked_not_to(pretrained):
     assert tokenizer.decode([tokenizer.prompt(PROBLEM)])[0].endswith("<think></think>")
 
 
-def test_a_saved_tokenizer_remembers_whether_it_has_a_template(pretrained, tmp_path):
-    for name, chat in (("plain", False), ("chat", True)):
-        (tmp_path / name).mkdir()
-        load_tokenizer(pretrained, chat_template=chat).save(tmp_path / name)
-    plain, chat = (load_tokenizer(tmp_path / name).prompt(PROBLEM) for name in ("plain", "chat"))
-    assert len(chat) > len(plain)
-
-
 SPOILED = {  # a chat template; what is said of its prompts
     "raises": ("{{ raise_exception('only system messages') }}", "only system messages"),
     "raises for some problems": (
@@ -187,3 +181,9 @@ def test_bad_stop_tokens_are_refused(spoiled, pretrained, capsys):
     with pytest.raises(SystemExit) as stop:
         load_tokenizer(pretrained)
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_chat_template_is_a_flag(pretrained):
+    for given in (False, True):
+        found = find_tokenizer(SimpleNamespace(no_chat_template=given), None, pretrained)
+        assert (found.inner.chat_template is None) == given

@@ -21,7 +21,7 @@ from lib.diagnose import diagnose
 from lib.distributed import World, init_distributed
 from lib.flags import parse_flags, set_missing
 from lib.packing import micro_batches, pack, pad, response_logps
-from lib.training import accumulate_gradients, optimizer_step
+from lib.training import accumulate_gradients, optimizer_step, update_metrics
 from rollout import Rollout, Sampler
 from strategies import score_rollout
 from train_grpo import (
@@ -596,3 +596,47 @@ def test_threads_add_up_their_gradients(model, monkeypatch):
     loss_fn = lambda i, batch: (response_logps(model, batch)[0].sum(), {})  # noqa: E731
     assert len(accumulate_gradients(model, model, loss_fn, [packed] * 3, ONE)) == 3
     assert relative_difference(gradient(model), expected) < 1e-6
+
+
+def test_the_log_tells_loss_and_entropy(batch):
+    batch.gradient()
+    rollout, active = batch.rollout, torch.tensor([0, 2, 3, 5])
+    packed, old_logps, rows = rollout.pack(active)
+    logps, entropy = response_logps(batch.model, packed, CONFIG.temperature, entropy=True)
+    ref_logps, _ = response_logps(batch.reference, packed, CONFIG.temperature)
+    given = group_advantages(batch.rewards).flatten()[rows], rows, ~rollout.stopped[rows]
+    totals = {"tokens": int(rollout.lengths.sum())}
+    loss, _ = train_grpo.grpo_loss(CONFIG, logps, old_logps, ref_logps, *given, totals)
+    assert batch.metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert batch.metrics["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
+
+
+def test_speeds_are_of_their_parts(batch):
+    batch.gradient()
+    ones = torch.ones(6, 4)
+    rollout = dataclasses.replace(batch.rollout, rewards=ones, advantages=ones)
+    models = dict.fromkeys(("master", "policy", "reference"), batch.model)
+    run = SimpleNamespace(config=CONFIG, **models)
+    step = train_grpo.grpo_backward(run, rollout, torch.arange(6), 0, ONE)
+    step |= {"grad_norm": 0.0, "skipped": False}
+    n = int(rollout.lengths.sum())
+    found = update_metrics([step], rollout, [rollout], [2.0, 4.0], ONE)
+    assert found["rollout_tokens_per_second"] == n / 2
+    assert found["training_tokens_per_second"] == n / 4
+    assert 0.05 < found["peak_memory_gb"] < 50
+
+
+class Numbered:
+    """A task whose problems are their numbers."""
+
+    sample = staticmethod(lambda rng, split, index=None: index)
+    solution = staticmethod(lambda *_: "")
+
+
+def test_an_epoch_draws_each_row_of_a_file_once():
+    grpo = GrpoConfig(prompts_per_update=8, examples=20)
+    sft = train_sft.SftConfig(batch_size=8, epochs=2, examples=20)
+    draws = [train_grpo.draw_problems(grpo, Numbered, update) for update in range(5)]
+    examples = [train_sft.draw_examples(sft, Numbered, update) for update in range(5)]
+    for drawn in (sum(draws, []), [problem for problem, _ in sum(examples, [])]):
+        assert sorted(drawn[:20]) == sorted(drawn[20:]) == [*range(20)]

@@ -1,6 +1,5 @@
 """SFT: which tokens count, which problems come, position gaps, and exact resume."""
 
-import math
 import re
 import shutil
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from lib.distributed import World
 from lib.packing import random_position_gaps
 from lib.rng import rng
 from lib.run_dir import read_log
-from lib.training import cosine_decay
 from strategies import split_parts, tag
 from train_grpo import GrpoConfig
 from train_sft import (
@@ -161,17 +159,6 @@ def test_fresh_examples_never_repeat_and_a_data_set_comes_round():
 def test_one_strategy_guesses_where_it_does_not_fit(strategy, guesses):
     for problem, solution in examples(40, strategy=strategy):
         assert ("guess" in solution) == (problem.kind == guesses)
-
-
-def test_learning_rate():
-    config = fill_defaults(SftConfig(lr=1.0e-3, warmup=10), tiny=True)
-    rates = [cosine_decay(config, u, 100) for u in range(100)]
-    assert (
-        rates[0] == pytest.approx(1e-4, rel=1e-3)
-        and 9e-4 < max(rates) <= 1e-3
-        and 0 < rates[99] < 1e-6
-    )
-    assert rates.index(max(rates)) in (9, 10) and all(math.isfinite(r) for r in rates)
 
 
 def test_paper_defaults_for_a_pretrained_model():
