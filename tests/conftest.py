@@ -26,6 +26,8 @@ from paper import no_cuda
 from strategies import score_response
 from train_grpo import grpo_backward
 
+torch.set_num_threads(1)  # in models so small, threads would wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and in other processes
 ROOT = Path(__file__).parents[1]
 downloads = tempfile.TemporaryDirectory()
 BESIDE = {  # what fixtures wait for, by their names: Python's command lines
@@ -219,6 +221,13 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
 def undrawn(monkeypatch) -> None:
     """Draw no plots, which take seconds, in tests of something else."""
     draw_nothing(monkeypatch)
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 def start_processes(function, args: tuple, size: int) -> None:

@@ -47,7 +47,7 @@ def sft(tmp_path_factory) -> Path:
     flags = {
         "field": 3,
         "steps": "1-2",
-        "updates": 140,
+        "updates": 160,
         "warmup": 10,
         "lr": 6e-3,
         "position_gap": 0,
@@ -70,9 +70,10 @@ def test_sft_learns(sft):
     rows = read_log(sft / "metrics.jsonl")
     assert fmean(r["loss"] for r in rows[-20:]) < 0.3 * fmean(r["loss"] for r in rows[:20])
     assert rows[-1]["accuracy_given_match"] > 0.5
-    assert find_checkpoint(str(sft)).name == "step-140"
+    assert find_checkpoint(str(sft)).name == "step-160"
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_grpo_improves_and_reports(sft, tmp_path, capsys, monkeypatch):
     """Reward rises because the matching strategy is taken more often; all files are written."""
     monkeypatch.undo()  # this test needs the plots

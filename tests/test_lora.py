@@ -143,6 +143,7 @@ def test_the_gradient_of_an_adapters_product(factor):
     torch.testing.assert_close(product(before, x, adapter.a, b), expected)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_threads_share_an_adapters_cached_product():
     """Bug: of two threads that met a stale block both made it, and broke the other's backward."""
     policy = adapters_on(small_model())
@@ -153,14 +154,9 @@ def test_threads_share_an_adapters_cached_product():
         at_once.wait()
         return response_logps(policy, batch)[0].sum(), {}
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for _ in range(40):
-            mark_stale(policy)
-            accumulate_gradients(policy, policy, loss_fn, [BATCH, BATCH], ONE)
-    finally:
-        torch.set_num_threads(before)
+    for _ in range(40):
+        mark_stale(policy)
+        accumulate_gradients(policy, policy, loss_fn, [BATCH, BATCH], ONE)
     for weight, of_one in zip(trainable_parameters(policy), expected, strict=True):
         torch.testing.assert_close(weight.grad / 80, of_one, atol=1e-5, rtol=1e-4)
 
