@@ -191,8 +191,31 @@ def test_threads_are_as_many_as_the_cores(monkeypatch):
     torch.set_num_threads(before)
 
 
+EACH_WAY = """
+import os
+for how in ("saves", "keeps"):  # in processes of their own, which need not import PyTorch again
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    if how == "saves":
+        save_memory()
+    print(grown(), flush=True)
+    os._exit(0)
+"""
+
+
+def grown_by(script: str) -> tuple[float, float]:
+    """Return by how many megabytes `grown` of a script grows with and without save_memory."""
+    env = {name: x for name, x in os.environ.items() if "CACHE_CAPACITY" not in name}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script + EACH_WAY]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    saving, keeping = map(float, done.stdout.split())
+    return saving, keeping
+
+
 FREED = """
-import random, re, sys, torch
+import random, re, torch
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from lib.limits import save_memory
@@ -207,52 +230,42 @@ def work(seed):
         rng.shuffle(large)
         del large
     return kept
-if sys.argv[1] == "returned":
-    save_memory()
-before = resident()
-with ThreadPoolExecutor(2) as pool:
-    kept = list(pool.map(work, range(2)))
-    print(resident() - before)
+def grown():
+    before = resident()
+    with ThreadPoolExecutor(2) as pool:
+        kept = list(pool.map(work, range(2)))
+        return resident() - before
 """
 
 
-@pytest.mark.parametrize("how", ["returned", "kept"])
-def test_freed_memory_goes_back_to_the_system(how):
-    """Megabytes that stay resident once two threads have freed their large tensors."""
-    command = [sys.executable, "-c", FREED, how]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert float(done.stdout) < 30 if how == "returned" else float(done.stdout) > 60
+def test_freed_memory_goes_back_to_the_system():
+    """What stays resident once two threads have freed their large tensors."""
+    saving, keeping = grown_by(FREED)
+    assert saving < 30 and keeping > 60
 
 
 COMPILED = """
-import re, sys, torch
+import re, torch
 from pathlib import Path
 from lib.limits import save_memory
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
-if sys.argv[1] == "dropped":
-    save_memory()
-weight, x = (torch.ones(n, 576, dtype=torch.bfloat16) for n in (64, 2048))
-before = resident()
-for n in range(300, 900):
-    torch.nn.functional.linear(x[:n], weight)
-print(resident() - before)
+def grown():
+    weight, x = (torch.ones(n, 576, dtype=torch.bfloat16) for n in (64, 2048))
+    before = resident()
+    for n in range(300, 900):
+        torch.nn.functional.linear(x[:n], weight)
+    return resident() - before
 """
 
 
 def test_few_compiled_products_are_kept():
-    """Megabytes that stay resident after products of 600 shapes."""
-    environment = {k: v for k, v in os.environ.items() if "CACHE_CAPACITY" not in k}
-    environment["PYTHONPATH"], grown = str(ROOT), {}
-    for how in ("dropped", "kept"):
-        command = [sys.executable, "-c", COMPILED, how]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        grown[how] = float(done.stdout)
-    if grown["kept"] < 100:
+    """What stays resident after products of 600 shapes."""
+    saving, keeping = grown_by(COMPILED)
+    if keeping < 100:
         pytest.skip("this CPU's products in bf16 are not compiled")
-    assert grown["dropped"] < grown["kept"] / 2
+    assert saving < keeping / 2
 
 
 STRAY = {  # the environment; what is said, or None where one process works as one
