@@ -24,7 +24,7 @@ from lib.checkpoint import checkpoints, find_checkpoint, load_meta, newest_check
 from lib.distributed import Signals, World, distributed, is_fsdp, n_threads, peak_memory
 from lib.flags import parse_flags, require, require_min, set_missing
 from lib.lora import dropout_key
-from lib.packing import Packed, pack_examples, pack_with_gaps, response_logps
+from lib.packing import Packed, pack_examples, response_logps
 from lib.rng import epoch_indices, rng, torch_rng
 from lib.run_dir import changed_flags, open_run
 from lib.tokenizer import Tokenizer
@@ -119,12 +119,12 @@ def make_batch(tokenizer: Tokenizer, examples: list, device, position_gap=0, key
     """Pack problems and solutions; with `position_gap`, at random positions drawn by `keys`."""
     prompts = [tokenizer.prompt(problem) for problem, _ in examples]
     solutions = [tokenizer.solution(solution) for _, solution in examples]
-    if not position_gap:
-        return pack_examples(prompts, solutions, device)
-    words = tokenizer.inner.get_vocab().items()  # gaps come before start, end and what ends in :
-    starts = torch.tensor([i for word, i in words if word in ("start", "end") or word[-1] == ":"])
-    gaps = [(starts, position_gap, torch_rng(*key)) for key in keys]
-    return pack_with_gaps(prompts, solutions, device, gaps)
+    gaps = None
+    if position_gap:  # gaps come before start, end and what ends in :
+        words = tokenizer.inner.get_vocab().items()
+        starts = [i for word, i in words if word in ("start", "end") or word[-1] == ":"]
+        gaps = [(torch.tensor(starts), position_gap, torch_rng(*key)) for key in keys]
+    return pack_examples(prompts, solutions, device, gaps)
 
 
 def loss_sum(model: Transformer, batch: Packed, dropout_key: int | None = None) -> Tensor:

@@ -69,12 +69,11 @@ def pack(
     response_lengths: Tensor,
     prompt_index: Tensor,
     positions: tuple[Tensor, Tensor] | None = None,
-    n_targets: Tensor | None = None,
 ) -> Packed:
     """Pack prompts (P, Tp) and responses (B, Tr), padded on the right, with their lengths.
 
     prompt_index (B,) is each response's prompt. RoPE positions (P, Tp) and (B, Tr) are consecutive
-    unless given. The last `n_targets` (B,) tokens of each response are targets, or all of them.
+    unless given.
     """
     device, (P, Tp), (B, Tr) = prompts.device, prompts.shape, responses.shape
     shared = 0 if positions else shared_prefix(prompts, prompt_lengths)
@@ -86,8 +85,6 @@ def pack(
     input_index = n_before + (input_mask.flatten().cumsum(0) - 1).view(B, Tr)
     if positions is None:
         positions = tp.expand(P, Tp), prompt_lengths[prompt_index][:, None] + t
-    if n_targets is not None:
-        target_mask &= t >= (response_lengths - n_targets)[:, None]
     # Prefix, prompts, responses: what is shared comes first, if anything is
     prefix_length = prompt_lengths.new_tensor([shared] if shared else [])
     tokens = torch.cat((prompts[0, :shared], prompts[prompt_mask], responses[input_mask]))  # (N,)
@@ -110,23 +107,14 @@ def pack_prompts(prompts: Tensor, lengths: Tensor) -> Packed:
     return pack(prompts, lengths, none[:, None], none, none)
 
 
-def pack_examples(prompts: TokenLists, responses: TokenLists, device: torch.device) -> Packed:
-    """Pack prompts, each with one response; compute the prefix that all prompts share once."""
-    differ = (i for i, tokens in enumerate(zip(*prompts)) if len(set(tokens)) > 1)
-    shared = next(differ, min(map(len, prompts)))
-    rests, lengths = pad([p[shared:] + r for p, r in zip(prompts, responses)], device)
-    n_targets = torch.tensor([len(response) for response in responses], device=device)
-    prefix = pad([prompts[0][:shared]], device)
-    return pack(*prefix, rests, lengths, torch.zeros_like(lengths), n_targets=n_targets)
-
-
-def pack_with_gaps(
-    prompts: TokenLists, responses: TokenLists, device: torch.device, gaps: list
+def pack_examples(
+    prompts: TokenLists, responses: TokenLists, device: torch.device, gaps: list | None = None
 ) -> Packed:
     """Pack prompts, each with one response; `gaps` are random_position_gaps' arguments for each."""
-    rows = [random_position_gaps(p, r, *how) for p, r, how in zip(prompts, responses, gaps)]
-    positions = tuple(pad(list(column), device)[0] for column in zip(*rows))
-    index = torch.arange(len(prompts), device=device)
+    index, positions = torch.arange(len(prompts), device=device), None
+    if gaps:
+        rows = [random_position_gaps(p, r, *how) for p, r, how in zip(prompts, responses, gaps)]
+        positions = tuple(pad(list(column), device)[0] for column in zip(*rows))
     return pack(*pad(prompts, device), *pad(responses, device), index, positions)
 
 
