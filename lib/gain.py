@@ -6,14 +6,10 @@ acc(s, x). Between two policies, on the same problem, exactly
     gain = sum_s (pi' - pi) (acc + acc') / 2      selection:   strategies are taken more or less
          + sum_s (pi + pi') / 2 (acc' - acc)      improvement: they succeed more or less often
 
-This is the decomposition of Kitagawa (1955), Oaxaca and Blinder (1973) in symmetric form, which is
-the Shapley value of the two changes. For acc of a strategy that a policy took on none of a
-problem's responses, but the other policy did, eval.py forces it where it can. Where it cannot, acc
-is imputed from similar problems, or, where a policy never does it, from the other policy, so that
-all it brings counts as selection. Then 95% intervals hold the truth less often: in 82 of 100
-simulations where a strategy is nearly gone (tests/test_decompose_gain.py), in 16 to 65 where a
-policy takes it on problems that suit it. What the split means: paper/README.md, "Why accuracy
-changed".
+For acc of a strategy that a policy took on none of a problem's responses, but the other policy did,
+eval.py forces it where it can. Where it cannot, acc is imputed from similar problems, or, where a
+policy never does it, from the other policy, so that all it brings counts as selection. What the
+split means, its sources, and how far intervals hold: paper/README.md, "Why accuracy changed".
 
 eval.py samples each policy with random numbers of its own. Shared ones misled the split where one
 token decides both the strategy and whether it succeeds: by up to 5 points for SmolLM2's sums.
