@@ -143,6 +143,7 @@ def test_a_response_in_latex_does_not_equal_an_answer_in_plain_text():
         (r"(?:a|b)\d", "a1 b2", "b2"),
         (r"\d+", "none", None),
         (r"####(.*)", "####  12 ", "12"),
+        (r"\d*", "7 or 8.", "8"),
     ],
 )
 def test_the_answer_is_the_first_group_of_the_last_match(pattern, text, found):
@@ -357,7 +358,7 @@ def test_latex_without_math_verify_is_refused(pretrained, tmp_path, monkeypatch,
     assert "sums.jsonl, line 3: to compare LaTeX, pip install math-verify" in line
 
 
-@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "-1e999"])
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "-1e999", "'1'"])
 def test_a_reward_that_is_not_finite_ends_the_run(value, tmp_path, capsys):
     """The line names the row that the function was called with."""
     function = tmp_path / "f.py"
@@ -803,6 +804,21 @@ def test_functions_that_fail_are_refused(tmp_path, capsys):
             config = SimpleNamespace(**about, **{flag: f"{tmp_path}/own.py:{name}"})
             line = refusal(lambda config=config: Task(config), capsys)
             assert f"--{flag} failed: {error}" in line and "a.jsonl, line " in line
+
+
+def test_problems_are_drawn_from_their_split_by_number_or_at_random(tmp_path):
+    task, stream = read(tmp_path / "a.jsonl", SUMS), random.Random(0)
+    for split, problems in (("train", task.train), ("validation", task.held_out)):
+        n = len(problems)
+        assert [task.sample(stream, split, i) for i in range(2 * n)] == problems * 2
+        assert all(task.sample(stream, split) in problems for _ in range(20))
+
+
+def test_a_prompt_under_another_system_message_is_another(tmp_path):
+    same = {"prompt": "2 + 2?", "answer": "4"}
+    rows = [same | {"split": x, "system": x} for x in ("train", "validation")]
+    task = read(tmp_path / "a.jsonl", rows)
+    assert [len(problems) for problems in (task.train, task.held_out)] == [1, 1]
 
 
 def test_names_of_the_log_are_no_labels():

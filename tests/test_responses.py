@@ -93,6 +93,9 @@ def test_the_last_problem_counts():
     shots = f"{first.prompt()}{first.solution(FORWARD)}\n\n{last.prompt()}"
     assert parse_prompt(shots) == last
     assert parse_prompt(f"Solve this.\n\n{first.prompt()}\nThink step by step.") == first
+    named = f"The elements of GF(3), or the elements of GF(11): {last.prompt()}"
+    assert parse_prompt(named, 13) == last, "the field is the one named last"
+    assert parse_prompt(f"{last.prompt()} Not elements of GF(3).") == last, "before the problem"
 
 
 GOOD = "start e3 5: * e4 6: + e1 end ? solution:"
