@@ -90,7 +90,7 @@ def evaluate(
 ) -> Scored:
     """Sample and score a group of responses to each problem; `bar` counts them.
 
-    A problem's random numbers are named by the stream and the problem's number [0, 1, ...].
+    Random numbers are keyed by seed, stream and the problem's number (None: 0, 1, ...).
     """
     scored, numbers = [], range(len(problems)) if numbers is None else numbers
     n = max(1, AT_ONCE // sampler.group_size)
@@ -137,9 +137,9 @@ def evaluate_policies(
     given: int = 0,
     bar: ProgressBar | None = None,
 ) -> dict[str, Evaluation]:
-    """Evaluate one policy, or two and what lib/gain.py asks for, by name.
+    """Evaluate one policy, or two with the forced responses that lib/gain.py needs; return by name.
 
-    strategies: that open responses to all problems, too, behind `given` parts, for lib/openings.py
+    `strategies` are also forced on all problems, after `given` solved parts, for lib/openings.py.
     """
     free, evaluations = {}, {}
     for i, (name, load) in enumerate(policies.items()):  # of each its own: lib/gain.py says why
@@ -287,7 +287,7 @@ def report(evaluations: dict[str, Evaluation], json: Path | str, plot: Path | st
 
 
 def report_run(how: str, evaluations: dict, folder: Path, log: list[dict]) -> None:
-    """Write, draw and print a GRPO run's start, if it is still there, and end; draw its course."""
+    """Report a GRPO run's end beside its start, if that is still there, and plot its course."""
     from lib.plots import plot_training  # matplotlib takes a second to import
 
     text = report(evaluations, folder / "evaluation.json", folder / "evaluation.png")

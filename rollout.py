@@ -31,7 +31,7 @@ from lib.rng import torch_rng
 from lib.transformer import Transformer
 
 CHECK_FINISHED_EVERY = 4  # steps
-BLOCK = 512  # tokens of a large vocabulary that are chosen among at once
+BLOCK = 512  # tokens: in a larger vocabulary first a block is drawn, then a token in it
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Rollout:
         return (self.rewards != self.rewards[:, :1]).any(1)
 
     def with_groups(self, groups: list[int], other: "Rollout") -> "Rollout":
-        """Return this rollout with other's p groups in the place of these p, all of them scored."""
+        """Return this rollout with `groups` (p) replaced by other's p groups; both are scored."""
         index = torch.tensor(groups, device=self.tokens.device)
         new = replace(self, problems=list(self.problems), scored=list(self.scored))
         for i, problem, scored in zip(groups, other.problems, other.scored):
@@ -191,8 +191,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
 
 
 def invert_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """Return where the CDF of logits (B, n) passes uniforms (B,), log-probs, and how far each
-    uniform lies into what it meets, from 0 to 1: that is uniform again."""
+    """Return the indices (B,) where the CDF of logits (B, n) passes uniforms (B,), their log-probs,
+    and how far each uniform lies, from 0 to 1, into its index's interval: that is uniform again."""
     log_p = log_softmax(logits, temperature)
     cdf = log_p.exp().cumsum(-1)
     target = uniforms[:, None] * cdf[:, -1:]

@@ -8,8 +8,8 @@ recognised by their form and not by line breaks:
     answer e1
     anything between                   a line of another form
 
-Steps, the opening and the closing vote for a direction: a step by its operation, they by their
-side. The lines are then compared with a faultless solution in that direction.
+Steps vote for a direction by their operation, the opening and the closing by their side: start or
+end. The lines are then compared with a faultless solution in that direction.
 
     python strategies.py ckpt/grpo-hard-gf11                # some responses of the newest update
     python strategies.py ckpt/grpo-hard-gf11 --problem 0    # those to one problem, at each update

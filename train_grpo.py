@@ -58,7 +58,7 @@ class GrpoConfig:
     eval_every: int = 0  # updates between evaluations on validation problems [0: only at the end]
     eval_problems: int | None = None  # validation problems of an evaluation [256]
     laptop: bool = False  # defaults for a pretrained model without a GPU; the start prints them
-    keep_responses: int = 2  # groups kept in responses.jsonl at saves, evaluations: of each split
+    keep_responses: int = 2  # groups of each split written to responses.jsonl at saves, evaluations
     # Problems
     difficulty: Literal["easy", "hard", "extreme"] = "hard"  # 2-5, 6-9 or 6-15 steps
     steps: str = ""  # such as 3-7, instead of --difficulty
@@ -81,13 +81,13 @@ class GrpoConfig:
     # Objective
     advantage: Literal["z-score", "mean", "leave-one-out"] = "z-score"  # how rewards are compared
     normalise: Literal["tokens", "responses", "constant"] = "tokens"  # what the loss is a mean of
-    ratio_of: Literal["token", "sequence"] = "token"  # whose ratio to the sampler counts
-    clip: Literal["ratio", "weight"] = "ratio"  # clip the ratio, or take it as a clipped weight
-    mask_truncated: bool = False  # responses that the token limit cut off teach nothing
+    ratio_of: Literal["token", "sequence"] = "token"  # importance ratio per token or per response
+    clip: Literal["ratio", "weight"] = "ratio"  # clip the ratio, or weight log p by it, clipped
+    mask_truncated: bool = False  # leave responses that the token limit cut off out of the loss
     minibatches: int = 1  # steps per rollout, each on a share of its groups
     beta: float | None = None  # weight of the KL from the start [tiny 0, pretrained 0.05]
-    clip_low: float = 0.2  # bad responses: no gradient at ratios below 1 - this (--clip ratio)
-    clip_high: float = 0.2  # good responses: no gradient above 1 + this; a --clip weight ends there
+    clip_low: float = 0.2  # advantage < 0: no gradient at ratios below 1 - this (--clip ratio)
+    clip_high: float = 0.2  # advantage > 0: no gradient above 1 + this; cap of --clip weight
     # Optimizer
     updates: int | None = None  # rollouts that are trained on [tiny 300, pretrained 500]
     lr: float | None = None  # peak learning rate of AdamW [tiny 3e-4, pretrained 1e-5]
@@ -147,13 +147,13 @@ def grpo_loss(
     truncated: Tensor,
     totals: dict[str, float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The whole objective: return the loss of M tokens, and what it is made of, (M,) each.
+    """Return the loss of M tokens, which is the whole objective, and per-token metrics, (M,) each.
 
     All tensors are (M,): log-probs under the policy, under the sampler, and under the reference
     (None without a KL term); each token's advantage, the number of its response, and whether that
-    was cut off. `totals` says for each --normalise by what the sum is divided: a count over all
-    ranks and micro-batches, so that the losses of these add up. Sources: the list above, and for
-    the KL estimate k3 joschu.net/blog/kl-approx.html.
+    response was cut off. `totals` holds what the sum is divided by for each --normalise, counted
+    over all ranks and micro-batches, so that micro-batches' losses add up. Sources: the list at the
+    top of this file; for the KL estimate k3, joschu.net/blog/kl-approx.html.
     """
     log_ratio = logps - old_logps
     lengths = rows.bincount().clamp(min=1)  # (max(rows) + 1,) tokens of each response that is here
@@ -190,7 +190,7 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
     """
     groups = groups.to(rollout.rewards.device)
     config, lengths = run.config, rollout.lengths.view(rollout.rewards.shape)  # (P, G)
-    active = groups[rollout.advantages[groups].any(1)]  # the others count, but are not forwarded
+    active = groups[rollout.advantages[groups].any(1)]  # the others only count in `totals`
     counted = lengths * rollout.stopped.view_as(lengths) if config.mask_truncated else lengths
     broken = not rollout.logps.isfinite().all()  # a policy of NaN earns no reward: it shows here
     counts = (int(counted[groups].sum()), lengths[groups].numel(), broken)

@@ -62,9 +62,9 @@ def describe(model: Transformer) -> str:
 
 
 def segment_table(batch: "Packed") -> Tensor:
-    """Return the segments (S, 5): their first token and length, their prompt's, and the prefix's.
+    """Return (S, 5): each segment's first token and length, its prompt's, and its prefix's length.
 
-    A response's keys are the prefix that all prompts share, its prompt and then itself.
+    A response's keys are the prefix that all prompts share, then its prompt, then its own tokens.
     """
     starts = F.pad(batch.lengths.cumsum(0), (1, 0))[:-1]
     none = starts.new_zeros(len(starts) - len(batch.prompt_index))  # prompts have no prompt

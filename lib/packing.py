@@ -21,7 +21,7 @@ from lib.transformer import Transformer
 
 TokenLists = list[list[int]]
 MAX_LOGITS = {"cuda": 2**27, "cpu": 2**24}  # that exist at a time
-LONG_PREFIX = 16  # tokens that all prompts share are worth a segment of their own from here on
+LONG_PREFIX = 16  # tokens: a shorter prefix that all prompts share gets no segment of its own
 
 
 def pad(rows: TokenLists, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -121,10 +121,11 @@ def pack_examples(
 def random_position_gaps(
     prompt: list[int], response: list[int], starts: Tensor, max_gap: int, generator
 ) -> tuple[list[int], list[int]]:
-    """Return positions of both with random gaps, up to `max_gap` in all, before `starts`.
+    """Return positions of both, with random gaps before tokens `starts`, up to `max_gap` in all.
 
-    A model trained on short chains finds steps by their distance and counts lines to know when to
-    stop, and fails on longer chains. With gaps it must go by the labels (arXiv 2305.16843).
+    Without gaps, a model trained on short chains finds steps by their distance and knows when to
+    stop by counting lines, and fails on longer chains; with gaps it must go by the labels (arXiv
+    2305.16843).
     """
     tokens = torch.tensor(prompt + response)
     weights = torch.rand(len(tokens), generator=generator) * torch.isin(tokens, starts)
@@ -139,9 +140,10 @@ def micro_batches(
 ) -> list[Tensor]:
     """Split the groups `active` into micro-batches of at most `budget` tokens: their indices.
 
-    prompt_lengths (P,), response_lengths (P, G), active: indices into P. A larger group is alone.
-    A prefix that all prompts share counts once for each, so costs are upper bounds.
-    Where the budget allows, micro-batches are of like size, and each worker gets as many.
+    prompt_lengths (P,), response_lengths (P, G), active: indices into P. A group larger than the
+    budget is a micro-batch of its own. A prefix that all prompts share is counted for each of them,
+    so costs are upper bounds. Where the budget allows, micro-batches are of similar size, and each
+    worker gets the same number of them.
     """
     costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
     n = workers * math.ceil(sum(costs) / (workers * budget))
@@ -208,8 +210,8 @@ def response_logps(
 class FrozenHead(torch.autograd.Function):
     """Log-probs and entropies by a head that is not trained.
 
-    The gradient of a log-prob by its hidden state is a vector that only awaits a factor. So it is
-    computed at once, and the backward pass needs no logits.
+    The forward pass already computes each log-prob's gradient by its hidden state. The backward
+    pass only scales it, and needs no logits.
     """
 
     @staticmethod

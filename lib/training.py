@@ -143,7 +143,7 @@ def load_run(
 
 
 def print_laptop(config, defaults: dict, world: World) -> None:
-    """Say as flags what has become of the defaults that --laptop changes."""
+    """Print, as flags, the values of all that --laptop changes."""
     values = {flag_name(name): getattr(config, name) for name in defaults}
     if config.laptop and world.is_master:
         print("--laptop:", *(f"{flag} {x:g}" for flag, x in values.items() if x is not None))
@@ -256,7 +256,7 @@ def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, 
     """Sum gradients over the ranks, clip, step, sync the policy's weights; return metrics.
 
     Skips steps without signal (momentum alone must not move the weights) and those whose loss or
-    gradient is not finite (metric `skipped`); as many in a row as five updates have end the run.
+    gradient is not finite (metric `skipped`). Five updates of the latter in a row end the run.
     """
     world.all_reduce_gradients(run.master)
     weights = trainable_parameters(run.master)
@@ -321,7 +321,7 @@ def update_metrics(steps: list[dict], rollout, sampled: list, seconds: list, wor
 
 
 def log_sft_update(run: Run, row: dict, bar: tqdm) -> None:
-    """Write an SFT update's row, show it beside the bar, and warn of an end that is no start."""
+    """Write an SFT update's row, show it beside the bar, and warn if SFT ends too weak for RL."""
     run.log.write(row)
     validated = next((r for r in reversed(run.log.rows) if "accuracy" in r), {})
     names = {"right": "accuracy", "right if matching": "accuracy_given_match"}
@@ -364,9 +364,9 @@ def save_is_due(run: Run, update: int) -> bool:
 def end_update(run: Run, update: int, signals: Signals, world: World) -> None:
     """Save a checkpoint if it is time; exit if any process has caught a signal.
 
-    A thread writes it while the next update runs; here the run waits for it if it ends, and ends if
-    the thread has failed. A pretrained model's waits on the CPU, too: the copy that is written, 0.2
-    GB of SmolLM2's adapters, would add to the update's memory.
+    A thread writes it while the next update runs. The run waits for the thread before it exits, and
+    fails if the thread has failed. A pretrained model on the CPU waits at once: the copy to be
+    written (0.2 GB of SmolLM2's adapters) would add to the next update's memory.
     """
     return_memory()
     (stopping,) = world.all_reduce(signals.caught)

@@ -136,7 +136,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, added: Tensor, rope: Rope, attend: Attend, dropout_key: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Map the residual stream (N, D), fp32, and what the next norm adds to it, to the same."""
+        """Map the residual stream x (N, D), fp32, and what the first norm adds to it to the next x,
+        and what the next block's first norm adds to that."""
         x, normed = self.input_layernorm(x, added)
         added = self.self_attn(normed, rope, attend, dropout_key)
         x, normed = self.post_attention_layernorm(x, added)
@@ -211,9 +212,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return the logits (N, V) of hidden states (N, D), V up to the last token allowed.
 
-        What is not allowed gets a logit so low that its probability is zero and its p log p, too.
-        `gradient_of` is what takes the gradient of 16-bit weights on a GPU: fused.LogitsInFp32.
-        They are in fp32; with in_fp32=False on the CPU in the weights' dtype, as computed.
+        They are in fp32, or on the CPU with in_fp32=False in the weights' dtype. Tokens not allowed
+        get a logit so low that p and p log p are zero. `gradient_of` is what takes the gradient of
+        16-bit weights on a GPU: fused.LogitsInFp32.
         """
         weight, extra = self.head_weight(), self.extra_rows(len(hidden))
         if hidden.is_cuda and hidden.dtype != torch.float32:
