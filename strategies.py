@@ -227,6 +227,8 @@ def tagged_rows(path: Path, p: int) -> list[dict]:
     for number, row in parse_json_lines(path, content):
         if not all(name in row and isinstance(row[name], kind) for name, kind in KINDS.items()):
             at, prompt, text = f"{path}, line {number}: ", row.get("prompt"), row.get("response")
+            older = of_run and "strategy" in row
+            require(not older, f"{at}another version of these scripts wrote this row")
             texts = isinstance(prompt, str) and isinstance(text, str)
             require(texts, f"{at}prompt or response is missing, or is no text")
             with user_errors(at):

@@ -127,14 +127,14 @@ def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:
 def group_advantages(rewards: Tensor, kind: str = "z-score") -> Tensor:
     """Return rewards (P, G) minus their group's mean and, for "z-score", over its std.
 
-    A group of equal rewards gets zeros. "leave-one-out": minus the mean of the others.
+    A group of equal rewards gets exact zeros. "leave-one-out": minus the mean of the others.
     """
     advantages = (rewards - rewards.mean(1, keepdim=True)).float()
     if kind == "z-score":
         advantages = advantages / (advantages.std(1, keepdim=True) + 1e-6)
     if kind == "leave-one-out":
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)
-    return advantages * (rewards != rewards[:, :1]).any(1, keepdim=True)  # no rest of rounding
+    return torch.where((rewards != rewards[:, :1]).any(1, keepdim=True), advantages, 0.0)
 
 
 def grpo_loss(
@@ -211,7 +211,7 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
         tensors = (logps, old_logps, ref_logps, advantages, rows, truncated)
         loss, per_token = grpo_loss(config, *tensors, totals)
         per_token["entropy"] = entropy  # for the log: it carries no gradient (lib/packing.py)
-        metrics = {name: values.sum().item() for name, values in per_token.items()}
+        metrics = {"sums": {name: values.sum().item() for name, values in per_token.items()}}
         metrics |= {"loss": loss.item(), "trained_tokens": len(logps)}
         metrics["logp_diff_max"] = (logps - old_logps).abs().max().item()
         return loss, metrics

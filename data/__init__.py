@@ -13,11 +13,15 @@ problem.kind, .difficulty, .answer          texts; tables group by the first two
 problem.is_correct(response, stopped)       what tables count
 problem.reward(response, stopped)           the float that trains
 problem.label(response)                     the strategy (of finite_field.py's: strategies.tag)
-problem.where                               file and line, for messages
+problem.where                               file and line, for messages; "" for no file
+
+A new task in Python is a branch in load_problems and a flag in the three configs. Its labels and
+kinds are none of jsonl.TAKEN, the log's own names.
 """
 
 from lib.flags import flag_name, require, user_errors
 
+# The flags of the paper's task, which --data refuses: a new one belongs here, too
 OF_THE_PAPER = ("difficulty", "steps", "parts", "field", "relabel", "evaluation_share")
 OF_THE_PAPER += ("strategy", "window", "force", "given")
 

@@ -39,6 +39,7 @@ MAX_LABEL = 40
 MAX_FIELD = 9999  # elements are written with at most four digits
 VALIDATION_SHARE = 8  # one problem in this many belongs to validation
 FORWARD, BACKWARD = "forward", "backward"
+WRITTEN = (FORWARD, BACKWARD)  # strategies of solutions; the longest sets the token limit
 EVALUATION, INVERSION, COMPOSITION = "evaluation", "inversion", "composition"
 MATCHING_STRATEGY = {EVALUATION: FORWARD, INVERSION: BACKWARD}
 INVERSE = {"+": "-", "*": "/", "-": "+", "/": "*"}
@@ -262,7 +263,7 @@ class Task:
         task = replace(self, steps=(self.steps[1],) * 2, parts=(self.parts[1],) * 2)
         longest = [task.sample(rng, "train") for _ in range(64)]
         others = [self.sample(rng, "train") for _ in range(200)]
-        solutions = [self.solution(p, way, rng) for p in longest for way in (FORWARD, BACKWARD)]
+        solutions = [self.solution(p, way, rng) for p in longest for way in WRITTEN]
         return longest + others, solutions
 
     @staticmethod
@@ -314,7 +315,7 @@ class Task:
         For "mixed" each part takes either strategy with even odds.
         """
         n, mixed = len(problem.parts), strategy == "mixed"
-        ways = [rng.choice((FORWARD, BACKWARD)) if mixed else strategy for _ in range(n)]
+        ways = [rng.choice(WRITTEN) if mixed else strategy for _ in range(n)]
         solved = self.solved(problem)
         ways[:solved] = [MATCHING_STRATEGY[part.kind] for part in problem.parts[:solved]]
         return problem.solution(ways).removeprefix(problem.prefix)
@@ -388,7 +389,7 @@ def main(config: PrintConfig) -> None:
     for i, problem in enumerate(problems, 1):
         print(f"--- {i}: {problem.kind}, {problem.steps} steps, answer {problem.answer}")
         print(problem.prompt())
-        for strategy in (FORWARD, BACKWARD):
+        for strategy in WRITTEN:
             print(f"[{strategy}]\n{problem.solution(strategy)}\n")
 
 

@@ -4,7 +4,8 @@ from statistics import fmean
 
 LEARNED = 0.5  # least accuracy given the matching strategy from which RL should start
 UNLEARNED = """SFT has not learned its own problems: most responses are wrong, also those with the
-    matching strategy. Train longer (--updates, --epochs) before RL"""
+    matching strategy. Train longer (--updates, --epochs) before RL, or give more --max-new-tokens
+    if responses are cut off"""
 DIAGNOSE_WINDOW = 20  # updates over which a problem has to last
 TRUNCATED = """every response is cut off before its end: give more --max-new-tokens, or train the
     start longer by SFT"""
@@ -12,16 +13,19 @@ SOLVED = """every response is right, so nothing is learned any more: stop here, 
     problems (--steps, --difficulty extreme)"""
 NO_SIGNAL = """all responses to a problem earn the same, so nothing is learned: try easier problems
     (--steps), a larger --group-size, a higher --temperature or more SFT"""
+SKIPPED = "an update was skipped: its loss or gradient is not finite. Five in a row end the run"
 COLLAPSED = """the policy has collapsed: its entropy is near zero though many responses are wrong.
     Start again with a lower --lr, a KL term (--beta 0.05) or a larger --clip-high"""
 
 
 def diagnose(rows: list[dict]) -> set[str]:
     """Return what is wrong in words that say what to try; empty if all is well."""
-    recent = rows[-DIAGNOSE_WINDOW:]
+    recent, messages = rows[-DIAGNOSE_WINDOW:], set()
+    if recent[-1].get("skipped"):
+        messages.add(SKIPPED)
     if len(recent) < DIAGNOSE_WINDOW:
-        return set()
-    messages, accuracy = set(), fmean(row.get("accuracy", row["reward"]) for row in recent)
+        return messages
+    accuracy = fmean(row.get("accuracy", row["reward"]) for row in recent)
     if all(row["frac_truncated"] == 1 for row in recent):
         messages.add(TRUNCATED)
     if all(row["frac_reward_zero_std"] == 1 for row in recent):

@@ -177,7 +177,7 @@ def parse_flags(config_class: type[Config], description: str, positional: str = 
     group = parser = _Parser(description=description, formatter_class=formatter)
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     kinds, source = typing.get_type_hints(config_class), inspect.getsource(config_class)
-    line = re.compile(r"^    (?:# (.+)|(\w+):[^#\n]*#\s*(.*))$", re.M)
+    line = re.compile(r"^    (?:# (.+)|(\w+):[^#\n]*(?:#\s*(.*))?)$", re.M)
     for heading, name, comment in line.findall(source):
         if heading:
             group = parser.add_argument_group(heading)

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import takewhile
 from math import isfinite
 from pathlib import Path
@@ -132,10 +132,17 @@ def describe_start(start: Path, named: str, run: Path) -> dict[str, str]:
 
 
 def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
-    """Return the flags in which a config differs from a checkpoint's, with both values."""
-    flags = {name: now for name, now in asdict(config).items() if name not in MAY_DIFFER}
-    changed = [name for name, now in flags.items() if meta.get(name, now) != now]
-    return [(flag_name(name), meta[name], flags[name]) for name in changed]
+    """Return the flags in which a config differs from a checkpoint's, with both values.
+
+    A flag that is newer than the checkpoint had its default, unless that depends on the model.
+    """
+    defaults, changed = {field.name: field.default for field in fields(config)}, []
+    for name, now in asdict(config).items():
+        default = now if defaults[name] is None else defaults[name]
+        then = meta.get(name, default)
+        if then != now and name not in MAY_DIFFER:
+            changed.append((flag_name(name), then, now))
+    return changed
 
 
 def hash_inputs(config) -> dict[str, str]:

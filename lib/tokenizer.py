@@ -136,7 +136,7 @@ class Tokenizer:
             require(fits, f"{at}prompt and response take {n} of {max_positions} positions")
             n = len(self.solution(problem.answer)) if at else 0
             require(n <= budget, f"{at}the answer takes {n} tokens, more than {budget}")
-        own = [problem for problem in problems if in_file(problem) and "response" in problem.row]
+        own = [problem for problem in problems if "response" in getattr(problem, "row", ())]
         solved = self.decode([self.solution(x.row["response"])[:-1] for x in own])
         for problem, text in zip(own, solved):
             lost = f"{in_file(problem)}the model's tokenizer makes {text[:200]!r} of 'response'"

@@ -283,15 +283,16 @@ def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, 
 # Logging and saving
 
 
-def mean_metrics(of_batches: list[dict], names) -> dict[str, float | None]:
-    """Return the means over all tokens of metrics that are sums over a micro-batch's.
+def mean_metrics(of_batches: list[dict]) -> dict[str, float | None]:
+    """Return the means over all tokens of what grpo_loss returns for each of them.
 
     What was not measured, since nothing was trained on or there is no reference, is None.
     """
     n = sum(of_batch["trained_tokens"] for of_batch in of_batches)
-    measured = of_batches[0] if of_batches else {}
-    sums = {name: sum(x[name] for x in of_batches) for name in names if name in measured}
-    return {name: sums[name] / n if name in sums else None for name in names}
+    means = dict.fromkeys(("entropy", "ratio", "clip_ratio", "kl"))
+    for name in of_batches[0]["sums"] if of_batches else ():
+        means[name] = sum(of_batch["sums"][name] for of_batch in of_batches) / n
+    return means
 
 
 def update_metrics(steps: list[dict], rollout, sampled: list, seconds: list, world: World) -> dict:
@@ -307,7 +308,7 @@ def update_metrics(steps: list[dict], rollout, sampled: list, seconds: list, wor
     n_tokens, n_responses, n_signal, n_groups = world.all_reduce(*counts)
     metrics = {name: fmean(step[name] for step in steps) for name in ("loss", "grad_norm")}
     of_batches = [of_batch for step in steps for of_batch in step["batches"]]
-    metrics |= mean_metrics(of_batches, ("entropy", "ratio", "clip_ratio", "kl"))
+    metrics |= mean_metrics(of_batches)
     first = next((step["batches"] for step in steps if step["batches"]), [])
     return metrics | {
         "logp_diff_max": max((of_batch["logp_diff_max"] for of_batch in first), default=None),

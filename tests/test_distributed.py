@@ -21,6 +21,7 @@ class Config:
     count: int | None = None  # how many [7]
     share: float = 0.5  # between 0% and 100%
     loud: bool = False  # whether to shout
+    plain: int = 2
     colour: Literal["red", "blue"] = "red"  # of the line
 
 
@@ -31,8 +32,8 @@ def parse(flags: str, monkeypatch) -> Config:
 
 def test_flags_have_the_types_and_defaults_of_the_fields(monkeypatch):
     assert parse("", monkeypatch) == Config()
-    given = parse("--out-folder a --count 3 --share 1e-1 --loud --colour blue", monkeypatch)
-    assert given == Config("a", 3, 0.1, True, "blue")
+    words = "--out-folder a --count 3 --share 1e-1 --loud --plain 5 --colour blue"
+    assert parse(words, monkeypatch) == Config("a", 3, 0.1, True, 5, "blue")
 
 
 def test_streams_repeat_by_key_and_differ_between_keys():

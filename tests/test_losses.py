@@ -407,7 +407,7 @@ def watch(monkeypatch, undrawn):
     def watched_backward(run, rollout, groups, number, world):
         metrics = real(run, rollout, groups, number, world)
         of_batches = metrics["batches"]
-        means = training.mean_metrics(of_batches, ("ratio",))
+        means = training.mean_metrics(of_batches)
         means["logp_diff_max"] = max((x["logp_diff_max"] for x in of_batches), default=None)
         seen.steps.append((rollout, groups.tolist(), number, metrics | means))
         return metrics
@@ -608,6 +608,21 @@ def test_the_loop_evaluates_validation_problems(start, tmp_path, monkeypatch, un
     asked = [of_one for of_one in asked if of_one[1]]  # none are kept
     assert asked == [(1, held_out, 3), (4, held_out, 3), (4, held_out, 3)]
     assert made[0][-1].func is still_to_come, "the cache leaves room for training"
+
+
+def test_what_the_loss_returns_for_each_token_is_logged(start, tmp_path, monkeypatch):
+    """A name that is new in grpo_loss, too."""
+
+    def with_margin(*args):
+        loss, per_token = grpo_loss(*args)
+        return loss, per_token | {"margin": torch.full_like(args[1], 0.25)}
+
+    monkeypatch.setattr(train_grpo, "grpo_loss", with_margin)
+    monkeypatch.setattr(Problem, "reward", lambda self, text, stopped=True: float(len(text)))
+    flags = SMALL | {"updates": 1, "keep_responses": 0}
+    train_grpo.main(GrpoConfig(init=str(start), out=str(tmp_path), **flags), ONE)
+    (row,) = read_log(tmp_path / "metrics.jsonl")
+    assert row["margin"] == pytest.approx(0.25) and row["ratio"] == pytest.approx(1, abs=1e-3)
 
 
 def test_gradient_checkpointing_is_a_flag(start, tmp_path):

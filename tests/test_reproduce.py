@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +68,11 @@ def write_log(folder: Path, rows: list[dict]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def made_by(run, **changes) -> str:
+    """Return training.json of a finished run of a command."""
+    return json.dumps(asdict(run.settings()) | {"update": 3, "total": 3} | changes)
+
+
 class FakeExperiment(Experiment):
     """Instead of running commands, writes what they would leave where the paper's claims hold."""
 
@@ -82,8 +87,7 @@ class FakeExperiment(Experiment):
             run.minutes_file.write_text("3.0")
             if run.script != "eval.py":
                 (run.output / "step-3").mkdir(parents=True, exist_ok=True)
-                made_by = {"update": 3, "total": 3}
-                (run.output / "step-3" / "training.json").write_text(json.dumps(made_by))
+                (run.output / "step-3" / "training.json").write_text(made_by(run))
             if run.script == "train_grpo.py":
                 n = round(20 * float(run.flags.get("evaluation_share", 0.5)))
                 after = responses(shown, 1.0, 1.0, [EVALUATION] * n + [INVERSION] * (20 - n))
@@ -346,7 +350,8 @@ Path("calls").open("a").write(" ".join(sys.argv[1:]) + "\\n")
 if flags.get("--seed") == "7": sys.exit("out of luck")
 step = Path(flags["--out"]) / "step-3"
 step.mkdir(parents=True)
-(step / "training.json").write_text(json.dumps({"update": 3, "total": 3}))
+made_by = {"update": 3, "total": 3, "strategy": flags["--strategy"], "seed": int(flags["--seed"])}
+(step / "training.json").write_text(json.dumps(made_by))
 """
 
 
@@ -359,7 +364,7 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     assert lab.sft("F", 0) is runs[0], "one run for two cells"
     interrupted = runs[1].output / "step-1"
     interrupted.mkdir(parents=True)
-    (interrupted / "training.json").write_text('{"update": 1, "total": 3}')
+    (interrupted / "training.json").write_text(made_by(runs[1], update=1))
     lab.run()
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sorted("--resume" in call for call in calls) == [False, True]
@@ -375,10 +380,9 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     cut.output.write_text('{\n  "first": 1.0\n}\n')
     assert cut.finished()
 
-    of_another_model = '{"update": 3, "total": 3, "model": "org/a"}'
-    (runs[0].output / "step-3" / "training.json").write_text(of_another_model)
     other = Experiment("x", ReproduceConfig(model="b/a"))
     other = other.add("train_sft.py", runs[0].output, model="b/a", out=runs[0].output)
+    (runs[0].output / "step-3" / "training.json").write_text(made_by(other, model="org/a"))
     with pytest.raises(SystemExit):
         other.finished()
     assert "--model org/a, not b/a" in capsys.readouterr().err
@@ -430,8 +434,8 @@ def test_a_laptop_evaluates_less_and_keeps_to_its_own_runs(tmp_path, monkeypatch
     for meta, mine, other in ((True, lab, paper), (False, paper, lab)):
         folder = sft.output / "step-3"
         folder.mkdir(parents=True, exist_ok=True)
-        made_by = {"update": 3, "total": 3, "laptop": meta, "out": "where it was moved from"}
-        (folder / "training.json").write_text(json.dumps(made_by))
+        mine_was = made_by(mine.sft("FB", 0), out="where it was moved from")
+        (folder / "training.json").write_text(mine_was)
         assert mine.sft("FB", 0).finished()
         line = refusal(other.sft("FB", 0).finished, capsys)
         assert f"made with --laptop {meta}, not {not meta}: move it away" in line
@@ -444,9 +448,8 @@ def test_a_run_by_other_defaults_or_without_its_start_is_another(tmp_path, monke
     rl = lab.rl(sft, 0, difficulty="hard")
     folder = sft.output / "step-2400"
     folder.mkdir(parents=True)
-    made_by = {"update": 2400, "total": 2400, "updates": 2400}
-    for lr, finished in ((sft.settings().lr, True), (0.5, False)):
-        (folder / "training.json").write_text(json.dumps(made_by | {"lr": lr}))
+    for changes, finished in (({}, True), ({"lr": 0.5}, False)):
+        (folder / "training.json").write_text(made_by(sft, **changes))
         assert (not sft.is_another()) == finished
     line = refusal(sft.finished, capsys)
     assert f"made with --lr 0.5, not {sft.settings().lr}: move it away" in line
@@ -454,8 +457,8 @@ def test_a_run_by_other_defaults_or_without_its_start_is_another(tmp_path, monke
     assert rl.settings().updates == 300
     folder = rl.output / "step-300"
     folder.mkdir(parents=True)
-    made_by = {"update": 300, "total": 300, "init_sha256": "0", "init_from": "ckpt/gone"}
-    (folder / "training.json").write_text(json.dumps(made_by))
+    gone = {"init_sha256": "0", "init_from": "ckpt/gone"}
+    (folder / "training.json").write_text(made_by(rl, **gone))
     assert "weights that are gone from ckpt/gone: move it away" in refusal(rl.finished, capsys)
 
 
@@ -477,8 +480,7 @@ def test_runs_of_other_models_that_are_in_the_way_are_left_out(tmp_path, monkeyp
     monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
     for other in ("ckpt/reproduce/tiny/sft-B-0", "ckpt/reproduce/tiny/sft-F-0"):
         Path(other, "step-1600").mkdir(parents=True)
-        made_by = {"update": 1600, "total": 1600, "lr": 0.5}
-        Path(other, "step-1600/training.json").write_text(json.dumps(made_by))
+        Path(other, "step-1600/training.json").write_text('{"update": 3, "total": 3, "lr": 0.5}')
     main(ReproduceConfig(["table1"], only="FB", model="tiny"))
     rows = read_json(Path("paper/results/table1/table1.json"))["rows"]
     assert {row["model"] for row in rows} == {"FB"}

@@ -616,6 +616,15 @@ def test_a_response_that_an_engine_cut_off_is_not_right(tmp_path, capsys):
         assert says in show(capsys, file)
 
 
+def test_a_row_of_another_version_is_not_judged_anew(tmp_path, capsys):
+    """Bug: in GF(11), whatever the run's field."""
+    row = {"prompt": GOOD, "response": "start e3", "strategy": "forward", "correct": True}
+    file = write_rows(tmp_path / RESPONSES, row)
+    (tmp_path / "metrics.jsonl").touch()
+    line = refusal(lambda: show(capsys, file), capsys)
+    assert "line 1: another version of these scripts wrote this row" in line
+
+
 def test_a_file_of_that_name_is_read_to_its_end(tmp_path, capsys):
     """Only a run, which may be writing, has an unfinished last line."""
     row = {"prompt": GOOD, "response": "start e3"}

@@ -384,6 +384,8 @@ def test_a_run_resumes_with_a_changed_tagger_and_not_with_a_changed_reward(flag,
 def test_only_these_flags_may_differ_on_resume():
     free = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
     free |= {"gradient_checkpointing", "fsdp"}
+    newer = changed_flags({"lr": 1e-3}, GrpoConfig(lr=1e-3, beta=None, refills=5))
+    assert newer == [("--refills", 0, 5)], "it had its default"
     for config in (GrpoConfig(), SftConfig()):
         changed = changed_flags(dict.fromkeys(asdict(config), "other"), config)
         found = {flag[2:].replace("-", "_") for flag, *_ in changed}

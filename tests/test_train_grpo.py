@@ -412,7 +412,6 @@ def rows(n: int = 20, **changes) -> list[dict]:
         ({"entropy": 1e-4}, "--beta"),
         ({"entropy": 1e-4, "reward": 0.98}, None),
         ({"entropy": 0.0, "frac_reward_zero_std": 1.0, "reward": 1.0}, "harder problems"),
-        ({"entropy": None, "skipped": True}, None),
         ({"entropy": None}, None),  # advantages of one's own may leave out all groups
     ],
 )
@@ -421,6 +420,14 @@ def test_trouble_is_put_in_words(changes, says):
     assert not diagnose([*rows(19, **changes), *rows(1)]), "it has to last"
     found = diagnose([*rows(50), *rows(20, **changes)])
     assert len(found) == (says is not None) and all(says in message for message in found)
+
+
+def test_a_skipped_update_is_put_in_words_at_once():
+    skipped = rows(20, entropy=None, skipped=True)
+    for log in (skipped, [*rows(50), skipped[0]], skipped[:1]):
+        (message,) = diagnose(log)
+        assert "skipped" in message
+    assert not diagnose([*skipped, *rows(1)])
 
 
 @pytest.fixture
