@@ -173,8 +173,10 @@ def test_after_five_such_updates_the_run_stops(sft, tmp_path, monkeypatch, capsy
     poison(monkeypatch, set(range(3, 100)))
     with pytest.raises(SystemExit) as stop:
         grpo(tmp_path / "run", sft, updates=20, save_every=1, group_size=8)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
+    lines = capsys.readouterr().err.splitlines()
+    warning, line = [line for line in lines if "not finite" in line]
     assert stop.value.code == 2 and "--lr" in line
+    assert "an update was skipped" in warning, "said once"
     assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 6, (
         "the seventh update was the fifth in a row"
     )
