@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Literal
 
 from data import load_problems
-from data.finite_field import BACKWARD, FORWARD, Problem
+from data.finite_field import WRITTEN, Problem
 from lib import openings
 from lib.checkpoint import choose_dtype, load_meta, load_model, read_config
 from lib.distributed import World, distributed
@@ -145,7 +145,7 @@ def evaluate_policies(
     for i, (name, load) in enumerate(policies.items()):  # of each its own: lib/gain.py says why
         free[name] = evaluate(*load(), problems, seed, bar, f"evaluation sampling{' again' * i}")
     for (name, mine), theirs in zip(free.items(), reversed(free.values())):  # the other's
-        numbers = {s: lacking(problems, mine, theirs, s) for s in (FORWARD, BACKWARD)}
+        numbers = {s: lacking(problems, mine, theirs, s) for s in WRITTEN}
         wanted = numbers | dict.fromkeys(strategies, range(len(problems)))
         forced: Scored = [[] for _ in problems]
         by_strategy, measured, sampler = {}, None, None  # frees the other policy first
@@ -322,7 +322,7 @@ def main(config: EvalConfig, world: World) -> None:
     task, problems = load_problems(config, config.problems, *fields[0])
     if trained_on and config.data == trained_on and "--data" in changed_inputs(last, config):
         warn(f"{trained_on} has changed: training may have seen what is validation now")
-    strategies = {"none": [], "both": [FORWARD, BACKWARD]}.get(config.force, [config.force])
+    strategies = {"none": [], "both": WRITTEN}.get(config.force, [config.force])
     if given := config.given:
         enough = all(given < len(problem.parts) for problem in problems)
         require(enough, f"--given {given} needs problems of at least {given + 1} --parts")

@@ -213,7 +213,7 @@ class Problem:
     def opening_strategy(self, response: str, given: int) -> str:
         """Return the strategy that opens the part behind the `given` ones, "" for neither."""
         words = response.split()
-        for strategy in (FORWARD, BACKWARD):
+        for strategy in WRITTEN:
             prefix = self.make_prefix(given, strategy).split()
             if words[: len(prefix)] == prefix:
                 return strategy

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import load_problems
-from data.finite_field import BACKWARD, FORWARD, MATCHING_STRATEGY
+from data.finite_field import MATCHING_STRATEGY, WRITTEN
 from lib.attention import packed_attention
 from lib.checkpoint import find_checkpoint, find_start, holds_start, load_meta, load_model
 from lib.distributed import World, distributed
@@ -84,7 +84,7 @@ def solution_losses(model, tokenizer, flags: SftConfig, task, problems: list) ->
     losses = {"SFT's own": loss(problems, flags.strategy)}
     for kind, matching in MATCHING_STRATEGY.items():
         some = [problem for problem in problems if problem.kind == kind]
-        for strategy in (FORWARD, BACKWARD) if some else ():
+        for strategy in WRITTEN if some else ():
             name = f"{strategy} for {kind}" + " (matches)" * (strategy == matching)
             losses[name] = loss(some, strategy)
     return losses

@@ -94,26 +94,25 @@ class Run:
         set_missing(config, train_grpo.LAPTOP if config.laptop else train_grpo.USUAL)
         return train_grpo.fill_defaults(config, self.tiny)
 
-    def is_another(self) -> str:
-        """Say why what lies in its folder was not made by this command; "" if it was."""
-        newest = None if self.output.suffix == ".json" else newest_checkpoint(self.output)
-        meta = load_meta(newest) if newest else {}
-        if newest and (changed := changed_flags(meta, self.settings())):
+    def is_another(self, meta: dict) -> str:
+        """Say why a checkpoint in its folder was not made by this command; "" if it was."""
+        if changed := changed_flags(meta, self.settings()):
             flag, then, now = changed[0]
             return f"{self.output} was made with {flag} {then}, not {now}"
         if "init_sha256" in meta and find_start(self.output, meta) is None:
             return f"{self.output} started from weights that are gone from {meta['init_from']}"
         return ""
 
-    def finished(self) -> bool:
-        """Return whether its result is complete. Refuse that of another command."""
+    def finished(self, refuse: bool = True) -> bool:
+        """Return whether its result is complete. Refuse that of another command, if asked to."""
         if self.output.suffix == ".json":
             return self.output.exists() and self.output.read_text().endswith("\n}\n")  # not cut off
-        another = self.is_another()
-        require(not another, f"{another}: move it away")
-        newest = newest_checkpoint(self.output)
-        meta = load_meta(newest) if newest else {}
-        return bool(newest) and meta["update"] == meta["total"]
+        if (newest := newest_checkpoint(self.output)) is None:
+            return False
+        meta = load_meta(newest)
+        another = self.is_another(meta)
+        require(not (another and refuse), f"{another}: move it away")
+        return not another and meta["update"] == meta["total"]
 
     @property
     def minutes_file(self) -> Path:
@@ -247,7 +246,7 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
         if cell.evaluation is not None:
             evaluation = one.compare(sft, rl, seed, **cell.evaluation)
         chosen = config.only in ("", cell.model)  # others are shown if finished
-        if chosen or all(not run.is_another() and run.finished() for run in one.runs.values()):
+        if chosen or all(run.finished(refuse=False) for run in one.runs.values()):
             experiment.runs |= one.runs
             planned.append((cell, seed, rl, evaluation))
     experiment.run()

@@ -450,7 +450,7 @@ def test_a_run_by_other_defaults_or_without_its_start_is_another(tmp_path, monke
     folder.mkdir(parents=True)
     for changes, finished in (({}, True), ({"lr": 0.5}, False)):
         (folder / "training.json").write_text(made_by(sft, **changes))
-        assert (not sft.is_another()) == finished
+        assert sft.finished(refuse=False) == finished
     line = refusal(sft.finished, capsys)
     assert f"made with --lr 0.5, not {sft.settings().lr}: move it away" in line
 
