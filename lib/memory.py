@@ -68,13 +68,12 @@ def activation_bytes(
     """Return what a token holds from the forward to the backward pass, on a GPU in 16 bits.
 
     It sums what the operations of lib/transformer.py keep. Each response has a copy of its prompt's
-    keys and values: there are `keys_per_token` in all. `python -m paper.bench --trace` counts the
-    same, and a test compares the two.
+    keys and values: there are `keys_per_token` in all. A test counts what a layer really keeps.
     """
     D, inner, kv = config.hidden_size, config.intermediate_size, config.kv_size
     q, block_input = config.num_attention_heads * config.head_dim, 6 * D  # fp32 and 16 bits
     layer = 2 * block_input + 4 * inner  # what goes into both norms and into SwiGLU
-    layer += 6 * q + 2 * kv  # q and k before rotation, q after it, the output
+    layer += 6 * (q + kv)  # qkv_proj's output, q and k after rotation, the output
     layer += int(4 * kv * keys_per_token)
     if lora:  # what goes into four adapters, with the masks of their dropout, and their low ranks
         layer += (2 + dropout) * (2 * D + q + inner) + 14 * lora

@@ -3,7 +3,6 @@
     python -m paper.bench                      # all rows of this machine: the CPU's, or a GPU's
     python -m paper.bench --json bench.json    # also the rows as JSON: ours and peer in seconds
     python -m paper.bench --plot linear.png    # also an update's time against its tokens
-    python -m paper.bench --trace              # a GPU's kernels, bytes and memory, without a GPU
 
 Ours and the peer have the same random weights and numbers of tokens, and take turns where both
 sample on the CPU; the best of a few rounds counts, as on an idle machine. Responses always run to
@@ -16,10 +15,8 @@ A decoding step reads weights and KV cache once; a token costs two FLOPs a weigh
 
 import functools
 import importlib.util
-import os
 import random
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +52,6 @@ class BenchConfig:
     rounds: int = 4  # timings of ours and of the peer; the best counts
     only: str = ""  # a row, such as cpu-tiny-rollout, alone
     small: bool = False  # tiny sizes, to see that everything runs
-    trace: bool = False  # instead, count what steps of Qwen2.5-1.5B's size would do on a GPU
     json: str = ""  # write the rows to this file
     plot: str = ""  # draw the time of updates of 3 to 9 steps to this PNG
 
@@ -286,8 +282,6 @@ def name_of(world: World) -> str:
 
 
 def main(config: BenchConfig, world: World) -> None:
-    if config.trace:  # by a process that pretends to have a GPU before it imports torch
-        os.execv(sys.executable, [sys.executable, "-m", "paper.trace", *["--small"] * config.small])
     require_min(config, rounds=1)
     require(config.only in ("", *ROWS), f"--only is one of {', '.join(ROWS)}, not {config.only!r}")
     require_writable(config.json, config.plot)

@@ -11,6 +11,7 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import no_cuda
 import pytest
 import torch
 import torch.multiprocessing
@@ -22,7 +23,6 @@ from lib import tokenizer as tokenizers_of_lib
 from lib.responses import Response
 from lib.training import update_metrics
 from lib.transformer import ModelConfig, Transformer
-from paper import no_cuda
 from strategies import score_response
 from train_grpo import grpo_backward
 
@@ -33,7 +33,6 @@ downloads = tempfile.TemporaryDirectory()
 BESIDE = {  # what fixtures wait for, by their names: Python's command lines
     "complaints": ("tests/pretended_gpu.py faults", "tests/pretended_gpu.py cases"),
     "smollm2": (f"-m data.smollm2 {downloads.name}/smollm2",),
-    "measured": ("tests/test_trace.py",),
 }
 beside = ThreadPoolExecutor(1)  # one process at a time: the tests have the other core
 running: list[subprocess.Popen] = []

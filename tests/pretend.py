@@ -13,7 +13,7 @@ kernels, alignment, streams, NCCL.
 """
 
 # ruff: noqa: E402  (no_cuda loads before torch)
-from paper import no_cuda
+import no_cuda
 
 no_cuda.load()
 
@@ -43,6 +43,9 @@ INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 HALVES = (torch.float16, torch.bfloat16)
 
 
+MEMORY = weakref.WeakKeyDictionary()  # the bytes of the GPU's storages that are alive
+
+
 class GPUTensor(torch.Tensor):
     """A tensor of cuda:0 whose data lies in `inner`, a tensor of the CPU."""
 
@@ -54,6 +57,7 @@ class GPUTensor(torch.Tensor):
 
     def __init__(self, inner: Tensor):
         self.inner = inner
+        MEMORY[inner.untyped_storage()] = inner.untyped_storage().nbytes()
 
     def __repr__(self) -> str:
         return f"GPUTensor({self.inner})"

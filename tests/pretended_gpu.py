@@ -4,6 +4,8 @@ import pretend  # isort: skip (before torch)
 
 import collections
 import copy
+import functools
+import gc
 import json
 import os
 import shutil
@@ -15,18 +17,21 @@ from types import SimpleNamespace
 
 import torch
 from conftest import small_model, with_large_biases
-from test_pretended_gpu import CASES, FAULTS, NO_FAULTS, ROOT, SHORT
+from test_pretended_gpu import CASES, FAULTS, KEPT, NO_FAULTS, ROOT, SHORT
 
 import lib.attention
+import lib.fused
 import rollout
 from lib.distributed import World
 from lib.lora import add_lora, without_adapters
+from lib.memory import activation_bytes, keys_per_token
+from lib.packing import pack, response_logps
 from lib.policy import DTYPES, cast_matmuls, make_policy, trainable_parameters
 from lib.training import optimizer_step
 from rollout import Rollout, Sampler
 from train_grpo import GrpoConfig, group_advantages, grpo_backward
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), pretend.GPU
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 13], [14, 15, 16, 17]]
 KEYS = [(i,) for i in range(len(PROMPTS))]
 rollout.BLOCK = 16  # tokens are sampled as from a large vocabulary
@@ -99,7 +104,7 @@ def two_updates(case: str, device: torch.device, rollouts: list[dict] = ()) -> d
 def on_the_gpu(case: str) -> dict:
     use_flash(case.startswith("flash"))
     with pretend.gpu:
-        return two_updates(case, pretend.GPU)
+        return two_updates(case, GPU)
 
 
 def complaints(case: str, ours: dict, theirs: dict, same_tokens: bool) -> str:
@@ -138,11 +143,57 @@ def waits(T: int) -> int:
     """Count what waits for the device while responses of T tokens are sampled from graphs."""
     use_flash(False)
     with pretend.gpu:
-        sampler = Sampler(make_run(CASES[0], pretend.GPU).policy, [], G, T)
+        sampler = Sampler(make_run(CASES[0], GPU).policy, [], G, T)
         for _ in range(2):
             pretend.gpu.syncs.clear()
             sampler.sample(PROMPTS, KEYS)
     return pretend.gpu.syncs.total()
+
+
+class Region(torch.autograd.Function):
+    """Stand in for a compiled function: keep its inputs alone until the backward pass."""
+
+    @staticmethod
+    def forward(ctx, function, *args):
+        ctx.save_for_backward(*(x for x in args if isinstance(x, torch.Tensor)))
+        return function(*args)
+
+
+def kept_per_token(case: str, layers: int) -> tuple[float, int]:
+    """Return the bytes of a token that are kept for the backward pass, and those planned."""
+    lora, again = 8 * ("lora" in case), "checkpointing" in case
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+    master = small_model(num_hidden_layers=layers, **shape)
+    if lora:
+        generator = torch.Generator().manual_seed(0)
+        master = add_lora(cast_matmuls(master, torch.bfloat16), lora, 8, 0.1, generator)
+    with pretend.gpu:
+        policy = make_policy(master.to(GPU), "bf16")
+        policy.gradient_checkpointing = again
+        prompts = torch.arange(32, device=GPU).view(2, 16) % 20
+        responses = torch.arange(256, device=GPU).view(8, 32) % 20
+        lengths = [torch.full((n,), T, device=GPU) for n, T in ((2, 16), (8, 32))]
+        rows = prompts, lengths[0], responses, lengths[1]
+        batch = pack(*rows, torch.arange(8, device=GPU) // 4)
+        response_logps(policy, batch, dropout_key=0)  # so that what it caches is there
+        gc.collect()
+        before = sum(pretend.MEMORY.values())
+        logps, _ = response_logps(policy, batch, dropout_key=0)
+        gc.collect()
+        kept = sum(pretend.MEMORY.values()) - before
+        del logps  # with what its backward pass needs
+        keys = keys_per_token(lengths[0], lengths[1].view(2, 4))
+    planned = activation_bytes(policy.config, lora, lora > 0, again, keys)
+    return kept / len(batch.tokens), planned
+
+
+def compare_memory(case: str) -> str:
+    """Compare what a layer keeps with what is planned; a compiled function keeps its inputs."""
+    lib.fused.has_triton = lambda: True
+    lib.fused.compiled = lambda function: functools.partial(Region.apply, function)
+    (kept, planned), (kept_by_two, planned_by_two) = (kept_per_token(case, n) for n in (1, 2))
+    kept, planned = kept_by_two - kept, planned_by_two - planned
+    return "" if abs(kept / planned - 1) < 0.01 else f"{kept:.0f} bytes kept, {planned} planned"
 
 
 def tell(name: str, function, *args) -> None:
@@ -161,7 +212,7 @@ def run_copy(code: Path, case: str, expected: Path) -> str:
     """Run a case with a copy of the code; compare it with what the first such run gave."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
-        stays = name in ("pretend", "__main__") or name.startswith("paper")
+        stays = name in ("pretend", "no_cuda", "__main__")
         if file.startswith(str(ROOT)) and not stays:
             del sys.modules[name]
     sys.path.insert(0, str(code))
@@ -203,4 +254,6 @@ if __name__ == "__main__":
     else:
         for case in (*CASES, *SHORT):
             tell(case, compare, case)
+        for case in KEPT:
+            tell(case, compare_memory, case)
         tell("16 steps more", lambda: f"{waits(33) - waits(17)} waits more")

@@ -1,9 +1,8 @@
 """Let PyTorch's CPU build carry tensors that say they are on a GPU.
 
 Autograd asks the device of each tensor for its streams. The CPU build has no CUDA to ask, so a
-backward pass over such tensors, FakeTensors or those of tests/pretend.py, fails there. `load`
-builds a CUDA that does nothing (no_cuda.cpp) by g++. It must come before the first import of torch,
-which looks for devices once.
+backward pass over the tensors of pretend.py fails there. `load` builds a CUDA that does nothing
+(no_cuda.cpp) by g++. It must come before the first import of torch, which looks for devices once.
 """
 
 import ctypes
