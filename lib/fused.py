@@ -42,19 +42,32 @@ def has_triton() -> bool:
 
 
 @functools.cache
-def compiled(function: Callable) -> Callable:
-    """Compile a function for all sizes; PyTorch does so anew for gradients and other dtypes."""
+def compiled(function: Callable, every_size: bool = False) -> Callable:
+    """Compile a function for any first dimension of its tensors, or for `every_size` of theirs.
+
+    The other dimensions are the model's. A kernel that knows them reads 16 bytes at a time; one
+    that does not, one number, after a division of 64 bits for its place. PyTorch compiles anew for
+    gradients, other dtypes and a first dimension of 1.
+    """
     warnings.filterwarnings("ignore", ADVICE, UserWarning)  # for good: no user could follow these
     logging.getLogger("torch.utils._sympy.interp").setLevel(logging.ERROR)  # it raises errors, too
-    return torch.compile(function, dynamic=True)
+    call = torch.compile(function, dynamic=every_size or None)
+
+    def with_any_first(x: Tensor, *others):
+        for tensor in (x, *(y for y in others if isinstance(y, Tensor) and y.ndim > 1)):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return call(x, *others)
+
+    return call if every_size else with_any_first
 
 
-def fuse(function: Callable) -> Callable:
+def fuse(function: Callable, every_size: bool = False) -> Callable:
     """Compile a pure function of tensors, the first of which says where it runs, on a GPU."""
 
     @functools.wraps(function)
     def call(x: Tensor, *others):
-        return (compiled(function) if x.is_cuda and has_triton() else function)(x, *others)
+        on_gpu = x.is_cuda and has_triton()
+        return (compiled(function, every_size) if on_gpu else function)(x, *others)
 
     return call
 
@@ -87,7 +100,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@fuse
+@functools.partial(fuse, every_size=True)  # of prompts and of what is read of the cache
 def joint_softmax(
     to_prompt: Tensor,
     to_response: Tensor,

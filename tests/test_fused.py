@@ -1,5 +1,6 @@
 """Functions that a GPU compiles, and how tokens are sampled from large vocabularies."""
 
+import functools
 import logging
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_compiled_functions_equal_themselves(name, dtype):
             if isinstance(x, torch.Tensor) and x.is_floating_point():
                 x.requires_grad_(name in ("rotate", "add_rms_norm", "head_norm", "swiglu"))
         eager = outputs(function.__wrapped__, arguments)
-        compiled = outputs(fused.compiled(function.__wrapped__), arguments)
+        compiled = outputs(fused.compiled(function.__wrapped__, name == "joint_softmax"), arguments)
         assert [x.dtype for x in eager] == [x.dtype for x in compiled]
         for a, b in zip(eager, compiled, strict=True):  # compiled code rounds to bf16 less often
             scale = a.float().abs().max().item()
@@ -72,9 +73,28 @@ def test_compiled_functions_equal_themselves(name, dtype):
             torch.testing.assert_close(a, b, atol=bound, rtol=0)
 
 
+@pytest.mark.parametrize("name", calls(2, FP32))
+def test_one_kernel_serves_any_number_of_tokens_and_knows_the_other_sizes(name, monkeypatch):
+    compile_, shapes = torch.compile, []
+
+    def backend(graph, inputs):
+        values = [x.meta["example_value"] for x in graph.graph.find_nodes(op="placeholder")]
+        shapes.append(next(x.shape for x in values if isinstance(x, torch.Tensor)))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=backend))
+    function, every_size = calls(2, FP32)[name][0].__wrapped__, name == "joint_softmax"
+    compiled = fused.compiled.__wrapped__(function, every_size)
+    for n in (3, 8, 5):
+        compiled(*calls(n, FP32)[name][1:])
+    (shape,) = shapes
+    known = [isinstance(size, int) for size in shape]
+    assert known == [False] + [not every_size] * (len(shape) - 1)
+
+
 def test_nothing_is_compiled_on_the_cpu(monkeypatch):
     monkeypatch.setattr(fused, "has_triton", lambda: True)
-    monkeypatch.setattr(fused, "compiled", lambda function: pytest.fail("compiled"))
+    monkeypatch.setattr(fused, "compiled", lambda *_: pytest.fail("compiled"))
     assert fused.swiglu(random(3, 8)).shape == (3, 4)
 
 
@@ -119,10 +139,15 @@ def test_compiling_silences_three_messages_and_no_other(monkeypatch):
     online = "Online softmax is disabled on the fly since Inductor decides to"
     tf32 = "TensorFloat32 tensor cores for matrix multiplication available but not enabled."
     texts = f"\n{online}", f"no: {online}", tf32
+
+    def warn_of_all(_):
+        for text in texts:
+            warnings.warn(text, stacklevel=1)
+
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        fused.compiled(lambda: [warnings.warn(text, stacklevel=1) for text in texts])()
+        fused.compiled(warn_of_all)(torch.ones(1))
     assert [str(warning.message) for warning in heard] == [texts[1]]
     levels = [logging.getLogger(f"torch.utils._sympy.{x}").level for x in ("interp", "functions")]
     assert levels == [logging.ERROR, logging.NOTSET]
