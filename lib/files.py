@@ -1,11 +1,9 @@
-"""Folders that are written, renamed and deleted whole, on file systems that refuse some of it.
+"""Folders that are written, renamed and deleted whole.
 
-A folder's manifest holds the SHA-256 of every other file. It is copied first and deleted last, so
-that what a crash leaves half copied or half deleted is detected.
+A folder's manifest holds the SHA-256 of every other file, so that later damage is detected.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -14,11 +12,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib.flags import fail, warn, write_json
+from lib.flags import fail, write_json
 
 MANIFEST = "manifest.json"
 writer = ThreadPoolExecutor(1)  # writes one checkpoint at a time; Python waits for it at its end
-UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EBADF}
 
 
 @contextlib.contextmanager
@@ -35,15 +32,12 @@ def written_whole(folder: Path, *logs: Path) -> Iterator[Path]:
         follow_umask(draft)
         files = sorted(file for file in draft.rglob("*") if file.is_file())
         write_json(draft / MANIFEST, {str(f.relative_to(draft)): sha256(f) for f in files})
-        for path in (*draft.rglob("*"), draft, *logs):
+        for path in (*draft.rglob("*"), draft, *filter(Path.exists, logs)):
             fsync(path)
-        rename(draft, folder)
+        os.replace(draft, folder)
         fsync(folder.parent)
     except Exception as error:  # mostly a full disk, for which each library raises its own kind
-        free = "unknown"
-        with contextlib.suppress(OSError):  # the disk itself may be gone
-            free = f"{shutil.disk_usage(folder.parent).free / 1e6:.0f}"
-        fail(f"cannot write the checkpoint {folder} ({free} MB are free): {error}")
+        fail(f"cannot write the checkpoint {folder} (is the disk full?): {error}")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -58,15 +52,12 @@ def verify_manifest(folder: Path) -> str | None:
     try:
         if not os.path.lexists(folder / MANIFEST):
             return None if any(folder.iterdir()) else "it is empty"
-        hashes = json.loads((folder / MANIFEST).read_bytes())
-        for name, digest in hashes.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:  # files may be links, though
-                return f"{MANIFEST} names {name}, which lies elsewhere"
+        for name, digest in json.loads((folder / MANIFEST).read_bytes()).items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if sha256(folder / name) != digest:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         return f"cannot read {MANIFEST}: {error}"
     return None
 
@@ -76,59 +67,20 @@ def follow_umask(folder: Path) -> None:
     mode = (folder / "config.json").stat().st_mode
     for file in folder.rglob("*"):
         if file.is_file():
-            with contextlib.suppress(OSError):  # a file system without modes
-                file.chmod(mode)
+            file.chmod(mode)
 
 
 def fsync(path: Path) -> None:
-    """fsync a file or directory, if it exists and its file system can."""
-    if not path.exists():
-        return
+    """Wait until a file or a folder is on the disk."""
+    file = os.open(path, os.O_RDONLY)
     try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-
-
-def rename(old: Path, new: Path) -> None:
-    """Rename a folder, or copy it where its file system cannot rename it."""
-    try:
-        os.replace(old, new)
-    except OSError:
-        new.mkdir()
-        shutil.copy2(old / MANIFEST, new)
-        shutil.copytree(old, new, dirs_exist_ok=True)
-        for path in (*new.rglob("*"), new):
-            fsync(path)
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, under another name: a crash never leaves a part of it under its own.
-
-    overlayfs renames no folder of its lower layer. One that cannot be deleted stays.
-    """
+    """Delete a folder, under another name: a crash never leaves a part of it under its own."""
     old = folder.with_name(f".{folder.name}.old.part")
-    try:
-        os.replace(folder, old)
-    except OSError:
-        old = folder
-    delete(old)
-    if old.exists():
-        warn(f"{old} cannot be deleted")
-
-
-def delete(path: Path) -> None:
-    """Delete a folder, a file or a link to one, as far as the file system lets us."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-        return
-    for file in path.rglob("*"):
-        if file.name != MANIFEST and not file.is_dir():
-            with contextlib.suppress(OSError):
-                file.unlink()
-    shutil.rmtree(path, ignore_errors=True)
+    os.replace(folder, old)
+    shutil.rmtree(old, ignore_errors=True)

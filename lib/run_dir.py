@@ -13,6 +13,7 @@ process at a time writes to a run: it holds a lock on the log. Nothing loaded he
 import fcntl
 import json
 import os
+import shutil
 from concurrent.futures import Future
 from dataclasses import asdict, fields
 from itertools import takewhile
@@ -35,7 +36,7 @@ from lib.checkpoint import (
     weights_sha256,
 )
 from lib.distributed import World, full_tensor
-from lib.files import delete, remove, sha256, verify_manifest, writer, written_whole
+from lib.files import remove, sha256, verify_manifest, writer, written_whole
 from lib.flags import fail, flag_name, parse_json_lines, require, user_errors, warn
 from lib.fsdp import shard_like
 from lib.lora import adapters_alone, peft_weights, save_adapters
@@ -194,7 +195,7 @@ def write_checkpoint(
     """
     folder = run / f"step-{meta['update']}"
     for old in run.glob(".step-*.part"):  # left by a run that was killed while it wrote
-        delete(old)
+        shutil.rmtree(old, ignore_errors=True)
     with written_whole(folder, run / LOG, run / RESPONSES) as draft:
         torch.save(state, draft / "training_state.pt")
         save_configs(draft, config, tokenizer, meta)

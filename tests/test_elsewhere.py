@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_grpo
 import train_sft
 from data.finite_field import Problem
-from lib import checkpoint, files, run_dir, training
+from lib import checkpoint, run_dir, training
 from lib.checkpoint import (
     checkpoints,
     find_checkpoint,
@@ -342,21 +342,6 @@ def test_shards_may_be_links(tmp_path):
     assert same_weights(load_model(with_links(folder, tmp_path / "blobs"))[0], expected)
 
 
-def test_a_run_whose_folders_are_links_goes_on_and_deletes_links_alone(tmp_path):
-    """As if ckpt/ and old checkpoints had been moved to another disk."""
-    disk, run = tmp_path / "disk", tmp_path / "run"
-    (disk / "run").mkdir(parents=True)
-    run.symlink_to(disk / "run")
-    sft(run, field=3, updates=1, examples=0)
-    (run / "step-1").rename(disk / "kept")
-    (run / "step-1").symlink_to(disk / "kept")
-    assert newest_checkpoint(run) == run / "step-1"
-    save_tiny(run, 2, keep=1)
-    assert [p.name for p in checkpoints(run)] == ["step-2"] and verify_manifest(
-        disk / "kept"
-    ) is None
-
-
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json", "training.png"])
 def test_what_a_run_would_overwrite_may_not_lead_out_of_it(name, tmp_path, capsys):
     precious, run = tmp_path / "precious", tmp_path / "run"
@@ -369,83 +354,6 @@ def test_what_a_run_would_overwrite_may_not_lead_out_of_it(name, tmp_path, capsy
     (run / "elsewhere").write_text("")
     (run / name).symlink_to("elsewhere")
     assert sft(run, examples=0).name == "step-2"
-
-
-# ------------------------------------------------------------------------------------------------
-# File systems that refuse
-
-
-def refuse(monkeypatch, call: str, number: int, which=lambda path: True) -> None:
-    real = getattr(os, call)
-
-    def refusing(path, *args, **kwargs):
-        if which(path):
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, call, refusing)
-
-
-def test_overlayfs_renames_no_folder_of_its_lower_layer(tmp_path, monkeypatch, capsys):
-    save_tiny(tmp_path, 1), save_tiny(tmp_path, 2)
-    refuse(
-        monkeypatch, "replace", errno.EXDEV, lambda path: Path(path).name in ("step-1", "step-2")
-    )
-    save_tiny(tmp_path, 3, keep=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-3"] and capsys.readouterr().err == ""
-
-
-def test_where_folders_cannot_be_renamed_they_are_copied(tmp_path, monkeypatch):
-    refuse(monkeypatch, "replace", errno.EXDEV)
-    for update in (1, 2):
-        assert verify_manifest(save_tiny(tmp_path, update)) is None
-    assert same_weights(load_model(tmp_path / "step-2")[0], small_model(2))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-2"]
-
-
-def test_a_copy_or_deletion_that_is_cut_short_leaves_a_broken_checkpoint(tmp_path, monkeypatch):
-    refuse(monkeypatch, "replace", errno.EXDEV)
-    save_tiny(tmp_path, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copytree", lambda *_, **__: os.abort)
-        save_tiny(tmp_path, 2)
-    assert newest_checkpoint(tmp_path) == tmp_path / "step-1"
-    whole = save_tiny(tmp_path, 3)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
-        files.remove(whole)
-    assert newest_checkpoint(tmp_path) == tmp_path / "step-1"
-    (whole / "manifest.json").unlink()
-    assert newest_checkpoint(tmp_path) == tmp_path / "step-1", "an empty folder is no checkpoint"
-
-
-def test_a_checkpoint_that_cannot_be_deleted_stays_and_the_run_goes_on(
-    tmp_path, monkeypatch, capsys
-):
-    save_tiny(tmp_path, 1)
-    for call in ("replace", "unlink", "rmdir"):
-        refuse(monkeypatch, call, errno.EPERM, lambda path: "step-1" in str(path))
-    refuse(monkeypatch, "rmdir", errno.EPERM)
-    monkeypatch.setattr(Path, "unlink", lambda path, **_: os.unlink(path))
-    assert save_tiny(tmp_path, 2, keep=1).is_dir()
-    assert "cannot be deleted" in capsys.readouterr().err
-    assert newest_checkpoint(tmp_path) == tmp_path / "step-2"
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
-def test_a_folder_that_cannot_be_synced_is_no_error_but_a_broken_disk_is(
-    number, tmp_path, monkeypatch, capsys
-):
-    refuse(monkeypatch, "fsync", number)
-    if number == errno.EIO:
-        assert "Input/output" in refusal(lambda: save_tiny(tmp_path, 1), capsys)
-    else:
-        assert verify_manifest(save_tiny(tmp_path, 1)) is None
-
-
-def test_a_file_system_without_modes_takes_checkpoints(tmp_path, monkeypatch):
-    refuse(monkeypatch, "chmod", errno.EPERM)
-    assert verify_manifest(save_tiny(tmp_path, 1)) is None
 
 
 def test_runs_of_pretrained_models_save_memory(tmp_path, pretrained, monkeypatch):
