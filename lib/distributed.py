@@ -7,7 +7,6 @@ import functools
 import os
 import resource
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.files import writer
-from lib.flags import fail, is_alone, quiet_pipes, require, warn
+from lib.flags import quiet_pipes, require, warn
 from lib.limits import core_limit
 
 
@@ -69,37 +68,15 @@ class World:
             dist.barrier()
 
 
-def read_ranks() -> tuple[int, int, int]:
-    """Return rank, world size and the rank on this machine, by torchrun's variables."""
-    if is_alone():
-        return 0, 1, 0
-    names, advice = ("RANK", "WORLD_SIZE"), "start processes by torchrun, or unset WORLD_SIZE"
-    missing = [x for x in (*names, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(x)]
-    require(not missing, f"WORLD_SIZE is set but {', '.join(missing)} is not: {advice}")
-    values = [*map(os.environ.get, names), os.environ.get("LOCAL_RANK", "0")]
-    numbers = all(value.isascii() and value.isdigit() for value in values)
-    rank, world_size, local_rank = map(int, values) if numbers else (1, 0, 0)
-    message = f"RANK {values[0]} of WORLD_SIZE {values[1]} (LOCAL_RANK {values[2]}) is no rank"
-    require(max(rank, local_rank) < world_size, f"{message}: {advice}")
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    try:
-        if not 0 < int(port) < 2**16:
-            raise ValueError
-        socket.getaddrinfo(address, int(port))
-    except (OSError, ValueError):
-        fail(f"MASTER_ADDR {address}, MASTER_PORT {port} is no address: {advice}")
-    return rank, world_size, local_rank
-
-
 def processes_here() -> int:
     """Return how many of a run's processes share this machine."""
-    n = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(n)) if dist.is_initialized() and n.isdigit() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def init_distributed() -> World:
     """Join the process group that torchrun describes in the environment, and pick the device."""
-    rank, world_size, local = read_ranks()
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     torch.set_num_threads(min(torch.get_num_threads(), core_limit()))
     if torch.cuda.is_available():

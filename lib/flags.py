@@ -67,14 +67,9 @@ def require_writable(json_file: str, plot: str) -> None:
     require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
 
 
-def is_alone() -> bool:
-    """Whether this is one process, whatever rank something has left in the environment."""
-    return os.environ.get("WORLD_SIZE", "") in ("", "1")
-
-
 def warn(message: str) -> None:
     """Print a line on stderr, from rank 0 only."""
-    if is_alone() or os.environ.get("RANK") == "0":
+    if os.environ.get("RANK", "0") == "0":
         print_error(message)
 
 

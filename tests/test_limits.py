@@ -1,4 +1,4 @@
-"""What this process may use: containers' limits on memory and cores, torchrun's variables."""
+"""What this process may use: containers' limits on memory and cores."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import refusal, small_model
+from conftest import small_model
 
 from lib import limits
 from lib.attention import cache_bytes
@@ -268,46 +268,7 @@ def test_few_compiled_products_are_kept():
     assert saving < keeping / 2
 
 
-STRAY = {  # the environment; what is said, or None where one process works as one
-    "a rank alone": ({"RANK": "1"}, None),
-    "a rank of one": ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}, None),
-    "a local rank alone": ({"LOCAL_RANK": "2"}, None),
-    "a nonsense rank alone": ({"RANK": "x"}, None),
-    "an address alone": ({"MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}, None),
-    "a size alone": ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT"),
-    "no address": ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
-    "an empty size": ({"WORLD_SIZE": ""}, None),
-    "a port in words": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT x"),
-    "a port too high": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "70000"}, "70000"),
-    "a rank too high": ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 of WORLD_SIZE 2"),
-    "a negative rank": ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK -1"),
-    "a size in words": ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE two"),
-    "a local rank too high": ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "2"}, "LOCAL_RANK 2"),
-}
-
-
-@pytest.mark.parametrize("name", STRAY)
-def test_one_process_works_as_one_whatever_was_left_in_the_environment(name, monkeypatch, capsys):
-    variables, says = STRAY[name]
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(variable, raising=False)
-    if name not in ("a size alone", "no address") and "WORLD_SIZE" in variables:
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", "1")
-    for variable, value in variables.items():
-        monkeypatch.setenv(variable, value)
-    if says:
-        line = refusal(init_distributed, capsys)
-        assert says in line and "torchrun" in line
-    else:
-        world = init_distributed()
-        assert world.is_master and world.world_size == 1
-        warn("heard")
-        assert "heard" in capsys.readouterr().err
-
-
 def test_one_process_of_several_warns(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         warn(f"heard from {rank}")
