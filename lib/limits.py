@@ -15,8 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def memory_limit() -> int:
     """Return the bytes of memory that this process may use, swap not counted."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = cgroup_values("memory", "memory.max", "memory.limit_in_bytes")
-    return min([total, *(int(limit) for limit in limits)])
+    return min([total, *map(int, cgroup_values("memory.max"))])
 
 
 saves_memory = False  # whether this process does
@@ -54,36 +53,21 @@ def return_memory() -> None:
 def core_limit() -> int:
     """Return how many cores this process may keep busy, a part of one counted as one."""
     quotas = [len(os.sched_getaffinity(0))]
-    for quota, period in (words.split() for words in cgroup_values("cpu", "cpu.max")):
+    for quota, period in map(str.split, cgroup_values("cpu.max")):
         quotas.append(int(quota) / int(period))
-    pairs = zip(*(cgroup_values("cpu", f"cpu.cfs_{name}_us") for name in ("quota", "period")))
-    quotas += [int(quota) / int(period) for quota, period in pairs if int(quota) > 0]
     return max(1, math.ceil(min(quotas)))
 
 
-def cgroup_values(controller: str, *names: str) -> Iterator[str]:
-    """Yield what the files of these names hold in this process's cgroup and those above it.
+def cgroup_values(name: str) -> Iterator[str]:
+    """Yield what the files of this name hold in this process's cgroup and those above it.
 
-    Version 2 has one tree of groups, version 1 one for each controller. A container may see its
-    own group as the root of the tree, under a path that exists on the host alone.
+    This is version 2 of cgroups. A container may see its own group as the root of the tree, under a
+    path that exists on the host alone.
     """
-    mounts = ROOT / "sys/fs/cgroup"
-    for line in _read(ROOT / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        tree = mounts / controller if controllers else mounts
-        group = tree / path.lstrip("/")
-        for folder in (group, *group.parents):
-            values = [_read(folder / name).strip() for name in names]
-            yield from (value for value in values if value and not value.startswith("max"))
-            if folder == tree:
-                break
-
-
-def _read(file: Path) -> str:
-    """Return a file's text; "" if there is none that can be read."""
-    try:
-        return file.read_text(errors="surrogateescape")
-    except OSError:
-        return ""
+    tree, of_process = ROOT / "sys/fs/cgroup", ROOT / "proc/self/cgroup"
+    lines = of_process.read_text().splitlines() if of_process.exists() else []
+    for path in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
+        for group in (tree / path, *(tree / path).parents):
+            value = (group / name).read_text() if (group / name).exists() else "max"
+            if group.is_relative_to(tree) and not value.startswith("max"):
+                yield value

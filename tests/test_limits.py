@@ -49,24 +49,6 @@ CONTAINERS = {  # files under /; memory in bytes and cores
         },
         (GB, None),
     ),
-    "version 1": (
-        {
-            "proc/self/cgroup": "9:cpu,cpuacct:/docker/ab\n8:memory:/docker/ab\n0::/\n",
-            "sys/fs/cgroup/memory/docker/ab/memory.limit_in_bytes": f"{GB}\n",
-            "sys/fs/cgroup/cpu/docker/ab/cpu.cfs_quota_us": "100000\n",
-            "sys/fs/cgroup/cpu/docker/ab/cpu.cfs_period_us": "100000\n",
-        },
-        (GB, 1),
-    ),
-    "version 1, mounted as the container's own": (
-        {
-            "proc/self/cgroup": "9:cpu,cpuacct:/docker/ab\n8:memory:/docker/ab\n",
-            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{GB}\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-        },
-        (GB, None),
-    ),
     "no limits": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, (None,) * 2),
     "no cgroups": ({}, (None, None)),
 }
