@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import inspect
-import io
 import json
 import os
 import re
@@ -59,10 +57,9 @@ def set_missing(config, defaults: dict) -> None:
 def require_writable(json_file: str, plot: str) -> None:
     """Refuse --json and --plot files that cannot be written, before any work is done."""
     for name in filter(None, (json_file, plot)):
-        place = os.path.realpath(name)
-        to_write = place if os.path.exists(place) else os.path.dirname(place)
-        writable = os.access(to_write, os.W_OK) and not os.path.isdir(place)
-        sound = writable and not os.path.islink(place) and len(os.path.basename(place)) < 256
+        path = Path(name)
+        writable = os.access(path if path.exists() else path.parent, os.W_OK)
+        sound = writable and not path.is_dir()
         require(sound, f"{name} is a folder, or its folder is missing or read-only")
     require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
 
@@ -75,21 +72,14 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def quiet_pipes():
-    """End without a word, as `cat` does, where the reader of a pipe has gone: `... | head -1`.
-
-    Where the output goes to a full disk, end in one line.
-    """
+    """End without a word, as `cat` does, where the reader of a pipe has gone: `... | head -1`."""
     try:
         yield
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO, errno.ENOSPC):
-            raise
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left to flush
-        if error.errno == errno.ENOSPC:
-            fail(str(error))
         raise SystemExit(128 + signal.SIGPIPE) from None
 
 
@@ -142,16 +132,6 @@ def write_json(path: Path, value: dict | list) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def repair_streams() -> None:
-    """Let stdout and stderr take any text, though they are ASCII, or closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # python ... >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(message)
@@ -167,7 +147,6 @@ def parse_flags(config_class: type[Config], description: str, positional: str = 
     The comment on a field's line is its help. A line that holds only a comment is the heading of
     the fields below it. The field named `positional` takes the arguments that are not flags.
     """
-    repair_streams()
     formatter = argparse.RawDescriptionHelpFormatter
     group = parser = _Parser(description=description, formatter_class=formatter)
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}

@@ -4,7 +4,6 @@ And, at the end, what GRPO's log holds.
 """
 
 import math
-import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -163,16 +162,7 @@ def progress_bar(run: Run, name: str, world: World) -> tqdm:
     """Return a bar over the numbers of the updates that are still to do."""
     updates = range(run.first_update, run.updates)
     bar = {"initial": run.first_update, "total": run.updates, "disable": not world.is_master}
-    return ProgressBar(updates, desc=name, **bar)
-
-
-class ProgressBar(tqdm):
-    def display(self, *args, **kwargs) -> bool | None:
-        """Fall silent where stderr takes no more, as in `2>&1 | head`; training goes on."""
-        try:
-            return super().display(*args, **kwargs)
-        except OSError:
-            self.disable, self.fp = True, open(os.devnull, "w")  # noqa: SIM115
+    return tqdm(updates, desc=name, **bar)
 
 
 def say_how_long(run: Run, update: int, bar: tqdm) -> None:

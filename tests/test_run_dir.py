@@ -190,7 +190,7 @@ def test_a_start_that_has_changed_is_noticed(tmp_path, pretrained, capsys):
 def test_damaged_checkpoints_do_not_push_out_sound_ones(run, monkeypatch):
     """With --keep 1: a run resumes from 4, since 6 is damaged, and is stopped at 5."""
     flip(run / "step-6" / "model.safetensors")
-    monkeypatch.setattr("lib.training.ProgressBar", Interrupted(5))
+    monkeypatch.setattr("lib.training.tqdm", Interrupted(5))
     with pytest.raises(SystemExit):
         sft(run, resume=True, keep=1)
     assert [p.name for p in checkpoints(run)] == ["step-5"] and newest_checkpoint(
@@ -266,7 +266,7 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch, capsys):
     # Stop again shortly after, so that the test does not run all updates.
     for name in ("stopped", "straight"):
         rest = Interrupted(done + 3)
-        monkeypatch.setattr("lib.training.ProgressBar", rest)
+        monkeypatch.setattr("lib.training.tqdm", rest)
         with pytest.raises(SystemExit) as stop:
             sft(tmp_path / name, resume=name == "stopped", updates=5000, save_every=10000)
         assert stop.value.code == 128 + signal.SIGTERM
