@@ -46,7 +46,6 @@ from lib.transformer import hf_weights
 MAY_DIFFER = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
 MAY_DIFFER |= {"gradient_checkpointing", "fsdp"}  # flags that may change when a run is resumed
 LOG = "metrics.jsonl"
-OVERWRITTEN = (LOG, RESPONSES, "evaluation.json", "evaluation.png", "training.png")
 
 
 def open_run(
@@ -54,21 +53,11 @@ def open_run(
 ) -> tuple[int, Path | None]:
     """Return how many updates are done, 0 in a new run, and where a resumed run started, if known.
 
-    Refuses a new run over another, a folder in use or not writable, and changed flags or start.
+    Refuses a new run over another, a folder that is not writable, and changed flags or start.
     """
-    with user_errors():
-        str(run).encode()  # tokenizers and safetensors open no other names
-        path = next(path for path in (run, *run.absolute().parents) if os.path.lexists(path))
-        require(path.is_dir() and os.access(path, os.W_OK | os.X_OK), f"cannot write to {path}")
-        for file in map(run.joinpath, OVERWRITTEN):
-            place = Path(os.path.realpath(file))
-            inside = place.is_relative_to(os.path.realpath(run))
-            require(inside, f"{file} is a link to {place}, which it would overwrite")
-            writable = os.access(place, os.W_OK) and place.is_file()
-            require(writable or not os.path.lexists(file), f"cannot write to {file}")
-        if world.is_master and (run / LOG).exists():
-            with (run / LOG).open("a") as file:
-                lock(file, run)
+    with user_errors():  # a name that is too long
+        place = next(path for path in (run, *run.absolute().parents) if path.exists())
+    require(place.is_dir() and os.access(place, os.W_OK | os.X_OK), f"cannot write to {place}")
     done, start = 0, None
     if config.resume:
         require(resume_from is not None, f"{run} holds no checkpoint to resume: leave --resume out")

@@ -340,20 +340,6 @@ def test_shards_may_be_links(tmp_path):
     assert same_weights(load_model(with_links(folder, tmp_path / "blobs"))[0], expected)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json", "training.png"])
-def test_what_a_run_would_overwrite_may_not_lead_out_of_it(name, tmp_path, capsys):
-    precious, run = tmp_path / "precious", tmp_path / "run"
-    precious.write_text("{}\n")
-    run.mkdir()
-    (run / name).symlink_to(precious)
-    assert str(precious) in refusal(lambda: sft(run, examples=0), capsys)
-    assert precious.read_text() == "{}\n"
-    (run / name).unlink()
-    (run / "elsewhere").write_text("")
-    (run / name).symlink_to("elsewhere")
-    assert sft(run, examples=0).name == "step-2"
-
-
 def test_runs_of_pretrained_models_save_memory(tmp_path, pretrained, monkeypatch):
     """The tiny model's are faster without. oneDNN reads its limit at the first product."""
     called: list[str] = []
@@ -440,29 +426,17 @@ def dangling(run: Path) -> None:
     run.symlink_to("nowhere/at/all")
 
 
-def loop(run: Path) -> None:
-    run.symlink_to(run.name)
-
-
 def looping_log(run: Path) -> None:
     run.mkdir()
     (run / "metrics.jsonl").symlink_to("metrics.jsonl")
 
 
-def folder_for_a_plot(run: Path) -> None:
-    (run / "training.png").mkdir(parents=True)
-
-
-@pytest.mark.parametrize("spoil", [dangling, loop, looping_log, folder_for_a_plot])
+@pytest.mark.parametrize("spoil", [dangling, looping_log])
 def test_a_run_folder_that_cannot_be_written_is_refused_at_once(spoil, tmp_path, capsys):
     spoil(tmp_path / "run")
     refusal(lambda: sft(tmp_path / "run", examples=0), capsys)
     refusal(lambda: grpo(tmp_path / "run", save_tiny(tmp_path / "start", 1, field=3)), capsys)
     assert not list(tmp_path.glob("run/step-*"))
-
-
-def test_a_name_that_the_libraries_cannot_open_is_refused_at_once(tmp_path, capsys):
-    assert "surrogates" in refusal(lambda: sft(tmp_path / "run\udcff", examples=0), capsys)
 
 
 def test_a_manifest_that_dangles_is_a_broken_checkpoint(tmp_path, capsys):
