@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import takewhile
 from math import isfinite
 from pathlib import Path
@@ -82,26 +82,19 @@ def open_run(
     return done, start
 
 
-@user_errors()
-def resumed_start(run: Path, meta: dict, named: str = "", renamed=False) -> Path | None:
+def resumed_start(run: Path, meta: dict, named: str, renamed: bool) -> Path | None:
     """Return where a run started; None for a new model. Refuses other weights, or none.
 
     `named` is --init or --model. If it was `renamed`, it alone counts.
     """
-    if not {"init_sha256", "init_from"} <= meta.keys():
+    if "init_sha256" not in meta:
         return None
     start = None if renamed else find_start(run, meta)
-    if start is None and (renamed or is_hub_name(named) or (named and Path(named).exists())):
-        found = find_checkpoint(named)
-        same = holds_start(found, meta)
-        other = f"the weights in {found} are not those from which {run} started"
-        require(same or not renamed, other)
-        start = found if same else None
-    place, flag = meta["init_from"], "--init" if meta["stage"] == "grpo" else "--model"
-    fault = f"there is no folder {place}, where {run} started"
-    if os.path.isdir(place):
-        fault = f"the weights in {place}, where {run} started, are no longer the same"
-    require(start is not None, f"{fault}: say by {flag} where they are now")
+    if start is None:
+        start = find_checkpoint(named or meta["init_from"])
+        flag = "--init" if meta["stage"] == "grpo" else "--model"
+        fault = f"{start} does not hold the weights from which {run} started"
+        require(holds_start(start, meta), f"{fault}: say by {flag} where they are now")
     return start
 
 
@@ -124,12 +117,11 @@ def describe_start(start: Path, named: str, run: Path) -> dict[str, str]:
 def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
     """Return the flags in which a config differs from a checkpoint's, with both values.
 
-    A flag that is newer than the checkpoint had its default, unless that depends on the model.
+    A flag that is newer than the checkpoint does not count.
     """
-    defaults, changed = {field.name: field.default for field in fields(config)}, []
+    changed = []
     for name, now in asdict(config).items():
-        default = now if defaults[name] is None else defaults[name]
-        then = meta.get(name, default)
+        then = meta.get(name, now)
         if then != now and name not in MAY_DIFFER:
             changed.append((flag_name(name), then, now))
     return changed

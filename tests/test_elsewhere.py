@@ -219,15 +219,15 @@ def test_a_start_that_was_moved_is_accepted_by_its_weights(moved, tmp_path, caps
     Path("ckpt/sft").rename(tmp_path / "sft")
     Path("models/small").rename(tmp_path / "small")
     line = refusal(lambda: grpo("ckpt/rl", "ckpt/sft", lora=2, resume=True), capsys)
-    assert "say by --init where they are now" in line
+    assert "there is no folder ckpt/sft" in line
     line = refusal(lambda: grpo("ckpt/rl", tmp_path / "small", lora=2, resume=True), capsys)
-    assert "are not those from which ckpt/rl started" in line
+    assert "does not hold the weights from which ckpt/rl started: say by --init" in line
     end = grpo("ckpt/rl", tmp_path / "sft", lora=2, resume=True)
     assert end.name == "step-2" and load_meta(end)["init_from"] == str(tmp_path / "sft" / "step-2")
     shutil.rmtree(tmp_path / "sft" / "step-2")
     flags = {"lora": 2, "resume": True}
     line = refusal(lambda: sft(tmp_path / "sft", model="models/small", **flags), capsys)
-    assert "say by --model where they are now" in line
+    assert "there is no folder models/small" in line
     again = sft(tmp_path / "sft", model=str(tmp_path / "small"), **flags)
     assert again == tmp_path / "sft" / "step-2"
     line = refusal(lambda: sft(tmp_path / "sft", model="tiny", lora=0, resume=True), capsys)
@@ -285,7 +285,7 @@ def test_adapters_are_saved_though_their_start_is_gone(
     shutil.copytree(run, tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "step-2")
     line = refusal(lambda: grpo(tmp_path / "parts", copy, resume=True, **flags), capsys)
-    assert "say by --init where they are now" in line
+    assert ("there is no folder" if how == "deleted" else "say by --init where they are") in line
     if how != "deleted":
         return
     whole = grpo(tmp_path / "whole", pretrained, **flags)
