@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING
 
 from lib.distributed import World
 from lib.files import MANIFEST, sha256, verify_manifest, written_whole
@@ -42,10 +42,6 @@ from lib.transformer import ModelConfig, RopeScaling, Transformer, hf_weights, i
 
 TINY = ModelConfig(vocab_size=0)  # the task's vocabulary sets the size
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-# By these transformers would read other files, or make other layers.
-FOREIGN = ("quantization_config", "transformers_weights", "configuration_files", "text_config")
-FOREIGN += ("per_layer_config", "fusion_config", "decoder", "generator", "text_encoder")
-FOREIGN += ("attribute_map",)
 
 
 def new_model(vocab_size: int, seed: int) -> Transformer:
@@ -66,70 +62,40 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read a Hugging Face folder's config.json; refuse what this transformer does not compute."""
+    """Read a Hugging Face folder's config.json; refuse what this transformer does not compute.
+
+    Other biases or layers than ours have other weights, which `load_model` refuses.
+    """
     path = folder / "config.json"
     raw = read_json(path)
-    config = parse_config(raw, path)
-    rope = config.rope_parameters
-    scaling = rope.get("rope_type") if isinstance(rope, dict) else None
-    supported = scaling in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
-    require(supported, f"{path}: this kind of RoPE scaling is not supported")
-    biases = config.model_type != "qwen2" and config.attention_bias
-    require(not biases and not getattr(config, "mlp_bias", False), f"{path}: no such biases here")
-    layers = getattr(config, "layer_types", None) or ()
-    sliding = any(layer != "full_attention" for layer in layers)
-    sliding = sliding or getattr(config, "use_sliding_window", False)
-    if config.model_type == "llama":  # transformers has no mask for it, but its cache forgets
-        windows = raw.get("sliding_window"), raw.get("attention_chunk_size")
-        sliding = sliding or windows != (None, None)
-    require(not sliding, f"{path}: sliding windows are not supported")
-    require(raw.get("is_causal", True) is True, f"{path}: only causal attention is supported")
-    require(config.hidden_act == "silu", f"{path}: the activation has to be silu")
-
-    values = {field.name: getattr(config, field.name, None) for field in fields(ModelConfig)}
-    H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
-    values["head_dim"] = getattr(config, "head_dim", H and config.hidden_size // H)
-    values |= {"rope_theta": rope.get("rope_theta"), "rope_scaling": None}
-    if scaling == "llama3":
-        llama3 = values["rope_scaling"] = parse_dataclass(RopeScaling, rope, path)
-        ordered = llama3.low_freq_factor < llama3.high_freq_factor and llama3.factor >= 1
-        require(ordered, f"{path}: bad factors of RoPE")
-    ours, pad = parse_dataclass(ModelConfig, values, path), config.pad_token_id
-    require(1 < ours.rope_theta < 1e18, f"{path}: bad rope_theta")
-    sound = H % K == 0 and ours.head_dim % 2 == 0
-    require(sound, f"{path}: its numbers of heads and its sizes do not go together")
-    require(pad is None or -V <= pad < V, f"{path}: pad_token_id is no token")
-    return ours
-
-
-def parse_config(raw: dict, path: Path) -> PretrainedConfig:
-    """Let transformers parse a config.json: its types, defaults and the spellings of RoPE."""
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        supported = "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)"
-        fail(f"{path.parent} holds a {kind!r} model; supported: {supported}")
-    foreign = min((name for name in FOREIGN if raw.get(name) is not None), default="")
-    require(not foreign, f"{path}: {foreign} is not supported")
+    kind, supported = (
+        raw.get("model_type"),
+        "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)",
+    )
+    require(kind in [*FAMILIES], f"{folder} holds a {kind!r} model; supported: {supported}")
     try:
-        config = CONFIG_MAPPING[kind].from_dict(raw | {"dtype": "float32"})
+        config = CONFIG_MAPPING[kind].from_dict(raw | {"dtype": "float32"})  # checks types, too
         config.standardize_rope_params()  # as its models do once more: outer values win now
-    except Exception as error:  # whatever it trips over
-        fail(f"{path} is no model's config to transformers: {str(error)[:300]}")
-    return config
+        rope, layers = config.rope_parameters, getattr(config, "layer_types", None) or ()
+        scaling = rope["rope_type"]
+        supported = scaling in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
+        require(supported, f"{path}: this kind of RoPE scaling is not supported")
+        sliding = any(layer != "full_attention" for layer in layers)
+        sliding = sliding or getattr(config, "use_sliding_window", False)
+        require(not sliding, f"{path}: sliding windows are not supported")
+        require(config.hidden_act == "silu", f"{path}: the activation has to be silu")
 
-
-def parse_dataclass(kind: type, raw: dict, path: Path):
-    """Make a data class of a JSON object's fields; refuse missing, mistyped and negative ones."""
-    missing = [field.name for field in fields(kind) if field.name not in raw]
-    require(not missing, f"{path} lacks {', '.join(missing)}")
-    for field in fields(kind):
-        value = raw[field.name]
-        sound = field.type is not bool or isinstance(value, bool)
-        if field.type in (int, float):
-            number = isinstance(value, int | field.type) and not isinstance(value, bool)
-            sound = number and value > 0
-        require(sound, f"{path}: bad {field.name}")
-    return kind(**{field.name: raw[field.name] for field in fields(kind)})
+        values = {field.name: getattr(config, field.name, 0) for field in fields(ModelConfig)}
+        values |= {"rope_theta": float(rope["rope_theta"]), "rope_scaling": None}
+        if scaling == "llama3":
+            scaled = {field.name: rope[field.name] for field in fields(RopeScaling)}
+            values["rope_scaling"] = RopeScaling(**scaled)
+        ours = ModelConfig(**values)
+        sound = ours.num_attention_heads % ours.num_key_value_heads == 0 and ours.head_dim % 2 == 0
+        require(sound, f"{path}: its numbers of heads and its sizes do not go together")
+        return ours
+    except Exception as error:  # whatever transformers trips over, or what is missing
+        fail(f"{path} is no model's config: {type(error).__name__}: {str(error)[:300]}")
 
 
 def load_model(
@@ -140,8 +106,6 @@ def load_model(
     Weights are read one at a time into place: memory never holds a second copy of the model.
     """
     require(folder.is_dir(), f"there is no folder {folder}")
-    adapters = folder / "adapter_config.json"
-    require(not adapters.exists(), f"{adapters}: merge these adapters into their model first")
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, chat_template)
     tokens = set(tokenizer.inner.get_vocab().values())
@@ -150,7 +114,6 @@ def load_model(
         files, adapters = find_parts(folder)
     names = dict(hf_weights(empty_model(config, dtype, "meta"))).keys()
     missing, unknown = names - files.keys(), files.keys() - names - {"lm_head.weight"}
-    unknown = {n for n in unknown if not n.endswith("rotary_emb.inv_freq")}  # old Llama checkpoints
     example = min(missing or unknown, default="")
     require(not missing, f"the weights in {folder} lack {example} and {len(missing) - 1} others")
     require(not unknown, f"the weights in {folder} hold {example}, which its config.json has not")
@@ -196,43 +159,25 @@ def find_parts(folder: Path) -> tuple[dict[str, Path], list[tuple[dict[str, Tens
     if not holds_adapters_alone(folder):
         return find_weights(folder), []
     meta = load_meta(folder)
-    scaled = {"lora", "lora_alpha"} <= meta.keys() and meta["lora"] > 0
-    require(scaled, f"{folder / 'training.json'} does not say how its adapters are scaled")
     start = find_start(folder.parent, meta)
-    require(start is not None, adapters_alone(folder, meta.get("init_from", "their start")))
+    require(start is not None, adapters_alone(folder, meta["init_from"]))
     files, adapters = find_parts(start)  # the start may hold adapters alone, too
     ours = read_adapters(folder / "adapter"), meta["lora_alpha"] / meta["lora"]
     return files, [*adapters, ours]
 
 
 def find_weights(folder: Path) -> dict[str, Path]:
-    """Return the file of each weight. Raises ValueError unless every file is there, and whole."""
-    files = [folder / "model.safetensors"]
-    if any(folder.glob("shard-*-model-*.safetensors")):  # transformers would take these
-        raise ValueError(f"{folder} holds a checkpoint of torch.distributed")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        if files[0].exists():  # the index may be left over; transformers would not say so
-            raise ValueError(f"{folder} holds both {files[0].name} and {index.name}: delete one")
-        content = parse_json(index)
-        weight_map = content.get("weight_map")
-        sound = isinstance(weight_map, dict) and isinstance(content.get("metadata"), dict)
-        if not sound or not all(str(x).endswith(".safetensors") for x in weight_map.values()):
-            raise ValueError(f"{index} names no weights")
-        files = [folder / str(name) for name in sorted(set(map(str, weight_map.values())))]
+    """Return the file of each weight. Raises ValueError if one cannot be read."""
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not files[0].exists() and index.exists():
+        files = [folder / name for name in sorted(set(parse_json(index)["weight_map"].values()))]
     weight_files: dict[str, Path] = {}
     for file in files:
-        if file.parent != folder:
-            raise ValueError(f"{index} names {file}, which does not lie in {folder}")
         try:
             with safe_open(file, "pt") as opened:
-                names = opened.keys()
+                weight_files |= dict.fromkeys(opened.keys(), file)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read the weights in {file}: {error}") from None
-        for name in names:
-            if name in weight_files:
-                raise ValueError(f"{name} lies in {weight_files[name]} and again in {file}")
-            weight_files[name] = file
     return weight_files
 
 
@@ -267,16 +212,7 @@ def load_master(
 def load_meta(checkpoint: Path) -> dict:
     """Return what made the checkpoint; empty for one that was not made here."""
     path = checkpoint / "training.json"
-    meta = read_json(path) if path.exists() else {}
-    texts = ("stage", "relabel", "init_from", "init_beside", "init_name", "init_sha256")
-    texts += ("data", "answer_pattern", "tagger", "compute_dtype")
-    kinds = {str: texts, bool: ("no_chat_template",)}
-    kinds |= {int: ("field", "update", "total", "lora", "lora_alpha", "max_new_tokens")}
-    kinds[dict] = ("inputs",)
-    for kind, names in kinds.items():
-        wrong = [name for name in names if type(meta.get(name, kind())) is not kind]
-        require(not wrong, f"{path}: bad {', '.join(wrong)}")
-    return meta
+    return read_json(path) if path.exists() else {}
 
 
 def choose_dtype(flag: str, config: ModelConfig, checkpoint: Path | None, world: World) -> str:
@@ -302,7 +238,7 @@ def find_start(run: Path, meta: dict) -> Path | None:
     They are looked for where they were, and beside the run if both were moved together. Adapters
     alone are gone with their own start.
     """
-    if not {"init_sha256", "init_from"} <= meta.keys():
+    if "init_sha256" not in meta:
         return None
     for folder in (Path(meta["init_from"]), run / meta.get("init_beside", "")):
         if holds_start(folder, meta):
@@ -342,15 +278,14 @@ def checkpoints(run: Path, first: int = 0) -> list[Path]:
 @user_errors()
 def newest_checkpoint(run: Path) -> Path | None:
     """Return the sound RUN/step-N with the largest N, or None; refuse a run if all are broken."""
-    faults = {}
+    faults = []
     for folder in reversed(checkpoints(run)):
         if not (fault := verify_manifest(folder)):
-            for broken, why in faults.items():
-                warn(f"{broken} is broken and passed over: {why}")
+            for line in faults:
+                warn(f"{line}; it is passed over")
             return folder
-        faults[folder] = fault
-    for broken, why in faults.items():  # the newest
-        fail(f"{broken} is broken, and no other is there: {why}")
+        faults.append(f"{folder} is broken: {fault}")
+    require(not faults, "; ".join(faults))
     return None
 
 

@@ -242,8 +242,6 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "tokenizer.json").write_text("{}")
     elif how == "broken tokenizer":
         (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "None"}}')
-    elif how == "index":
-        (folder / "model.safetensors.index.json").write_text("{}")
     elif how == "tokenizer":
         word_tokenizer(2).inner.save_pretrained(folder)
 
@@ -260,7 +258,7 @@ HOW = [
     "list",
     "json",
 ]
-HOW += ["cut", "missing", "index", "empty tokenizer", "broken tokenizer", "tokenizer"]
+HOW += ["cut", "missing", "empty tokenizer", "broken tokenizer", "tokenizer"]
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -453,14 +453,6 @@ def test_a_file_of_the_tokenizer_that_dangles_is_refused(name, pretrained, capsy
     assert name in refusal(lambda: load_tokenizer(pretrained), capsys)
 
 
-@pytest.mark.parametrize("content", ['{"field": "x"}', '{"relabel": null}', '{"init_from": 3}'])
-def test_an_odd_training_json_is_refused(content, tmp_path, capsys):
-    folder = save_tiny(tmp_path, 1)
-    (folder / "manifest.json").unlink()
-    (folder / "training.json").write_text(content)
-    assert "training.json: bad" in refusal(lambda: load_meta(folder), capsys)
-
-
 def test_a_newest_step_that_leads_nowhere_is_passed_over(tmp_path, capsys):
     folder = save_tiny(tmp_path / "ckpt" / "run", 1, field=11)
     (tmp_path / "ckpt" / "run" / "step-9").symlink_to("/nowhere")

@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_its_updates_are_done_again(
 def test_a_run_without_a_whole_checkpoint_is_refused(run, capsys):
     for folder in checkpoints(run):
         flip(folder / "model.safetensors")
-    assert "no other is there" in refusal(lambda: find_checkpoint(str(run)), capsys)
+    assert "step-6 is broken" in refusal(lambda: find_checkpoint(str(run)), capsys)
     assert "holds a run already" in refusal(lambda: sft(run), capsys), (
         "a new run does not overwrite it"
     )
