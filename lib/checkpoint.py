@@ -329,8 +329,7 @@ def main(config: MergeConfig) -> None:
     usage = "say: python -m lib.checkpoint merge RUN NEW_FOLDER (RUN or one of its checkpoints)"
     require(len(config.words) == 3 and config.words[0] == "merge", usage)
     source, folder = find_checkpoint(config.words[1]), Path(config.words[2])
-    require((source / "adapter").is_dir(), f"{source} has no adapters to merge")
-    require(holds_adapters_alone(source), f"{source} is merged already: it holds the whole model")
+    require(holds_adapters_alone(source), f"{source} holds a whole model: nothing is to be merged")
     require(not os.path.lexists(folder), f"{folder} exists already")
     model, tokenizer = load_model(source)
     with written_whole(folder) as draft:

@@ -1,6 +1,5 @@
 """What this process may use: the machine's memory and cores, or its container's share of them."""
 
-import contextlib
 import ctypes
 import math
 import os
@@ -32,9 +31,8 @@ def save_memory() -> None:
     """
     global saves_memory
     saves_memory = True
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            ctypes.CDLL("libc.so.6").mallopt(option, 2**20)
+    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        ctypes.CDLL("libc.so.6").mallopt(option, 2**20)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(64 * core_limit()))  # of all
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # of a thread
 
@@ -44,9 +42,7 @@ def return_memory() -> None:
 
     What training has freed, and then sampling, is up to 0.8 GB of SmolLM2. It takes up to 0.1 s.
     """
-    if not saves_memory:
-        return
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
+    if saves_memory:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 

@@ -259,12 +259,11 @@ class JsonLines:
 
     def rewind(self, done: int) -> list[dict]:
         """Drop what is not of the first `done` updates, all if that is 0; return the rest."""
-        rows = read_lines(self.path)
-        kept = [*takewhile(lambda row: done and row[1].get("update") in range(done + 1), rows)]
-        with self.path.open("rb") as file:
-            n_lines = kept[-1][0] if kept else 0
-            self.file.truncate(sum(len(file.readline()) for _ in range(n_lines)))
-        return [row for _, row in kept]
+        rows = read_log(self.path)
+        kept = [*takewhile(lambda row: done and row.get("update") in range(done + 1), rows)]
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        self.file.truncate(sum(map(len, lines[: len(kept)])))
+        return kept
 
     def write(self, *rows: dict) -> None:
         """Append rows."""
@@ -298,12 +297,8 @@ class Log(JsonLines):
         self.rows.append(row)
 
 
+@user_errors()
 def read_log(path: Path) -> list[dict]:
     """Read the rows of a log, without a last line that a crash cut short."""
-    return [row for _, row in read_lines(path)]
-
-
-@user_errors()
-def read_lines(path: Path) -> list[tuple[int, dict]]:
-    """Return the rows of a log and their numbers; refuse a line that is no JSON object."""
-    return parse_json_lines(path, path.read_bytes().rpartition(b"\n")[0])
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [row for _, row in parse_json_lines(path, whole)]

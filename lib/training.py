@@ -131,8 +131,6 @@ def load_run(
         print(f"Starting from {init}.\n" * bool(init) + describe(policy))
         log = run_dir.Log(folder, first_update)
         if stage == "grpo":
-            if first_update and not (folder / RESPONSES).exists():
-                warn(f"{folder / RESPONSES} is gone: it begins anew")
             responses = run_dir.JsonLines(folder / RESPONSES)
             responses.rewind(first_update)
     about = (config, folder, updates, first_update, init, meta, tokenizer)
@@ -252,11 +250,10 @@ def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, 
     grad_norm = full_tensor(norm).item()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     run.nonfinite = 0 if finite else run.nonfinite + 1
-    message = f"""the loss ({loss}) or the gradient's norm ({grad_norm}) was not finite in five
-        updates in a row. None of them was taken. Start a new run with a lower --lr or with
-        --precision fp32, from the newest checkpoint in {run.folder} if there is one (--init, for
-        SFT --model)"""
-    require(run.nonfinite < 5 * getattr(run.config, "minibatches", 1), message)
+    message = "the loss or the gradient was not finite in five updates in a row, which were skipped"
+    advice = "start a new run, from its newest checkpoint, with a lower --lr or --precision fp32"
+    patience = 5 * getattr(run.config, "minibatches", 1)
+    require(run.nonfinite < patience, f"{message}: {advice}")
     if grad_norm > 0 and not run.nonfinite:
         for group in run.optimizer.param_groups:
             group["lr"] = lr

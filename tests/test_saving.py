@@ -399,8 +399,8 @@ def change_start(place: Path) -> None:
 
 
 REFUSED = {
-    "no adapters": (lambda place: None, ("models/small", "new"), "has no adapters"),
-    "merged": (lambda place: None, ("sft", "new"), "sft/step-3 is merged already"),
+    "no adapters": (lambda place: None, ("models/small", "new"), "models/small holds a whole"),
+    "merged": (lambda place: None, ("sft", "new"), "sft/step-3 holds a whole model"),
     "start gone": (
         lambda place: shutil.rmtree(place / "models"),
         ("sft/step-1", "new"),
