@@ -84,17 +84,13 @@ class Plan:
     curves: dict | None = None  # draw curves of the logs, not bars of the table
     lines: Literal["", "steps", "k"] = ""  # or lines for the stages: accuracy by steps, or by k
 
-    def measured(self, rows: list[dict]) -> list[Cell]:
-        """Return the cells that have rows; with --only others may have none."""
-        return [cell for cell in self.cells if values(rows, "seed", **cell.labels)]
-
     def table(self, rows: list[dict]) -> str:
         """Return means and ranges over the seeds as Markdown, then the paper's numbers."""
         headings = [*self.columns]
         of_paper = max(map(len, self.paper.values()), default=0)
         head = ["", *headings, *(f"paper: {heading}" for heading in headings[:of_paper])]
         lines = []
-        for cell in self.measured(rows):
+        for cell in self.cells:
             found = (values(rows, key, **cell.labels) for key in self.columns.values())
             paper = map(str, self.paper.get(cell.name, ()))
             lines.append([cell.name, *map(mean_and_range, found), *paper])
@@ -106,7 +102,7 @@ class Plan:
             return line_figure(rows, self.lines)
         if self.curves:
             return curve_figure(rows, self.curves)
-        return bar_figure(rows, self.measured(rows), list(self.columns.values()), self.paper)
+        return bar_figure(rows, self.cells, list(self.columns.values()), self.paper)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class ReproduceConfig:
     experiment: list = field(default_factory=list)  # its name, or all
     model: str = ""  # a pretrained model's folder or hub name, with the paper's recipe [tiny]
     laptop: bool = False  # train --model with --laptop, and evaluate it on 128 problems
-    only: str = ""  # B, F or FB: run its commands alone; rows of the others are kept
+    only: str = ""  # B, F or FB: run its commands and report its rows alone
     seeds: int = 1  # runs of each cell, with seeds 0, 1, ...
     jobs: int = 0  # commands side by side [0: of the tiny model on the CPU one per core, else one]
     list: bool = False  # list the experiments
@@ -103,16 +103,16 @@ class Run:
             return f"{self.output} started from weights that are gone from {meta['init_from']}"
         return ""
 
-    def finished(self, refuse: bool = True) -> bool:
-        """Return whether its result is complete. Refuse that of another command, if asked to."""
+    def finished(self) -> bool:
+        """Return whether its result is complete; refuse that of another command."""
         if self.output.suffix == ".json":
             return self.output.exists() and self.output.read_text().endswith("\n}\n")  # not cut off
         if (newest := newest_checkpoint(self.output)) is None:
             return False
         meta = load_meta(newest)
         another = self.is_another(meta)
-        require(not (another and refuse), f"{another}: move it away")
-        return not another and meta["update"] == meta["total"]
+        require(not another, f"{another}: move it away")
+        return meta["update"] == meta["total"]
 
 
 def name_of(what: str, flags: dict) -> str:
@@ -230,18 +230,17 @@ def execute(run: Run, environment: dict[str, str], alone: bool) -> float:
 def reproduce(name: str, config: ReproduceConfig) -> None:
     """Run an experiment's commands, read their rows and report."""
     plan, experiment = EXPERIMENTS[name], Experiment(name, config)
+    plan = replace(plan, cells=[x for x in plan.cells if config.only in ("", x.model)])
+    if not plan.cells:
+        return print(f"{name} trains no model {config.only}")
     planned, rows, drawn = [], [], []
     for cell, seed in product(plan.cells, range(config.seeds)):
-        one = Experiment(name, config)  # the runs of this cell
-        sft = one.sft(cell.model, seed, **cell.sft)
-        start = one.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
-        rl, evaluation = one.rl(start, seed, **cell.rl), None
+        sft = experiment.sft(cell.model, seed, **cell.sft)
+        start = experiment.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
+        rl, evaluation = experiment.rl(start, seed, **cell.rl), None
         if cell.evaluation is not None:
-            evaluation = one.compare(sft, rl, seed, **cell.evaluation)
-        chosen = config.only in ("", cell.model)  # others are shown if finished
-        if chosen or all(run.finished(refuse=False) for run in one.runs.values()):
-            experiment.runs |= one.runs
-            planned.append((cell, seed, rl, evaluation))
+            evaluation = experiment.compare(sft, rl, seed, **cell.evaluation)
+        planned.append((cell, seed, rl, evaluation))
     minutes = experiment.run()
     for cell, seed, rl, evaluation in planned:
         row = cell.row(seed, evaluation.output if evaluation else None)
@@ -251,11 +250,6 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
     claims = [claim for claim in plan.claims if claim.has_rows(rows, config.seeds)]
     verdicts = [claim.verdict(rows) for claim in claims]
     experiment.report(rows, plan.table(rows), verdicts, plan.draw(drawn), minutes)
-
-
-def trains(name: str, only: str) -> bool:
-    """Return whether an experiment trains the model that --only names; "" names any."""
-    return not only or any(cell.model == only for cell in EXPERIMENTS[name].cells)
 
 
 def list_experiments(config: ReproduceConfig) -> None:
@@ -277,14 +271,11 @@ def main(config: ReproduceConfig) -> None:
     require_min(config, seeds=1, jobs=0)
     require(config.only in ("", *MODELS), f"--only {config.only}: there are {', '.join(MODELS)}")
     require(bool(config.model) or not config.laptop, "--laptop needs a --model")
-    names = config.experiment
-    if names == ["all"]:
-        names = [name for name in EXPERIMENTS if trains(name, config.only)]
+    names = [*EXPERIMENTS] if config.experiment == ["all"] else config.experiment
     require(bool(names), f"name an experiment: {', '.join(EXPERIMENTS)} or all")
     for name in names:
         known = f"there are {', '.join(EXPERIMENTS)} and all"
         require(name in EXPERIMENTS, f"there is no experiment {name!r}; {known}")
-        require(trains(name, config.only), f"{name} trains no model {config.only}")
     for name in names:
         reproduce(name, config)
 
