@@ -3,12 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
 from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION, MATCHING_STRATEGY
-from lib.flags import read_json
 from lib.openings import PARTS
 from lib.plots import draw_smoothly, new_figure
 from lib.tables import markdown
@@ -28,7 +26,7 @@ class Cell:
     labels: Labels
     model: str  # B, F or FB
     rl: dict  # flags of train_grpo.py
-    evaluation: dict | None = None  # flags of eval.py; None: the row is made of RL's log
+    evaluation: dict  # flags of eval.py
     side: Literal["before", "after"] = "after"  # RL: the model that the row is about
     sft: dict = field(default_factory=dict)  # flags of train_sft.py
     rl_first: dict = field(default_factory=dict)  # flags of a run of RL before, if there is one
@@ -37,13 +35,10 @@ class Cell:
     def name(self) -> str:
         return ", ".join(map(str, self.labels.values()))
 
-    def row(self, seed: int, evaluation: Path | None) -> dict:
-        """Return the metrics of eval.py's file in percent; 0 for an accuracy over no responses."""
-        row = self.labels | {"seed": seed}
-        if evaluation is None:
-            return row
-        found = read_json(evaluation)
-        summary, overall = found[self.side], found[self.side]["overall"]
+    def row(self, seed: int, found: dict) -> dict:
+        """Return what eval.py has found, in percent; 0 for an accuracy over no responses."""
+        row, summary = self.labels | {"seed": seed}, found[self.side]
+        overall = summary["overall"]
         groups, by_difficulty = {"all": overall, **summary["by_type"]}, summary["by_difficulty"]
         row["by_steps"] = {int(x.split()[0]): 100 * y["pass@1"] for x, y in by_difficulty.items()}
         row |= {name: 100 * groups[name]["pass@1"] for name in ACCURACIES if name in groups}

@@ -195,7 +195,7 @@ def only_fb_above_90(*of_types: float) -> bool:
 EXPERIMENTS["dynamics"] = Plan(
     "accuracy in the course of RL, by type and by number of steps (runs of table1)",
     [
-        Cell({"model": model, "updates": which}, model, HARD)
+        Cell({"model": model, "updates": which}, model, HARD, HARD)
         for model in MODELS
         for which in ("first tenth", "last tenth")
     ],

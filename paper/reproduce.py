@@ -237,13 +237,11 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
     for cell, seed in product(plan.cells, range(config.seeds)):
         sft = experiment.sft(cell.model, seed, **cell.sft)
         start = experiment.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
-        rl, evaluation = experiment.rl(start, seed, **cell.rl), None
-        if cell.evaluation is not None:
-            evaluation = experiment.compare(sft, rl, seed, **cell.evaluation)
-        planned.append((cell, seed, rl, evaluation))
+        rl = experiment.rl(start, seed, **cell.rl)
+        planned.append((cell, seed, rl, experiment.compare(sft, rl, seed, **cell.evaluation)))
     minutes = experiment.run()
     for cell, seed, rl, evaluation in planned:
-        row = cell.row(seed, evaluation.output if evaluation else None)
+        row = cell.row(seed, read_json(evaluation.output))
         log = read_log(rl.output / "metrics.jsonl")
         rows.append(row | (plan.measure(cell, log) if plan.measure else {}))
         drawn.append(rows[-1] | {"log": log})
@@ -253,15 +251,12 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
 
 
 def list_experiments(config: ReproduceConfig) -> None:
-    """Print what each experiment is about and what its commands took when they last ran."""
+    """Print what each experiment is about, and how long its commands took last, if known."""
     for name, plan in EXPERIMENTS.items():
-        file, cost = Experiment(name, config).folder / f"{name}.json", "not run yet"
-        if file.exists():
-            last = read_json(file)
-            cost = f"{last['seeds']} seed(s)"
-            if last["minutes"] is not None:
-                cost = f"{last['minutes']:.0f} min of commands for {cost}"
-        print(f"{name:14} {plan.about} [{cost}]")
+        file = Experiment(name, config).folder / f"{name}.json"
+        last = read_json(file) if file.exists() else {"minutes": None}
+        known = f" [{last['minutes']:.0f} min, seeds: {last['seeds']}]" if last["minutes"] else ""
+        print(f"{name:14} {plan.about}{known}")
 
 
 def main(config: ReproduceConfig) -> None:

@@ -532,7 +532,7 @@ def test_list_and_refusals(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--list"])
     main(parse_flags(ReproduceConfig, "", "experiment"))
     out = capsys.readouterr().out
-    assert all(name in out for name in EXPERIMENTS) and "not run yet" in out
+    assert all(name in out for name in EXPERIMENTS)
     for flags, says in (
         ([], "name an experiment"),
         (["table9"], "table9"),
