@@ -1,6 +1,6 @@
 """Follow one problem through an update of GRPO, with the functions that do it. Under a minute.
 
-python -m paper.tour                      # the SFT start is trained first if it is missing
+python -m paper.tour                      # after the main job, with its SFT model
 python -m paper.tour --init ckpt/sft-forward-gf11 --seed 3
 """
 
@@ -11,10 +11,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-import train_sft
 from data.finite_field import Task, parse_range
 from lib import training
-from lib.checkpoint import load_meta, load_model
+from lib.checkpoint import find_checkpoint, load_meta, load_model
 from lib.distributed import World, distributed
 from lib.flags import parse_flags, require, user_errors
 from lib.packing import response_logps
@@ -30,7 +29,7 @@ ONLY = torch.tensor([0])  # the one group
 
 @dataclass
 class TourConfig:
-    init: str = ""  # SFT checkpoint or run of the tiny model [ckpt/sft-mixed-gf11]
+    init: str = "ckpt/sft-mixed-gf11"  # SFT checkpoint or run of the tiny model
     steps: str = "6-9"  # of the problem
     seed: int = 0  # of the problem and of the sampling
 
@@ -95,13 +94,10 @@ def experiments(rollout: Rollout, lr: float) -> list[tuple]:
 
 
 def main(config: TourConfig, world: World) -> None:
-    flags = GrpoConfig(init=config.init)
     with user_errors():
-        Task(parse_range(config.steps))  # before a start is trained
-    start = train_sft.find_init(flags) or train_sft.train_start(flags, world)
-    meta, (model, tokenizer) = load_meta(start), load_model(start)
-    require(tokenizer.word_level and "field" in meta, "the tour is of a tiny model of ours")
-    with user_errors():
+        start = find_checkpoint(config.init)
+        meta, (model, tokenizer) = load_meta(start), load_model(start)
+        require(tokenizer.word_level and "field" in meta, "the tour is of a tiny model of ours")
         task = Task(parse_range(config.steps), meta["field"], meta["relabel"])
     limit = tokenizer.max_response_tokens(task, model.config.max_position_embeddings)
     sampler, stream = Sampler(model, tokenizer.stops, 8, limit), rng(config.seed, "tour")

@@ -408,11 +408,10 @@ def test_processes_share_an_updates_examples_between_them(tmp_path, monkeypatch)
     assert sorted(map(repr, drawn[20] + drawn[21])) == sorted(map(repr, drawn[10]))
 
 
-def test_the_tour_refuses_flags_before_it_trains_a_start(monkeypatch, tmp_path, capsys):
+def test_the_tour_needs_its_start(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_sft, "train_start", lambda *_: pytest.fail("trained"))
-    line = refusal(lambda: tour.main(tour.TourConfig(steps="3-50"), ONE), capsys)
-    assert "steps" in line and not any(tmp_path.iterdir())
+    line = refusal(lambda: tour.main(tour.TourConfig(), ONE), capsys)
+    assert "there is no folder ckpt/sft-mixed-gf11" in line
 
 
 def test_the_tour_shows_a_step_that_helps_and_five_changes(sft, capsys):
