@@ -3,8 +3,8 @@
     python -m paper.forgetting ckpt/rl            # the SFT model and what RL made of it
     python -m paper.forgetting ckpt/sft ckpt/rl   # the pretrained model, SFT and RL
 
-Each further run must have started from the one before. All models compute in fp32 on the validation
-problems of SFT:
+Each further run must have started from the one before, and one of the models is that of SFT. All
+compute in fp32 on its validation problems:
 
 - the loss on worked solutions: SFT's own, as in its log, and by strategy and problem type;
 - the KL divergence from the model before, per token of this model's own responses at temperature 1,
@@ -55,21 +55,10 @@ def find_chain(names: list[str]) -> list[Path]:
     for newest in map(find_checkpoint, names):
         meta = load_meta(newest)
         start = chain[-1] if chain else find_start(newest.parent, meta)
-        known = start is not None and "init_sha256" in meta
-        require(known, f"{newest} did not start from a checkpoint, or that is gone")
-        require(holds_start(start, meta), f"{newest} did not start from {start}")
+        known = start is not None and "init_sha256" in meta and holds_start(start, meta)
+        require(known, f"{newest} did not start from {start or 'a checkpoint, or that is gone'}")
         chain += [newest] if chain else [start, newest]
     return chain
-
-
-def sft_settings(checkpoint: Path) -> dict:
-    """Return what made the SFT model from which a checkpoint comes, perhaps by several runs."""
-    path, meta = checkpoint, load_meta(checkpoint)
-    while meta.get("stage") != "sft":
-        start = find_start(path.parent, meta)
-        require(start is not None, f"there was no SFT before {checkpoint}, or it is gone")
-        path, meta = start, load_meta(start)
-    return meta
 
 
 def solution_losses(model, tokenizer, flags: SftConfig, task, problems: list) -> dict[str, float]:
@@ -140,7 +129,8 @@ def main(config: ForgettingConfig, world: World) -> None:
     metas, models, before = [*map(load_meta, chain)], [], None
     own_data = any(meta.get("data") for meta in metas)
     require(not own_data, "this compares models on the paper's task, not on --data")
-    known = sft_settings(chain[-1])
+    known = next((meta for meta in reversed(metas) if meta.get("stage") == "sft"), {})
+    require(bool(known), f"there was no SFT among {', '.join(map(str, chain))}: name its run, too")
     flags = SftConfig(**{x.name: known[x.name] for x in fields(SftConfig) if x.name in known})
     task, problems = load_problems(flags, config.problems)
     for path, meta in zip(chain, metas):
