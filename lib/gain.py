@@ -48,11 +48,10 @@ def compare(before: Scored, after: Scored) -> dict:
     `solved` and `lost` count problems with a right response (of the paper's task: a verified one)
     only after, or only before.
     """
-    differences: dict = {"overall": paired_difference(before, after)}
     counts = (c.get("verified", c["pass"]) for c in map(right_counts, (before, after)))
     pairs = [(bool(a), bool(b)) for a, b in zip(*counts)]
-    differences["overall"] |= {"solved": pairs.count((False, True))}
-    differences["overall"] |= {"lost": pairs.count((True, False))}
+    found = {"solved": pairs.count((False, True)), "lost": pairs.count((True, False))}
+    differences: dict = {"overall": paired_difference(before, after) | found}
     for name, key in (("by_type", "kind"), ("by_difficulty", "difficulty")):
         a, b = group_by(before, key), group_by(after, key)
         differences[name] = {value: paired_difference(a[value], b[value]) for value in a}

@@ -121,8 +121,6 @@ def tables(models: list[dict]) -> str:
 
 @torch.no_grad()
 def main(config: ForgettingConfig, world: World) -> None:
-    if not world.is_master:  # under torchrun one process does it all
-        return
     require_min(config, problems=1)
     require_writable(config.json, "")
     chain = find_chain(config.runs)
