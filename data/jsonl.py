@@ -11,7 +11,6 @@ where the problem's is LaTeX, by math-verify. It lies where --answer-pattern mat
 first group if it has one; without the flag the whole response is the answer.
 """
 
-import contextlib
 import functools
 import math
 import re
@@ -80,21 +79,6 @@ def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
         return text.strip()
     matches = [match for match in pattern.finditer(text) if match[0]]
     return (matches[-1][min(1, pattern.groups)] or "").strip() if matches else None
-
-
-def answer_form(pattern: re.Pattern | None) -> re.Pattern | None:
-    """Return the pattern of an answer alone: of the only group; None where it is hard to tell."""
-    if pattern is None or pattern.groups > 1 or re.search(r"\(\?|\\[1-9]", pattern.pattern):
-        return None
-    if pattern.groups == 0:
-        return pattern
-    text = pattern.pattern
-    for start in re.finditer(r"\(", text):  # in brackets or behind \ it leaves no whole pattern
-        for end in re.finditer(r"\)", text[start.end() :]):
-            with contextlib.suppress(re.error):
-                re.compile(text[: start.start()])
-                return re.compile(text[start.end() :][: end.start()], pattern.flags)
-    return None
 
 
 def is_taken(label: str) -> bool:
@@ -180,7 +164,6 @@ class Task:
             self.pattern = re.compile(config.answer_pattern) if config.answer_pattern else None
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"--answer-pattern {config.answer_pattern!r}: {error}") from None
-        self.form = answer_form(self.pattern)
         seen, splits = {}, {"train": [], "validation": []}
         for n, row in parse_json_lines(path, path.read_bytes()):
             problem = self.read(row, f"{path}, line {n}", path.stem)
@@ -224,19 +207,10 @@ class Task:
         return Problem(line, row, where, self, *names, answer, row.get("system", ""))
 
     def check_answer(self, answer: str, response: str | None, where: str) -> None:
-        """Raise ValueError if no response could match an answer, or if the line's own does not."""
-        value, forms = number(answer), [answer]
-        if value is None and LATEX.search(answer) and not find_spec("math_verify"):
+        """Raise ValueError if an answer cannot be compared, or if the line's own is another."""
+        latex = number(answer) is None and LATEX.search(answer)
+        if latex and not find_spec("math_verify"):
             raise ValueError(f"{where}: to compare LaTeX, pip install math-verify")
-        if value is not None:
-            whole = int(value)
-            forms += [f"{value}", f"{float(value):.15g}"]
-            forms += [f"{whole}.", f"{whole:,}"] * (value == whole)
-            forms += [f"{whole}.{'0' * n}" for n in range(1, 7)]  # as many decimals
-        forms += [space + form for form in forms for space in (" ", "\n")]  # as in "is 5"
-        form = None if LATEX.search(answer) else self.form
-        if form and not any(map(form.fullmatch, forms)):
-            raise ValueError(f"{where}: --answer-pattern never matches the answer {answer!r}")
         found = answer if response is None else find_answer(response, self.pattern)
         if found is None or not same_answer(answer, found):
             raise ValueError(f"{where}: the answer of 'response' is {found!r}, not {answer!r}")
