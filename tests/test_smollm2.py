@@ -26,13 +26,22 @@ def smollm2() -> Path:
     """What `python -m data.smollm2` makes."""
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
-    assert "Paris" in printed_by("smollm2")
+    assert "holds SmolLM2" in printed_by("smollm2")
     return Path(downloads.name) / "smollm2"
 
 
 def test_a_folder_that_is_there_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path)])
     assert "is there already" in refusal(data.smollm2.main, capsys)
+
+
+def test_it_knows_a_capital(smollm2):
+    model, tokenizer = load_model(smollm2)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = {"add_generation_prompt": True, "return_dict": False}
+    prompt = tokenizer.inner.apply_chat_template(question, **chat)
+    rollout = Sampler(model, tokenizer.stops, 1, 50, 0.0).sample([prompt], [()])
+    assert "Paris" in tokenizer.decode(rollout.response_tokens())[0]
 
 
 @torch.no_grad()
