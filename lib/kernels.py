@@ -7,7 +7,6 @@ operations; tests compare the two.
 """
 
 import ctypes
-import signal
 import subprocess
 import tempfile
 import threading
@@ -25,9 +24,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin of the tokens' rotations, (N, d/2) e
 # make every thread that loads the library flush denormals to zero.
 FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros "
 FLAGS += "-fassociative-math -ffinite-math-only -shared -fPIC"
-COMPILER_SECONDS = 45
-failures: list[Exception] = []  # of building kernels: the first one ends the use of all
-libraries: dict[tuple, ctypes.CDLL | None] = {}  # by dtype and size of a head
+libraries: dict[tuple, ctypes.CDLL | None] = {}  # by dtype and head_dim; a None ends the use of all
 one_build = threading.Lock()  # one thread builds, the others wait for it
 PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PACKS = PACKS and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not by a CPU without AVX512
@@ -52,52 +49,36 @@ def apply_to(x: Tensor, head_dim: int = 0) -> bool:
 
 
 def available() -> bool:
-    """Whether there is a compiler that has built all that it was asked for."""
-    return library(torch.float32) is not None and not failures
+    """Whether a C compiler has built all that it was asked for."""
+    return library(torch.float32) is not None and None not in libraries.values()
 
 
 def library(dtype: torch.dtype, head_dim: int = 0) -> ctypes.CDLL | None:
     """Return the kernels for fp32 or bf16: with `head_dim` those of attention, else the others.
 
-    Return None if building them fails or has failed before, for whatever reason, and say so once.
+    Return None if building them fails, and say so.
     """
     key = dtype, head_dim
     if key not in libraries:
         with one_build:
             if key not in libraries:
-                libraries[key] = None if failures else try_to_build(*key)
+                libraries[key] = build(*key)
     return libraries[key]
 
 
-def try_to_build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
-    try:
-        return build(dtype, head_dim)
-    except (OSError, ValueError, AttributeError) as error:
-        failures.append(error)
-        why = str(error)[:300]
-        warn(f"the CPU's kernels cannot be built, PyTorch serves, slower: {why}")
-        return None
-
-
-def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL:
-    """Compile kernels.c and load it. Raises ValueError or OSError if that fails."""
+def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
+    """Compile kernels.c and load it; return None if there is no compiler that can."""
     options = ["-DBF16"] * (dtype == torch.bfloat16) + [f"-DHEAD_DIM={head_dim}"] * (head_dim > 0)
     source = str(Path(__file__).with_name("kernels.c"))
-    # `timeout` ends the compiler with what it has started. What gets away holds no pipe of ours,
-    # and what it says and writes may take 64 MB.
-    command = f"timeout -s KILL {COMPILER_SECONDS} sh -c".split()
-    command += ['ulimit -f 131072; exec cc "$@"', "cc", *FLAGS.split(), *options, source]
-    with tempfile.TemporaryDirectory() as folder, open(f"{folder}/messages", "w+b") as messages:
-        built = f"{folder}/kernels.so"
-        streams = {"stdin": subprocess.DEVNULL, "stdout": messages, "stderr": messages}
-        status = subprocess.run([*command, "-o", built], **streams).returncode
-        messages.seek(0)
-        said = messages.read(300).decode(errors="replace")
-        if status == -signal.SIGKILL:
-            raise ValueError(f"cc was killed, or took more than {COMPILER_SECONDS} seconds")
-        if status:
-            raise ValueError(f"cc ended with {status}. {said}")
-        kernels = ctypes.CDLL(built)
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["cc", *FLAGS.split(), *options, source, "-o", f"{folder}/kernels.so"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", "") or str(error)
+            warn(f"cc cannot build the CPU's kernels, PyTorch serves, slower: {why[:300]}")
+            return None
+        kernels = ctypes.CDLL(f"{folder}/kernels.so")
     for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = kinds, None
