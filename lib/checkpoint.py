@@ -129,7 +129,7 @@ def load_model(
             loaded = add_adapters(name, loaded, of_checkpoint, scale)
         require(loaded.shape == weight.shape, f"{folder}: the shape of {name} is not config.json's")
         weight.copy_(loaded)
-    model.allow_tokens(tokens)
+    model.n_logits = max(tokens) + 1
     return model, tokenizer
 
 

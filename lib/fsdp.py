@@ -30,7 +30,7 @@ def shard(model: Transformer, precision: str, world: World) -> Transformer:
     fully_shard(model, mesh=mesh, mp_policy=mixed)
     model.compute_dtype = dtype
     policy = empty_model(model.config, dtype, world.device)
-    policy.n_logits, policy.gaps = model.n_logits, model.gaps
+    policy.n_logits = model.n_logits
     sync_weights(policy, model)
     return policy
 

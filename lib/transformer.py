@@ -11,7 +11,7 @@ names are those of transformers, but qkv_proj and gate_up_proj stack several of 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -157,14 +157,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.allow_tokens(range(config.vocab_size))
-
-    def allow_tokens(self, tokens: Iterable[int]) -> None:
-        """Give probability to these tokens alone: many checkpoints have rows for more (Qwen2.5)."""
-        allowed = set(tokens)
-        self.n_logits = max(allowed, default=-1) + 1
-        gaps = torch.tensor(sorted(set(range(self.n_logits)) - allowed), dtype=torch.long)
-        self.register_buffer("gaps", gaps.to(self.device), persistent=False)
+        # Only so many tokens have a probability: many checkpoints have rows for more (Qwen2.5)
+        self.n_logits = config.vocab_size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -203,27 +197,24 @@ class Transformer(nn.Module):
         return -n % (64 if n >= 256 else 8) if on_cpu else 0
 
     def head_weight(self) -> Tensor:
-        """Return the rows (V, D) of the head up to the last token allowed."""
+        """Return the rows (V, D) of the head up to the tokenizer's last token."""
         weight = self.lm_head.weight
         return weight[: self.n_logits] if self.n_logits < len(weight) else weight
 
     def logits(
         self, hidden: Tensor, gradient_of: Tensor | None = None, in_fp32: bool = True
     ) -> Tensor:
-        """Return the logits (N, V) of hidden states (N, D), V up to the last token allowed.
+        """Return the logits (N, V) of hidden states (N, D), V up to the tokenizer's last token.
 
-        They are in fp32, or on the CPU with in_fp32=False in the weights' dtype. Tokens not allowed
-        get a logit so low that p and p log p are zero. `gradient_of` is what takes the gradient of
-        16-bit weights on a GPU: fused.LogitsInFp32.
+        They are in fp32, or on the CPU with in_fp32=False in the weights' dtype. `gradient_of` is
+        what takes the gradient of 16-bit weights on a GPU: fused.LogitsInFp32.
         """
         weight, extra = self.head_weight(), self.extra_rows(len(hidden))
         if hidden.is_cuda and hidden.dtype != torch.float32:
-            logits = fused.LogitsInFp32.apply(hidden, weight.detach(), gradient_of)
-        else:
-            rows = F.pad(hidden, (0, 0, 0, extra)) if extra else hidden
-            logits = kernels.linear(rows, weight)[: len(hidden)]
-            logits = logits.float() if in_fp32 else logits
-        return logits.index_fill(1, self.gaps, -1e30) if len(self.gaps) else logits
+            return fused.LogitsInFp32.apply(hidden, weight.detach(), gradient_of)
+        rows = F.pad(hidden, (0, 0, 0, extra)) if extra else hidden
+        logits = kernels.linear(rows, weight)[: len(hidden)]
+        return logits.float() if in_fp32 else logits
 
 
 def without_rows(attend: Attend, n: int, extra: int) -> Attend:
