@@ -20,8 +20,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from tqdm import tqdm
-
 from data import load_problems
 from data.finite_field import WRITTEN, Problem
 from lib import openings
@@ -43,6 +41,7 @@ from lib.run_dir import changed_inputs, choose_checkpoints
 from lib.stats import pass_at_k, wilson
 from lib.tables import comparison_table, openings_table, table
 from lib.tokenizer import Tokenizer
+from lib.training import ProgressBar
 from rollout import Sampler
 from strategies import STRATEGIES, lines_of, score_rollout
 
@@ -85,7 +84,7 @@ def evaluate(
     tokenizer: Tokenizer,
     problems: list,
     seed: int,
-    bar: tqdm | None = None,
+    bar: ProgressBar | None = None,
     stream: str = "evaluation sampling",
     numbers: Sequence[int] | None = None,
 ) -> Scored:
@@ -136,7 +135,7 @@ def evaluate_policies(
     seed: int,
     strategies: Sequence[str] = (),
     given: int = 0,
-    bar: tqdm | None = None,
+    bar: ProgressBar | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate one policy, or two with the forced responses that lib/gain.py needs; return by name.
 
@@ -344,7 +343,7 @@ def main(config: EvalConfig, world: World) -> None:
 
     policies = {str(path): partial(load, path) for path in paths}
     total = len(paths) * (1 + len(strategies)) * len(problems) * samples
-    with tqdm(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:
+    with ProgressBar(total=total, desc="sampling", disable=total <= AT_ONCE) as bar:
         evaluations = evaluate_policies(policies, problems, config.seed, strategies, given, bar)
     how = "greedy" if config.greedy else f"{samples} samples each at temperature {temperature}"
     which = f"{len(problems)} validation {task.about}" + f", parts given: {given}" * (given > 0)

@@ -68,18 +68,16 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     raw = read_json(path)
-    kind, supported = (
-        raw.get("model_type"),
-        "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)",
-    )
+    kind = raw.get("model_type")
+    supported = "qwen2 (Qwen2, Qwen2.5), qwen3, llama (Llama 3, SmolLM2)"
     require(kind in [*FAMILIES], f"{folder} holds a {kind!r} model; supported: {supported}")
     try:
         config = CONFIG_MAPPING[kind].from_dict(raw | {"dtype": "float32"})  # checks types, too
         config.standardize_rope_params()  # as its models do once more: outer values win now
         rope, layers = config.rope_parameters, getattr(config, "layer_types", None) or ()
         scaling = rope["rope_type"]
-        supported = scaling in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
-        require(supported, f"{path}: this kind of RoPE scaling is not supported")
+        known = scaling in ("default", "llama3") and rope.get("partial_rotary_factor", 1) == 1
+        require(known, f"{path}: this kind of RoPE scaling is not supported")
         sliding = any(layer != "full_attention" for layer in layers)
         sliding = sliding or getattr(config, "use_sliding_window", False)
         require(not sliding, f"{path}: sliding windows are not supported")

@@ -67,14 +67,18 @@ def follow_umask(folder: Path) -> None:
     mode = (folder / "config.json").stat().st_mode
     for file in folder.rglob("*"):
         if file.is_file():
-            file.chmod(mode)
+            with contextlib.suppress(OSError):  # a file system without modes
+                file.chmod(mode)
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
+    """Wait until a file is on the disk, or a folder, where the file system can do that."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(file)
 

@@ -74,11 +74,11 @@ def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
         command = ["cc", *FLAGS.split(), *options, source, "-o", f"{folder}/kernels.so"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
+            kernels = ctypes.CDLL(f"{folder}/kernels.so")
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", "") or str(error)
             warn(f"cc cannot build the CPU's kernels, PyTorch serves, slower: {why[:300]}")
             return None
-        kernels = ctypes.CDLL(f"{folder}/kernels.so")
     for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = kinds, None

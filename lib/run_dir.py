@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import takewhile
 from math import isfinite
 from pathlib import Path
@@ -117,11 +117,12 @@ def describe_start(start: Path, named: str, run: Path) -> dict[str, str]:
 def changed_flags(meta: dict, config) -> list[tuple[str, object, object]]:
     """Return the flags in which a config differs from a checkpoint's, with both values.
 
-    A flag that is newer than the checkpoint does not count.
+    A flag that is newer than the checkpoint had its default, unless that depends on the model.
     """
-    changed = []
+    defaults, changed = {field.name: field.default for field in fields(config)}, []
     for name, now in asdict(config).items():
-        then = meta.get(name, now)
+        default = now if defaults[name] is None else defaults[name]
+        then = meta.get(name, default)
         if then != now and name not in MAY_DIFFER:
             changed.append((flag_name(name), then, now))
     return changed

@@ -4,6 +4,7 @@ And, at the end, what GRPO's log holds.
 """
 
 import math
+import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -158,7 +159,16 @@ def progress_bar(run: Run, name: str, world: World) -> tqdm:
     """Return a bar over the numbers of the updates that are still to do."""
     updates = range(run.first_update, run.updates)
     bar = {"initial": run.first_update, "total": run.updates, "disable": not world.is_master}
-    return tqdm(updates, desc=name, **bar)
+    return ProgressBar(updates, desc=name, **bar)
+
+
+class ProgressBar(tqdm):
+    def display(self, *args, **kwargs) -> bool | None:
+        """Fall silent where stderr takes no more, as after `2>&1 | head`; training goes on."""
+        try:
+            return super().display(*args, **kwargs)
+        except OSError:
+            self.disable, self.fp = True, open(os.devnull, "w")  # noqa: SIM115
 
 
 def say_how_long(run: Run, update: int, bar: tqdm) -> None:

@@ -1,9 +1,12 @@
 """Other people's machines: moved, linked and deleted folders, other readers, odd file systems."""
 
+import errno
+import io
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +21,6 @@ from conftest import (
     small_model,
     word_tokenizer,
 )
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_grpo
@@ -34,7 +36,7 @@ from lib.checkpoint import (
 )
 from lib.distributed import Signals, World
 from lib.files import verify_manifest
-from lib.run_dir import choose_checkpoints, save_checkpoint
+from lib.run_dir import choose_checkpoints, read_log, save_checkpoint
 from lib.tokenizer import load_tokenizer
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -334,6 +336,30 @@ def test_shards_may_be_links(tmp_path):
     assert same_weights(load_model(with_links(folder, tmp_path / "blobs"))[0], expected)
 
 
+def refuse(monkeypatch, call: str, which=lambda where: True) -> None:
+    real = getattr(os, call)
+
+    def refusing(where, *args, **kwargs):
+        if which(where):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(where, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, refusing)
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error_but_a_file_is(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        refuse(patch, "fsync", lambda file: stat.S_ISDIR(os.fstat(file).st_mode))
+        assert verify_manifest(save_tiny(tmp_path, 1)) is None
+    refuse(monkeypatch, "fsync")
+    assert "Invalid argument" in refusal(lambda: save_tiny(tmp_path, 2), capsys)
+
+
+def test_a_file_system_without_modes_takes_checkpoints(tmp_path, monkeypatch):
+    refuse(monkeypatch, "chmod")
+    assert verify_manifest(save_tiny(tmp_path, 1)) is None
+
+
 def test_runs_of_pretrained_models_save_memory(tmp_path, pretrained, monkeypatch):
     """The tiny model's are faster without. oneDNN reads its limit at the first product."""
     called: list[str] = []
@@ -367,6 +393,16 @@ def test_a_pipe_that_closes_costs_no_file(tmp_path):
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, **options)
     assert done.stderr == "" and done.returncode == 128 + signal.SIGPIPE
     assert json.loads((tmp_path / "a.json").read_text()) and (tmp_path / "a.png").stat().st_size
+
+
+def test_training_goes_on_where_nobody_reads_its_bar(tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert sft(tmp_path / "run", examples=0, updates=4).name == "step-4"
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
@@ -405,7 +441,7 @@ def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         signals = Signals()
-        for _ in signals.during(tqdm(range(2), disable=True)):
+        for _ in signals.during(training.ProgressBar(range(2), disable=True)):
             signal.raise_signal(signal.SIGHUP)
         assert not signals.caught and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -492,6 +528,6 @@ def test_a_start_of_other_sizes_under_the_same_weights_is_refused(pretrained, tm
 def test_handlers_are_put_back():
     """Ctrl-C ends the evaluation after the last update."""
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    for _ in Signals().during(tqdm(range(2), disable=True)):
+    for _ in Signals().during(training.ProgressBar(range(2), disable=True)):
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before

@@ -191,7 +191,7 @@ def test_a_start_that_has_changed_is_noticed(tmp_path, pretrained, capsys):
 def test_damaged_checkpoints_do_not_push_out_sound_ones(run, monkeypatch):
     """With --keep 1: a run resumes from 4, since 6 is damaged, and is stopped at 5."""
     flip(run / "step-6" / "model.safetensors")
-    monkeypatch.setattr("lib.training.tqdm", Interrupted(5))
+    monkeypatch.setattr("lib.training.ProgressBar", Interrupted(5))
     with pytest.raises(SystemExit):
         sft(run, resume=True, keep=1)
     assert [p.name for p in checkpoints(run)] == ["step-5"] and newest_checkpoint(
@@ -267,7 +267,7 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch, capsys):
     # Stop again shortly after, so that the test does not run all updates.
     for name in ("stopped", "straight"):
         rest = Interrupted(done + 3)
-        monkeypatch.setattr("lib.training.tqdm", rest)
+        monkeypatch.setattr("lib.training.ProgressBar", rest)
         with pytest.raises(SystemExit) as stop:
             sft(tmp_path / name, resume=name == "stopped", updates=5000, save_every=10000)
         assert stop.value.code == 128 + signal.SIGTERM
@@ -383,7 +383,8 @@ def test_a_run_resumes_with_a_changed_tagger_and_not_with_a_changed_reward(flag,
 def test_only_these_flags_may_differ_on_resume():
     free = {"out", "resume", "eval_every", "eval_problems", "save_every", "keep"}
     free |= {"gradient_checkpointing", "fsdp"}
-    assert not changed_flags({"lr": 1e-3}, GrpoConfig(lr=1e-3, refills=5)), "refills is newer"
+    newer = changed_flags({"lr": 1e-3}, GrpoConfig(lr=1e-3, beta=None, refills=5))
+    assert newer == [("--refills", 0, 5)], "it had its default"
     for config in (GrpoConfig(), SftConfig()):
         changed = changed_flags(dict.fromkeys(asdict(config), "other"), config)
         found = {flag[2:].replace("-", "_") for flag, *_ in changed}
