@@ -5,10 +5,10 @@
 #     paper/gpu_day.sh --rehearse [FOLDER]   # the same at tiny sizes, on a pretended GPU
 #
 # It runs the tests for a GPU, times rollouts and training beside transformers and takes SmolLM2
-# through SFT and RL as --laptop does, if it is in models/smollm2 (python -m data.smollm2
-# models/smollm2). Where there are two cards it compares one process with two. A command has 9
-# minutes at most; its output lies in FOLDER/NAME.log. FOLDER/page.md says what has passed, and what
-# that changes in the READMEs.
+# through SFT, and RL on 2-5 and on 6-9 steps (paper/README.md, "Select and improve"), if it is in
+# models/smollm2 (python -m data.smollm2 models/smollm2). Where there are two cards it compares one
+# process with two. A command has 9 minutes at most; its output lies in FOLDER/NAME.log.
+# FOLDER/page.md says what has passed, and what that changes in the READMEs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,8 +36,9 @@ step() { # NAME, what it changes if it passes, and a command of Python's
     write "| $name | $result | $((SECONDS - start)) | $changes | \`${command[*]}\` |"
 }
 
-small=() sft=(--model models/smollm2 --laptop --epochs 8) rl=(--laptop --updates 80)
-few=(--updates 10 --save-every 5) problems=(--problems 256)
+small=() sft=(--model models/smollm2 --laptop --epochs 5) problems=(--temperature 0.7)
+rl=(--laptop --prompts-per-update 32 --beta 0.05 --updates 80)
+few=(--updates 10 --save-every 5)
 if [ -n "$rehearse" ]; then
     small=(--small --rounds 1) sft=(--updates 2 --batch-size 4) problems=(--problems 2 --samples 1)
     rl=(--updates 2 --prompts-per-update 2 --group-size 2 --eval-problems 2) few=(--save-every 1)
@@ -54,22 +55,23 @@ write "| --- | --- | ---: | --- | --- |"
 step tests 'paper/SPEED.md names the card, and the tests that passed' -m pytest -q -m gpu tests/test_gpu.py
 step bench "paper/SPEED.md takes bench.json's rows" -m paper.bench --json "$out/bench.json" "${small[@]}"
 if [ -d models/smollm2 ] || [ -n "$rehearse" ]; then
-    for name in mixed forward; do
-        step sft-$name "" train_sft.py "${sft[@]}" --strategy $name --out "$out/sft-$name"
-        step rl-$name "" train_grpo.py --init "$out/sft-$name" "${rl[@]}" --out "$out/rl-$name"
-        step eval-$name "table 1 of SmolLM2 takes its row" \
-            eval.py "$out/sft-$name" "$out/rl-$name" "${problems[@]}" --json "$out/$name.json"
+    step sft "" train_sft.py "${sft[@]}" --out "$out/sft"
+    for difficulty in easy hard; do
+        step $difficulty "" train_grpo.py --init "$out/sft" "${rl[@]}" --difficulty $difficulty \
+            --out "$out/$difficulty"
+        step eval-$difficulty 'a run more of "Select and improve"' \
+            eval.py "$out/sft" "$out/$difficulty" "${problems[@]}" --json "$out/$difficulty.json"
     done
-    part=(--init "$out/sft-mixed" "${rl[@]}" "${few[@]}" --keep 0 --out "$out/part")
+    part=(--init "$out/sft" "${rl[@]}" "${few[@]}" --keep 0 --out "$out/part")
     step checkpointing "--gradient-checkpointing has run" train_grpo.py "${part[@]}" --gradient-checkpointing
     rm -rf "$(ls -d "$out"/part/step-* | sort -V | tail -1)"  # so that the next step goes on halfway
     step resume "--resume has run" train_grpo.py "${part[@]}" --resume
     for n in 1 2; do
         [ "$cards" -ge 2 ] && step processes-$n "NCCL has run; compare the logs' speeds" \
-            -m torch.distributed.run --nproc-per-node $n train_grpo.py --init "$out/sft-mixed" \
+            -m torch.distributed.run --nproc-per-node $n train_grpo.py --init "$out/sft" \
             "${rl[@]}" "${few[@]}" --out "$out/processes-$n"
     done
     [ "$cards" -ge 2 ] && step fsdp "--fsdp has run" -m torch.distributed.run --nproc-per-node 2 \
-        train_grpo.py --init "$out/sft-mixed" "${rl[@]}" "${few[@]}" --lora 0 --fsdp --out "$out/fsdp"
+        train_grpo.py --init "$out/sft" "${rl[@]}" "${few[@]}" --lora 0 --fsdp --out "$out/fsdp"
 fi
 exit $failed
