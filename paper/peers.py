@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from torch import Tensor, nn
 
 from lib import checkpoint
 from lib.flags import require
@@ -27,8 +26,10 @@ from rollout import sample_tokens
 SPECIAL = word_tokenizer([])  # whose tokens every word-level tokenizer begins with
 
 
-def transformers_model(ours, eos_token_id: int | None) -> Qwen2ForCausalLM:
+def transformers_model(ours, eos_token_id: int | None) -> nn.Module:
     """Return transformers' model of the same shape and weights."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM  # takes two seconds
+
     config = checkpoint.hf_config(ours.work.shape, SPECIAL) | {"eos_token_id": eos_token_id}
     with ours.world.device:
         peer = Qwen2ForCausalLM(Qwen2Config(**config))
