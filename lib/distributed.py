@@ -75,8 +75,9 @@ def processes_here() -> int:
 
 def init_distributed() -> World:
     """Join the process group that torchrun describes in the environment, and pick the device."""
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, local = 0, int(os.environ.get("WORLD_SIZE") or 1), 0
+    if world_size > 1:  # else something has left a rank in the environment
+        rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     device = torch.device("cpu")
     torch.set_num_threads(min(torch.get_num_threads(), core_limit()))
     if torch.cuda.is_available():

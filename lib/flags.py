@@ -66,7 +66,8 @@ def require_writable(json_file: str, plot: str) -> None:
 
 def warn(message: str) -> None:
     """Print a line on stderr, from rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")  # whatever rank something has left
+    if alone or os.environ.get("RANK") == "0":
         print_error(message)
 
 
@@ -75,7 +76,8 @@ def quiet_pipes():
     """End without a word, as `cat` does, where the reader of a pipe has gone: `... | head -1`."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:  # python ... >&- has none
+            sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:

@@ -73,11 +73,18 @@ def fuse(function: Callable, every_size: bool = False) -> Callable:
 
 
 @fuse
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rotate the pairs (x[i], x[i + d/2]) of heads x (N, heads, d), in fp32; return `dtype`."""
+def split_heads(
+    qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Split qkv (N, H + 2 K, d) into rotated queries (N, H, d), rotated keys and values (N, K, d).
+
+    The pairs (x[i], x[i + d/2]) of a head are rotated in fp32. All are returned in `dtype`.
+    """
     cos, sin = cos[:, None], sin[:, None]
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
+    qk, v = qkv.split((H + K, K), 1)
+    a, b = qk.chunk(2, -1)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(dtype)
+    return *rotated.split((H, K), 1), v.to(dtype)
 
 
 @fuse
@@ -87,7 +94,7 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
     return x, F.rms_norm(x, weight.shape, weight, eps).to(added.dtype)
 
 
-@fuse
+@functools.partial(fuse, every_size=True)  # queries have more heads than keys
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise each head of x (N, heads, d) by itself, in fp32."""
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)

@@ -301,10 +301,6 @@ def rope_table(positions: Tensor, config: ModelConfig) -> Rope:
 
 
 def split_heads(qkv: Tensor, rope: Rope, config: ModelConfig, dtype=None) -> tuple[Tensor, ...]:
-    """Split qkv (N, H + 2 K, d) into rotated queries (N, H, d), rotated keys and values (N, K, d).
-
-    All are returned in `dtype`, or else in qkv's.
-    """
-    H, K, dtype = config.num_attention_heads, config.num_key_value_heads, dtype or qkv.dtype
-    qk, v = qkv.split((H + K, K), 1)
-    return *fused.rotate(qk, *rope, dtype).split((H, K), 1), v.to(dtype)
+    """Return rotated queries (N, H, d), rotated keys and values (N, K, d), in `dtype` or qkv's."""
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    return fused.split_heads(qkv, *rope, H, K, dtype or qkv.dtype)
