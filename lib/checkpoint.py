@@ -168,7 +168,8 @@ def find_weights(folder: Path) -> dict[str, Path]:
     """Return the file of each weight. Raises ValueError if one cannot be read."""
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].exists() and index.exists():
-        files = [folder / name for name in sorted(set(parse_json(index)["weight_map"].values()))]
+        names = parse_json(index).get("weight_map", {}).values()  # none: all weights are missing
+        files = [folder / name for name in sorted(set(names))]
     weight_files: dict[str, Path] = {}
     for file in files:
         try:

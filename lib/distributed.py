@@ -77,7 +77,7 @@ def init_distributed() -> World:
     """Join the process group that torchrun describes in the environment, and pick the device."""
     rank, world_size, local = 0, int(os.environ.get("WORLD_SIZE") or 1), 0
     if world_size > 1:  # else something has left a rank in the environment
-        rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     torch.set_num_threads(min(torch.get_num_threads(), core_limit()))
     if torch.cuda.is_available():

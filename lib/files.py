@@ -57,7 +57,7 @@ def verify_manifest(folder: Path) -> str | None:
                 return f"{name} is missing"
             if sha256(folder / name) != digest:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"cannot read {MANIFEST}: {error}"
     return None
 
@@ -87,4 +87,12 @@ def remove(folder: Path) -> None:
     """Delete a folder, under another name: a crash never leaves a part of it under its own."""
     old = folder.with_name(f".{folder.name}.old.part")
     os.replace(folder, old)
-    shutil.rmtree(old, ignore_errors=True)
+    delete(old)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder, or a link to one, as far as the file system lets us."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)

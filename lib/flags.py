@@ -57,9 +57,10 @@ def set_missing(config, defaults: dict) -> None:
 def require_writable(json_file: str, plot: str) -> None:
     """Refuse --json and --plot files that cannot be written, before any work is done."""
     for name in filter(None, (json_file, plot)):
-        path = Path(name)
-        writable = os.access(path if path.exists() else path.parent, os.W_OK)
-        sound = writable and not path.is_dir()
+        place = os.path.realpath(name)
+        to_write = place if os.path.exists(place) else os.path.dirname(place)
+        writable = os.access(to_write, os.W_OK) and not os.path.isdir(place)
+        sound = writable and not os.path.islink(place) and len(os.path.basename(place)) < 256
         require(sound, f"{name} is a folder, or its folder is missing or read-only")
     require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
 

@@ -13,7 +13,6 @@ process at a time writes to a run: it holds a lock on the log. Nothing loaded he
 import fcntl
 import json
 import os
-import shutil
 from concurrent.futures import Future
 from dataclasses import asdict, fields
 from itertools import takewhile
@@ -36,7 +35,7 @@ from lib.checkpoint import (
     weights_sha256,
 )
 from lib.distributed import World, full_tensor
-from lib.files import remove, sha256, verify_manifest, writer, written_whole
+from lib.files import delete, remove, sha256, verify_manifest, writer, written_whole
 from lib.flags import fail, flag_name, parse_json_lines, require, user_errors, warn
 from lib.fsdp import shard_like
 from lib.lora import adapters_alone, peft_weights, save_adapters
@@ -177,7 +176,7 @@ def write_checkpoint(
     """
     folder = run / f"step-{meta['update']}"
     for old in run.glob(".step-*.part"):  # left by a run that was killed while it wrote
-        shutil.rmtree(old, ignore_errors=True)
+        delete(old)
     with written_whole(folder, run / LOG, run / RESPONSES) as draft:
         torch.save(state, draft / "training_state.pt")
         save_configs(draft, config, tokenizer, meta)
@@ -260,11 +259,12 @@ class JsonLines:
 
     def rewind(self, done: int) -> list[dict]:
         """Drop what is not of the first `done` updates, all if that is 0; return the rest."""
-        rows = read_log(self.path)
-        kept = [*takewhile(lambda row: done and row.get("update") in range(done + 1), rows)]
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        self.file.truncate(sum(map(len, lines[: len(kept)])))
-        return kept
+        rows = read_lines(self.path)
+        kept = [*takewhile(lambda row: done and row[1].get("update") in range(done + 1), rows)]
+        with self.path.open("rb") as file:
+            n_lines = kept[-1][0] if kept else 0
+            self.file.truncate(sum(len(file.readline()) for _ in range(n_lines)))
+        return [row for _, row in kept]
 
     def write(self, *rows: dict) -> None:
         """Append rows."""
@@ -298,8 +298,12 @@ class Log(JsonLines):
         self.rows.append(row)
 
 
-@user_errors()
 def read_log(path: Path) -> list[dict]:
     """Read the rows of a log, without a last line that a crash cut short."""
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [row for _, row in parse_json_lines(path, whole)]
+    return [row for _, row in read_lines(path)]
+
+
+@user_errors()
+def read_lines(path: Path) -> list[tuple[int, dict]]:
+    """Return the rows of a log and their numbers; refuse a line that is no JSON object."""
+    return parse_json_lines(path, path.read_bytes().rpartition(b"\n")[0])

@@ -25,7 +25,8 @@ DEFAULT_RESPONSE = 256  # longest response in tokens, where nothing tells how lo
 # open. A new one says by `auto_map`, a known class twice, that it is no Qwen2Tokenizer; without it
 # AutoTokenizer would give that to every model of the type qwen2, whatever words the model has.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-FILES += ("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+FILES += ("vocab.json", "merges.txt", "tokenizer.model")
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 FAST = "PreTrainedTokenizerFast"
 NEW_CONFIG = {"tokenizer_class": FAST, "auto_map": {"AutoTokenizer": [FAST, FAST]}}
 NEW_CONFIG |= {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
@@ -85,6 +86,7 @@ class Tokenizer:
             self.inner.save_pretrained(folder)
             write_json(folder / "tokenizer_config.json", NEW_CONFIG)
         for name, content in self.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
 
     def decode(self, rows: list[list[int]]) -> list[str]:
@@ -96,13 +98,15 @@ class Tokenizer:
         After a stop token models say anything. White space behind it does not count.
         """
         questions = [self.question(problem) for problem in problems]
-        stops = tuple(filter(None, self.decode([[stop] for stop in self.stops])))
-        for problem, text in zip(problems, self.decode(questions)):
+        for problem, prompt, text in zip(problems, questions, self.decode(questions)):
             asked, at = [m["content"] for m in self.messages(problem)], in_file(problem)
             held = all(composed(x) in composed(text) for x in asked)
             require(held, f"{at}the model's prompts do not hold the problem ({NO_TEMPLATE})")
-            ended = text.rstrip().endswith(stops)
-            require(not ended, f"{at}the model's prompts end in a stop token")
+            for token in reversed(prompt):
+                ends = f"{at}the model's prompts end in a stop token, which begins no answer"
+                require(token not in self.stops, ends)
+                if self.decode([[token]])[0].strip():
+                    break
         return [self.prompt(problem) for problem in problems]
 
     def require_vocabulary(self, words: list[str]) -> None:
@@ -168,16 +172,19 @@ def portable_config(config: dict, chat_template: bool) -> dict:
 
 def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
     """Load the tokenizer of a Hugging Face folder, with or without its chat template."""
+    for name in (*FILES, "chat_template.jinja", "generation_config.json"):  # links to nothing
+        file = folder / name
+        require(file.exists() or not file.is_symlink(), f"{file} is broken")
     try:
         # AutoTokenizer would ignore tokenizer.json and use Qwen2's own BPE.
         inner = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises no narrower one
         fail(f"cannot read the tokenizer in {folder}: {str(error)[:300]}")
     require(inner.eos_token_id is not None, f"the tokenizer in {folder} names no EOS token")
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
     if not chat_template:
         inner.chat_template = None
-        files.pop("chat_template.jinja", None)
+    found = [x for name in FILES + TEMPLATES * chat_template for x in folder.glob(name)]
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in found if file.is_file()}
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     if (portable := portable_config(config, chat_template)) != config:
@@ -187,4 +194,7 @@ def load_tokenizer(folder: Path, chat_template: bool = True) -> Tokenizer:
         path = folder / "config.json"
     given = read_json(path).get("eos_token_id") if path.exists() else None
     stops = given if isinstance(given, list) else [] if given is None else [given]
+    known = set(inner.get_vocab().values())
+    sound = all(type(stop) is int and stop in known for stop in stops)
+    require(sound, f"{path}: bad eos_token_id")
     return Tokenizer(inner, stops, files)

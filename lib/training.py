@@ -104,8 +104,10 @@ def load_run(
         save_memory()
     folder, log, responses, start = Path(config.out), None, None, {}
     if init:  # first: it may change while it is loaded
+        named = run_dir.named_start(config)
+        moved = resume_from and checkpoint.load_meta(resume_from).get("init_name") != named
         with user_errors():
-            start = run_dir.describe_start(init, run_dir.named_start(config), folder)
+            start = run_dir.describe_start(init, "" if moved else named, folder)
     source = init or resume_from
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
     precision = checkpoint.choose_dtype(config.precision, shape, resume_from, world)

@@ -37,11 +37,11 @@ step() { # NAME, what it changes if it passes, and a command of Python's
 }
 
 small=() sft=(--model models/smollm2 --laptop --epochs 5) problems=(--temperature 0.7)
-rl=(--laptop --prompts-per-update 32 --beta 0.05 --updates 80)
+rl=(--laptop --prompts-per-update 32 --beta 0.05 --updates 80 --save-every 10 --keep 0) at=/step-50
 few=(--updates 10 --save-every 5)
 if [ -n "$rehearse" ]; then
     small=(--small --rounds 1) sft=(--updates 2 --batch-size 4) problems=(--problems 2 --samples 1)
-    rl=(--updates 2 --prompts-per-update 2 --group-size 2 --eval-problems 2) few=(--save-every 1)
+    rl=(--updates 2 --prompts-per-update 2 --group-size 2 --eval-problems 2) few=(--save-every 1) at=
 fi
 
 write "# A day on a GPU${rehearse:+, rehearsed on none}"
@@ -60,7 +60,7 @@ if [ -d models/smollm2 ] || [ -n "$rehearse" ]; then
         step $difficulty "" train_grpo.py --init "$out/sft" "${rl[@]}" --difficulty $difficulty \
             --out "$out/$difficulty"
         step eval-$difficulty 'a run more of "Select and improve"' \
-            eval.py "$out/sft" "$out/$difficulty" "${problems[@]}" --json "$out/$difficulty.json"
+            eval.py "$out/sft" "$out/$difficulty$at" "${problems[@]}" --json "$out/$difficulty.json"
     done
     part=(--init "$out/sft" "${rl[@]}" "${few[@]}" --keep 0 --out "$out/part")
     step checkpointing "--gradient-checkpointing has run" train_grpo.py "${part[@]}" --gradient-checkpointing

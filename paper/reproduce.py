@@ -114,6 +114,11 @@ class Run:
         require(not another, f"{another}: move it away")
         return meta["update"] == meta["total"]
 
+    @property
+    def minutes_file(self) -> Path:
+        """The file that keeps how many minutes it has taken so far."""
+        return self.output.with_name(f"{self.output.name}.minutes")
+
 
 def name_of(what: str, flags: dict) -> str:
     return "-".join([what, *(f"{name}-{value}" for name, value in flags.items())])
@@ -166,11 +171,8 @@ class Experiment:
         flags["json"] = out
         return self.add("eval.py", out, str(before.output), str(after.output), **flags)
 
-    def run(self) -> float | None:
-        """Say what has not been done, and do it: all SFT, then all RL, then all evaluations.
-
-        Return how many minutes the commands took together, if none had been begun before.
-        """
+    def run(self) -> None:
+        """Say what has not been done, and do it: all SFT, then all RL, then all evaluations."""
         n_cores = core_limit()
         large = self.config.model or torch.cuda.is_available()
         jobs = self.config.jobs or (1 if large else n_cores)
@@ -180,18 +182,20 @@ class Experiment:
         left = [run for run in runs if not run.finished()]
         heading = f"{self.name}: {len(left)} of {len(runs)} commands are left"
         print(heading, *left, sep="\n", flush=True)
-        fresh, minutes = not any(run.output.exists() for run in runs), []
         try:
             for _, side_by_side in groupby(left, key=lambda run: run.turn):
                 with ThreadPoolExecutor(jobs) as pool:
-                    minutes += pool.map(lambda x: execute(x, environment, jobs == 1), side_by_side)
+                    list(pool.map(lambda run: execute(run, environment, jobs == 1), side_by_side))
         except KeyboardInterrupt:  # a terminal sends it to the commands, too, which have saved now
             warn("stopped; the same command goes on from here")
             raise
-        return round(sum(minutes), 1) if fresh else None
 
-    def report(self, rows: list[dict], table: str, verdicts: list, figure, minutes) -> None:
+    def report(self, rows: list[dict], table: str, verdicts: list[list], figure) -> None:
         """Print the table and the verdicts, and write them with the rows and the figure."""
+        minutes_files = [run.minutes_file for run in self.runs.values()]
+        minutes = None  # known if all commands were run here
+        if all(file.exists() for file in minutes_files):
+            minutes = round(sum(float(file.read_text()) for file in minutes_files), 1)
         took = "" if minutes is None else f", which took {minutes:.0f} minutes in all"
         commands = "\n".join(map(str, self.runs.values()))
         details = f"<details><summary>The commands{took}</summary>"
@@ -207,8 +211,8 @@ class Experiment:
         print(f"\n{text}\n{self.folder}")
 
 
-def execute(run: Run, environment: dict[str, str], alone: bool) -> float:
-    """Run a command to its end, from its newest checkpoint if it was interrupted; return minutes.
+def execute(run: Run, environment: dict[str, str], alone: bool) -> None:
+    """Run a command to its end, from its newest checkpoint if it was interrupted.
 
     One that runs alone shows its progress. Raises KeyboardInterrupt if Ctrl-C has ended it.
     """
@@ -219,12 +223,15 @@ def execute(run: Run, environment: dict[str, str], alone: bool) -> float:
     pipes = {"stdout": subprocess.PIPE, "stderr": None if alone else subprocess.PIPE}
     process = subprocess.run(command, **pipes, text=True, env=environment)
     minutes = (time.perf_counter() - start) / 60
+    earlier = resumed and run.minutes_file.exists()
+    if run.minutes_file.parent.exists() and resumed == earlier:  # else killed: it is not known
+        before = float(run.minutes_file.read_text()) if earlier else 0.0
+        run.minutes_file.write_text(f"{before + minutes:.2f}\n")
     if process.returncode in (-signal.SIGINT, 128 + signal.SIGINT):
         raise KeyboardInterrupt
     reason = "" if alone else f": {process.stderr.strip()[-400:]}"
     require(process.returncode == 0, f"{run} failed{reason}")
     print(f"{minutes:5.1f} min  {run}", flush=True)
-    return minutes
 
 
 def reproduce(name: str, config: ReproduceConfig) -> None:
@@ -239,7 +246,7 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
         start = experiment.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
         rl = experiment.rl(start, seed, **cell.rl)
         planned.append((cell, seed, rl, experiment.compare(sft, rl, seed, **cell.evaluation)))
-    minutes = experiment.run()
+    experiment.run()
     for cell, seed, rl, evaluation in planned:
         row = cell.row(seed, read_json(evaluation.output))
         log = read_log(rl.output / "metrics.jsonl")
@@ -247,7 +254,7 @@ def reproduce(name: str, config: ReproduceConfig) -> None:
         drawn.append(rows[-1] | {"log": log})
     claims = [claim for claim in plan.claims if claim.has_rows(rows, config.seeds)]
     verdicts = [claim.verdict(rows) for claim in claims]
-    experiment.report(rows, plan.table(rows), verdicts, plan.draw(drawn), minutes)
+    experiment.report(rows, plan.table(rows), verdicts, plan.draw(drawn))
 
 
 def list_experiments(config: ReproduceConfig) -> None:

@@ -1,5 +1,5 @@
 // A CUDA whose streams and guards do nothing, for a PyTorch that was built without one. With it
-// tensors that say they are on cuda:0 pass through autograd: paper/no_cuda.py.
+// tensors that say they are on cuda:0 pass through autograd: no_cuda.py.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

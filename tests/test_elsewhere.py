@@ -116,6 +116,8 @@ def test_a_tokenizer_is_saved_as_it_came(kind, tmp_path):
     config = json.loads((start / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": kind, "added_tokens_decoder": {}}
     (start / "tokenizer_config.json").write_text(json.dumps(config))
+    (start / "additional_chat_templates").mkdir()
+    (start / "additional_chat_templates" / "other.jinja").write_text("{{ messages }}")
     end = tmp_path / "end"
     if kind == "Qwen2Tokenizer":
         end = grpo(tmp_path / "rl", sft(tmp_path / "sft", model=str(start), lora=2), lora=2)
@@ -124,7 +126,11 @@ def test_a_tokenizer_is_saved_as_it_came(kind, tmp_path):
         load_tokenizer(start).save(end)
         for file in (start / "config.json", start / "generation_config.json"):
             shutil.copy(file, end)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for file in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "additional_chat_templates/other.jinja",
+    ):
         assert (end / file).read_bytes() == (start / file).read_bytes()
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (start, end))
     text = "start e9\n29: * e3"
@@ -474,6 +480,13 @@ def test_a_manifest_that_dangles_is_a_broken_checkpoint(tmp_path, capsys):
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").symlink_to("nowhere")
     assert "broken" in refusal(lambda: find_checkpoint(str(folder)), capsys)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_a_file_of_the_tokenizer_that_dangles_is_refused(name, pretrained, capsys):
+    (pretrained / name).unlink()
+    (pretrained / name).symlink_to("nowhere")
+    assert name in refusal(lambda: load_tokenizer(pretrained), capsys)
 
 
 def test_a_newest_step_that_leads_nowhere_is_passed_over(tmp_path, capsys):

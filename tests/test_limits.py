@@ -1,4 +1,4 @@
-"""What this process may use: containers' limits on memory and cores."""
+"""What this process may use: containers' limits on memory and cores, torchrun's variables."""
 
 import dataclasses
 import os
@@ -46,6 +46,24 @@ CONTAINERS = {  # files under /; memory in bytes and cores
             "sys/fs/cgroup/system.slice/memory.max": f"{GB}\n",
             "sys/fs/cgroup/system.slice/run.scope/memory.max": "max\n",
             "sys/fs/cgroup/system.slice/run.scope/cpu.max": "max 100000\n",
+        },
+        (GB, None),
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "9:cpu,cpuacct:/docker/ab\n8:memory:/docker/ab\n0::/\n",
+            "sys/fs/cgroup/memory/docker/ab/memory.limit_in_bytes": f"{GB}\n",
+            "sys/fs/cgroup/cpu/docker/ab/cpu.cfs_quota_us": "100000\n",
+            "sys/fs/cgroup/cpu/docker/ab/cpu.cfs_period_us": "100000\n",
+        },
+        (GB, 1),
+    ),
+    "version 1, mounted as the container's own": (
+        {
+            "proc/self/cgroup": "9:cpu,cpuacct:/docker/ab\n8:memory:/docker/ab\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{GB}\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
         },
         (GB, None),
     ),
@@ -250,7 +268,32 @@ def test_few_compiled_products_are_kept():
     assert saving < keeping / 2
 
 
+STRAY = [  # what something other than torchrun may have left in the environment
+    {"RANK": "1"},
+    {"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "3"},
+    {"LOCAL_RANK": "2"},
+    {"RANK": "x"},
+    {"MASTER_ADDR": "nowhere", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": ""},
+]
+
+
+@pytest.mark.parametrize("variables", STRAY)
+def test_one_process_works_as_one_whatever_was_left_in_the_environment(
+    variables, monkeypatch, capsys
+):
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    world = init_distributed()
+    assert world.is_master and world.world_size == 1
+    warn("heard")
+    assert "heard" in capsys.readouterr().err
+
+
 def test_one_process_of_several_warns(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         warn(f"heard from {rank}")

@@ -76,7 +76,7 @@ def made_by(run, **changes) -> str:
 class FakeExperiment(Experiment):
     """Instead of running commands, writes what they would leave where the paper's claims hold."""
 
-    def run(self) -> float:
+    def run(self) -> None:
         for run in self.runs.values():
             name = str(run.output)
             strategies = ("forward", "backward")
@@ -84,6 +84,7 @@ class FakeExperiment(Experiment):
             harder = "-rl-difficulty-easy" not in name or "parts-3-5" in name
             seeded = "window" in name or "parts" not in name
             run.output.parent.mkdir(parents=True, exist_ok=True)
+            run.minutes_file.write_text("3.0")
             if run.script != "eval.py":
                 (run.output / "step-3").mkdir(parents=True, exist_ok=True)
                 (run.output / "step-3" / "training.json").write_text(made_by(run))
@@ -107,7 +108,6 @@ class FakeExperiment(Experiment):
                     of_end = openings(1.0, *((1.0, 0.9) if harder else (0.6, 0.5)))
                     found["openings"] = {"before": of_start, "after": of_end}
                 write_json(run.output, found)
-        return 3.0
 
 
 NOT_IN_THIS_WORLD = ("on balanced validation data", "at least on the way", "70-80%", "alike")
@@ -123,7 +123,7 @@ def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeyp
     text = (tmp_path / "paper/results" / name / f"{name}.md").read_text()
     commands = [line for line in text.splitlines() if line.startswith("python ")]
     assert result["seeds"] == 2 and {row["seed"] for row in result["rows"]} == {0, 1}
-    assert result["minutes"] == 3.0
+    assert result["minutes"] == 3.0 * len(commands)
     assert any("train_grpo.py" in line for line in commands) and text in capsys.readouterr().out
     for text, _, held in result["claims"]:
         if not any(part in text for part in NOT_IN_THIS_WORLD):
@@ -365,15 +365,14 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     interrupted = runs[1].output / "step-1"
     interrupted.mkdir(parents=True)
     (interrupted / "training.json").write_text(made_by(runs[1], update=1))
-    assert lab.run() is None, "how long it took before it was killed is not known"
+    lab.run()
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sorted("--resume" in call for call in calls) == [False, True]
     lab.run()
     assert len((tmp_path / "calls").read_text().splitlines()) == 2, "nothing is done twice"
     assert str(runs[0]) in capsys.readouterr().out
-    lab = Experiment("x", ReproduceConfig())
-    lab.sft("F", 2)
-    assert 0 <= lab.run() < 1
+    assert 0 <= float(runs[0].minutes_file.read_text()) < 1
+    assert not runs[1].minutes_file.exists(), "how long it took before it was killed is not known"
 
     cut = lab.compare(runs[0], runs[1], 0)
     cut.output.write_text('{\n  "first": {\n    "pass@1": 1.0\n  }\n')  # as a full disk leaves it

@@ -172,8 +172,10 @@ def test_the_models_config_names_stop_tokens_where_no_other_file_does(pretrained
     assert load_tokenizer(pretrained).stops == [0, 2]
 
 
-@pytest.mark.parametrize("spoiled", ["[]", "{"])
-def test_a_spoiled_generation_config_is_refused(spoiled, pretrained, capsys):
+@pytest.mark.parametrize(
+    "spoiled", ['{"eos_token_id": 9999}', '{"eos_token_id": ["x"]}', "[]", "{"]
+)
+def test_bad_stop_tokens_are_refused(spoiled, pretrained, capsys):
     (pretrained / "generation_config.json").write_text(spoiled)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
