@@ -104,6 +104,8 @@ def load_model(
     Weights are read one at a time into place: memory never holds a second copy of the model.
     """
     require(folder.is_dir(), f"there is no folder {folder}")
+    adapters = folder / "adapter_config.json"  # transformers would add these
+    require(not adapters.exists(), f"{adapters}: merge these adapters into their model first")
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, chat_template)
     tokens = set(tokenizer.inner.get_vocab().values())

@@ -342,6 +342,21 @@ def test_shards_may_be_links(tmp_path):
     assert same_weights(load_model(with_links(folder, tmp_path / "blobs"))[0], expected)
 
 
+def test_a_run_whose_folders_are_links_goes_on_and_deletes_links_alone(tmp_path):
+    """As if ckpt/ and old checkpoints had been moved to another disk."""
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    (disk / "run").mkdir(parents=True)
+    run.symlink_to(disk / "run")
+    sft(run, field=3, updates=1, examples=0)
+    (run / "step-1").rename(disk / "kept")
+    (run / "step-1").symlink_to(disk / "kept")
+    assert newest_checkpoint(run) == run / "step-1"
+    save_tiny(run, 2, keep=1)
+    assert [p.name for p in checkpoints(run)] == ["step-2"] and verify_manifest(
+        disk / "kept"
+    ) is None
+
+
 def refuse(monkeypatch, call: str, which=lambda where: True) -> None:
     real = getattr(os, call)
 

@@ -19,7 +19,7 @@ import train_sft
 from lib.checkpoint import checkpoints, find_checkpoint, load_model, newest_checkpoint
 from lib.distributed import World
 from lib.files import verify_manifest
-from lib.run_dir import Log, changed_flags, open_run, read_log, save_checkpoint
+from lib.run_dir import JsonLines, Log, changed_flags, open_run, read_log, save_checkpoint
 from train_grpo import GrpoConfig
 from train_sft import SftConfig
 
@@ -149,6 +149,13 @@ def test_a_log_that_does_not_reach_the_checkpoint_is_refused(text, says, tmp_pat
     line = refusal(lambda: Log(tmp_path, 2), capsys)
     assert says in line and str(tmp_path / "metrics.jsonl") in line
     assert (tmp_path / "metrics.jsonl").read_bytes() == text.encode("latin-1")
+
+
+def test_blank_lines_of_a_log_cost_no_rows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"update": 1}\n\n{"update": 2}\n{"update": 3}\n{"update": 4}\n')
+    assert [row["update"] for row in JsonLines(path).rewind(3)] == [1, 2, 3]
+    assert [row["update"] for row in read_log(path)] == [1, 2, 3]
 
 
 def test_one_process_writes_to_a_run(run, finished, capsys):

@@ -237,6 +237,15 @@ def shard(folder: Path, names: list[str], where: list[str] | None = None, **inde
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
+def adapters_beside(folder: Path) -> None:
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4}
+    config |= {"target_modules": ["o_proj"], "base_model_name_or_path": str(folder)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    prefix = "base_model.model.model.layers.0.self_attn.o_proj.lora"
+    weights = {f"{prefix}_A.weight": torch.ones(2, 48), f"{prefix}_B.weight": torch.ones(48, 2)}
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
 def other_weights(folder: Path, file: str) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file({n: x + 0.1 for n, x in weights.items()}, folder / file, {"format": "pt"})
@@ -285,6 +294,7 @@ FILES = {
     "a shard missing": (lambda f: [shard(f, TWO), (f / TWO[0]).unlink()], "both refuse"),
     "a whole file beside shards": (whole_and_shards, None),
     "a weight in two shards": (in_two_shards, None),
+    "adapters beside the weights": (adapters_beside, None),
     "another file beside": (lambda f: other_weights(f, "consolidated.safetensors"), "equal"),
     "another name": (rename("model.safetensors", "weights.safetensors"), None),
     "a PyTorch file alone": (
