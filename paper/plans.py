@@ -260,7 +260,7 @@ EXPERIMENTS["amplification"] = Plan(
 
 SFT_PARTS = {  # what SFT shows: one part, or the last two of up to five, the others solved before
     "single parts": {},
-    "the last two parts": {"updates": 2400, "parts": "1-5", "window": 2},
+    "the last two parts": {"updates": 3200, "parts": "1-5", "window": 2},
 }
 SIDES = {"SFT": "before", "RL": "after"}
 TWO_THREE, THREE_FIVE = ({"parts": parts, "updates": 100} for parts in ("2-3", "3-5"))
