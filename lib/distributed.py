@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.files import writer
-from lib.flags import quiet_pipes, require, warn
+from lib.flags import is_alone, quiet_pipes, require, warn
 from lib.limits import core_limit
 
 
@@ -70,14 +70,15 @@ class World:
 
 def processes_here() -> int:
     """Return how many of a run's processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
 
 
 def init_distributed() -> World:
     """Join the process group that torchrun describes in the environment, and pick the device."""
-    rank, world_size, local = 0, int(os.environ.get("WORLD_SIZE") or 1), 0
-    if world_size > 1:  # else something has left a rank in the environment
-        rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local = 0, 1, 0
+    if not is_alone():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     torch.set_num_threads(min(torch.get_num_threads(), core_limit()))
     if torch.cuda.is_available():

@@ -65,10 +65,14 @@ def require_writable(json_file: str, plot: str) -> None:
     require(not plot or plot.endswith(".png"), "plots are PNG: give a name that ends in .png")
 
 
+def is_alone() -> bool:
+    """Whether this is one process, whatever rank something has left in the environment."""
+    return os.environ.get("WORLD_SIZE", "") in ("", "1")
+
+
 def warn(message: str) -> None:
     """Print a line on stderr, from rank 0 only."""
-    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")  # whatever rank something has left
-    if alone or os.environ.get("RANK") == "0":
+    if is_alone() or os.environ.get("RANK") == "0":
         print_error(message)
 
 

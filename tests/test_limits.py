@@ -13,7 +13,7 @@ from conftest import small_model
 
 from lib import limits
 from lib.attention import cache_bytes
-from lib.distributed import World, init_distributed
+from lib.distributed import World, init_distributed, processes_here
 from lib.flags import warn
 from lib.limits import PROCESS_BYTES, core_limit, memory_limit
 from lib.memory import (
@@ -275,6 +275,7 @@ STRAY = [  # what something other than torchrun may have left in the environment
     {"RANK": "x"},
     {"MASTER_ADDR": "nowhere", "MASTER_PORT": "1"},
     {"WORLD_SIZE": ""},
+    {"LOCAL_WORLD_SIZE": "8"},
 ]
 
 
@@ -282,12 +283,13 @@ STRAY = [  # what something other than torchrun may have left in the environment
 def test_one_process_works_as_one_whatever_was_left_in_the_environment(
     variables, monkeypatch, capsys
 ):
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    sizes = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for variable in (*sizes, "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     world = init_distributed()
-    assert world.is_master and world.world_size == 1
+    assert world.is_master and world.world_size == 1 and processes_here() == 1
     warn("heard")
     assert "heard" in capsys.readouterr().err
 
