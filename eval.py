@@ -14,6 +14,7 @@ several samples a problem; Bonett and Price's (2012) for a paired difference; ot
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -113,8 +114,8 @@ def force(sampler, tokenizer, problems: dict, seed, strategy, given=0, bar=None)
     """
     opened = {i: replace(x, prefix=x.make_prefix(given, strategy)) for i, x in problems.items()}
     added = [len(tokenizer.prefix(opened[i])) - len(tokenizer.prefix(problems[i])) for i in opened]
-    most = max(1, sampler.max_new_tokens - max(added, default=0))
-    sampler = Sampler(sampler.model, tokenizer.stops, sampler.group_size, most, sampler.temperature)
+    most, sampler = sampler.max_new_tokens - max(added, default=0), copy(sampler)
+    sampler.max_new_tokens, sampler.batch = max(1, most), None
     stream = f"evaluation sampling {strategy}"
     scored = evaluate(sampler, tokenizer, [*opened.values()], seed, bar, stream, [*opened])
     return dict(zip(opened, scored))
@@ -300,8 +301,7 @@ def main(config: EvalConfig, world: World) -> None:
     if not world.is_master:  # under torchrun one process does it all
         return
     require_min(config, problems=1, samples=1, max_new_tokens=0, show=0, given=0)
-    sane = 1e-3 <= config.temperature <= 1e3
-    require(sane, "--temperature must lie between 0.001 and 1000, or use --greedy")
+    require(1e-3 <= config.temperature <= 1e3, "--temperature must be 0.001 to 1000, or --greedy")
     require_writable(config.json, config.plot)
     paths = choose_checkpoints(config.checkpoints)
     metas = [meta for meta in map(load_meta, paths) if "field" in meta]  # of those made here

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lib.distributed import full_tensor, is_fsdp
 from lib.lora import mark_stale
@@ -59,9 +60,17 @@ def cast_matmuls(model: Transformer, dtype: torch.dtype) -> Transformer:
     return model
 
 
+class NothingDrawn(TorchFunctionMode):
+    """Leaves weights as they are: on meta, drawing them imports torch.compile, in a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        draws = getattr(function, "__module__", "") == "torch.nn.init"
+        return None if draws else function(*args, **(kwargs or {}))
+
+
 def empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Transformer:
     """Return a model with uninitialised weights, matrices in `dtype`; allocates nothing else."""
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"), NothingDrawn():  # shapes without memory
         model = cast_matmuls(Transformer(config), dtype)
     model.to_empty(device=device)
     if config.tie_word_embeddings:

@@ -107,7 +107,7 @@ class Tokenizer:
                 require(token not in self.stops, ends)
                 if self.decode([[token]])[0].strip():
                     break
-        return [self.prompt(problem) for problem in problems]
+        return [asked + self.prefix(x) for asked, x in zip(questions, problems)]
 
     def require_vocabulary(self, words: list[str]) -> None:
         """Refuse a tokenizer that cannot write these words."""

@@ -254,6 +254,23 @@ def test_command_forces_openings(checkpoints, tmp_path, capsys):
     assert "evaluation, forward" in out and "evaluation, backward" not in out
 
 
+def test_a_sampler_of_ones_own_samples_forced_responses_too():
+    """Such as one with a new attribute, say top_p: it and its settings are those of free ones."""
+    seen = []
+
+    class Mine(Sampler):
+        def sample(self, prompts, keys):
+            seen.append((self.top_p, self.temperature, self.max_new_tokens))
+            return super().sample(prompts, keys)
+
+    tokenizer, some = word_tokenizer(11), dict(enumerate(problems(2)))
+    sampler = Mine(small_model(), tokenizer.stops, 2, 12, 0.5)
+    sampler.top_p = 0.9
+    eval.force(sampler, tokenizer, some, 0, FORWARD)
+    assert seen == [(0.9, 0.5, 11 if all(p.kind == EVALUATION for p in some.values()) else 10)]
+    assert sampler.max_new_tokens == 12
+
+
 def test_command_forces_a_part_of_compositions_and_compares_two(checkpoints, tmp_path, capsys):
     files = {"json": str(tmp_path / "a.json"), "plot": str(tmp_path / "a.png")}
     few = {"problems": 10, "steps": "1-2", "parts": "2-3", "given": 1, "greedy": True}
