@@ -301,7 +301,8 @@ def main(config: EvalConfig, world: World) -> None:
     if not world.is_master:  # under torchrun one process does it all
         return
     require_min(config, problems=1, samples=1, max_new_tokens=0, show=0, given=0)
-    require(1e-3 <= config.temperature <= 1e3, "--temperature must be 0.001 to 1000, or --greedy")
+    sane = config.greedy or 1e-3 <= config.temperature <= 1e3
+    require(sane, "--temperature must lie between 0.001 and 1000, or use --greedy")
     require_writable(config.json, config.plot)
     paths = choose_checkpoints(config.checkpoints)
     metas = [meta for meta in map(load_meta, paths) if "field" in meta]  # of those made here
@@ -317,8 +318,7 @@ def main(config: EvalConfig, world: World) -> None:
             warn(f"trained with --tagger {last['tagger']}: without it all responses are alike")
         config.answer_pattern = config.answer_pattern or last.get("answer_pattern", "")
         wanted = wanted or last.get("max_new_tokens") or 0
-    alike = bool(config.data) or fields[0] == fields[-1]
-    require(alike, "the two checkpoints were trained on different fields or namings")
+    require(bool(config.data) or fields[0] == fields[-1], "the checkpoints' fields or names differ")
     task, problems = load_problems(config, config.problems, *fields[0])
     if trained_on and config.data == trained_on and "--data" in changed_inputs(last, config):
         warn(f"{trained_on} has changed: training may have seen what is validation now")

@@ -17,12 +17,12 @@ from data.finite_field import (
     make_part,
 )
 
+N = r"(?:0|[1-9]\d{0,3})"  # without leading zeros
 LINE = re.compile(  # of whole words
     r"(?<![^ ])(?:"
-    r"(?P<guess>guess )?(?P<side>start|end) (?P<value>e\d{1,4})"
-    r"|(?P<label>\d{1,4}): (?P<left>e\d{1,4}) (?P<op>[-+*/]) (?P<right>e\d{1,4})"
-    r" = e\d{1,4}"
-    r"|answer (?P<answer>e\d{1,4})"
+    rf"(?P<guess>guess )?(?P<side>start|end) (?P<value>e{N})"
+    rf"|(?P<label>{N}): (?P<left>e{N}) (?P<op>[-+*/]) (?P<right>e{N}) = e{N}"
+    rf"|answer (?P<answer>e{N})"
     r")(?![^ ])",
     re.ASCII,
 )

@@ -29,7 +29,7 @@ step() { # NAME, what it changes if it passes, and a command of Python's
         command=(env PYTHONPATH=. python tests/pretend.py "$@")
     fi
     if [ $limit -le 0 ]; then
-        result="not started: the time is over"
+        result="not started: the time is over" failed=1
     elif ! timeout --kill-after=30 $limit "${command[@]}" >"$out/$name.log" 2>&1; then
         result="failed, or stopped after $limit s" failed=1
     fi

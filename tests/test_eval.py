@@ -340,7 +340,8 @@ def test_command_evaluates_the_newest_checkpoint_and_writes_files(checkpoints, t
 
 def test_command_compares_two(checkpoints, tmp_path, capsys):
     both = [str(checkpoints / "step-2"), str(checkpoints)]
-    main(EvalConfig(both, problems=8, steps="1-2", greedy=True, json=str(tmp_path / "b.json")), ONE)
+    how = {"greedy": True, "temperature": 0.0, "json": str(tmp_path / "b.json")}
+    main(EvalConfig(both, problems=8, steps="1-2", **how), ONE)
     metrics = json.loads((tmp_path / "b.json").read_text())
     assert metrics["before"]["overall"]["samples"] == 1
     assert metrics["difference"]["overall"]["problems"] == 8

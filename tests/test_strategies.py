@@ -137,6 +137,8 @@ GOOD = ["start e0", "7: e0 + e1 = e1", "8: e1 * e2 = e2", "9: e2 + e3 = e5", "en
         (2, "7: e1 + e1 = e2", ORDER),
         (2, "30: e1 * e2 = e2", ORDER),
         (2, "8: e1 * e2 e2", FORMAT),
+        (2, "08: e1 * e2 = e2", FORMAT),
+        (2, "8: e1 * e2 = e02", FORMAT),
         (0, "start e4", OPERAND),
         (0, "6: start e0", FORMAT),
         (4, "end e6", OPERAND),
