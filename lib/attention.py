@@ -290,7 +290,7 @@ class KVCache:
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     """Return the products (b, Tq, Tk) in fp32 of queries (b, Tq, d) and keys (b, Tk, d).
 
-    Qwen2's biases push scores to ~100, where bf16 is off by up to 0.5.
+    Qwen2's biases push scores to ~100, where bf16 numbers lie 0.5 apart.
     """
     k = k.transpose(1, 2)
     if q.device.type == "cuda" and q.dtype != torch.float32:  # the CPU has no out_dtype

@@ -93,7 +93,7 @@ void swiglu_backward(long n, long I, const real *gate_up, const real *d_out, rea
         }
 }
 
-/* The largest of x (n), or NaN if one of them is NaN or infinite. The compiler may assume neither, so this looks at
+/* The largest of x (n), or NaN if one of them is NaN or +infinity. The compiler may assume neither, so this looks at
  * bits. Logits of -1e30 and below have a probability of zero. */
 static inline float largest(long n, const real *x) {
     float top = -1e30f;

@@ -142,8 +142,8 @@ def micro_batches(
 
     prompt_lengths (P,), response_lengths (P, G), active: indices into P. A group larger than the
     budget is a micro-batch of its own. A prefix that all prompts share is counted for each of them,
-    so costs are upper bounds. Where the budget allows, micro-batches are of similar size, and each
-    worker gets the same number of them.
+    so costs are upper bounds. Micro-batches are of similar size; each worker gets the same number
+    of them, unless whole groups fill the budget badly.
     """
     costs = (prompt_lengths + response_lengths.sum(1))[active].tolist()
     n = workers * math.ceil(sum(costs) / (workers * budget))

@@ -1,6 +1,6 @@
 """Random streams, each made anew from its key, so that a resumed run has no RNG state to restore.
 
-Keys look like (seed, "sampling", update, prompt): each prompt has its own, so that its random
+Those of sampling are (seed, "sampling", update, prompt): each prompt has its own, so that its random
 numbers do not depend on its batch or process.
 """
 
