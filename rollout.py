@@ -180,8 +180,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple
     if logits.shape[1] <= BLOCK:
         return invert_cdf(logits, uniforms, temperature)[:2]
     # One of some hundred blocks, then one of its tokens: a single pass over the logits.
-    module = kernels if kernels.apply_to(logits) else fused
-    block_logits = module.block_logits(logits, temperature, BLOCK)  # (B, V / BLOCK)
+    block_logits = fused.block_logits(logits, temperature, BLOCK)  # (B, V / BLOCK)
     blocks, block_logps, rest = invert_cdf(block_logits, uniforms, 1.0)
     index = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=logits.device)  # (B, BLOCK)
     inside = logits.gather(1, index.clamp(max=logits.shape[1] - 1))

@@ -33,11 +33,11 @@ import train_sft
 from data import load_problems
 from lib import training
 from lib.checkpoint import load_meta, newest_checkpoint
-from lib.distributed import Signals, World, distributed, is_fsdp, n_threads
+from lib.distributed import Signals, World, distributed, is_fsdp
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors
 from lib.lora import dropout_key
-from lib.memory import keys_per_token, micro_batch_tokens, still_to_come
-from lib.packing import micro_batches, response_logps
+from lib.memory import micro_batches_that_fit, still_to_come
+from lib.packing import response_logps
 from lib.rng import epoch_indices, rng
 from lib.run_dir import open_run
 from lib.training import Run
@@ -103,21 +103,18 @@ class GrpoConfig:
     fsdp: bool = False  # shard weights, gradients and optimizer over all processes
 
 
-TINY = {"examples": 0, "updates": 300, "lr": 3e-4, "beta": 0.0, "temperature": 1.0}
-TINY |= {"lora": 0, "keep": 0}
-PRETRAINED = {"examples": 1024, "updates": 500, "lr": 1e-5, "beta": 0.05, "temperature": 0.7}
-PRETRAINED |= {"lora": 64, "keep": 2}  # the paper's
-USUAL = {"prompts_per_update": 32, "eval_problems": 256, "lora_dropout": 0.05}  # of either model
-LAPTOP = {"prompts_per_update": 8, "eval_problems": 128, "lora_dropout": 0.0}  # with --laptop
-LAPTOP |= {"updates": 40, "lr": 2e-4, "beta": 0.0}
+TINY = dict(updates=300, lr=3e-4, beta=0.0, temperature=1.0, examples=0, lora=0, keep=0)
+PRETRAINED = dict(updates=500, lr=1e-5, beta=0.05, temperature=0.7, examples=1024, lora=64, keep=2)
+USUAL = dict(prompts_per_update=32, eval_problems=256, lora_dropout=0.05)  # of either model
+LAPTOP = dict(prompts_per_update=8, eval_problems=128, lora_dropout=0.0)  # with --laptop
+LAPTOP |= dict(updates=40, lr=2e-4, beta=0.0)
 
 
 def fill_defaults(config: GrpoConfig, tiny: bool) -> GrpoConfig:
     """Fill in the defaults that depend on the model, and refuse impossible flags."""
     set_missing(config, TINY if tiny else PRETRAINED)
-    require_min(config, prompts_per_update=1, eval_problems=1, beta=0, eval_every=0)
+    require_min(config, group_size=2, prompts_per_update=1, eval_problems=1, beta=0, eval_every=0)
     require_min(config, micro_batch_tokens=0, keep_responses=0, refills=0, minibatches=1)
-    require(config.group_size >= 2, "--group-size must be at least 2: its responses are compared")
     require(0 < config.clip_low < 1, "--clip-low must lie between 0 and 1")
     require(config.clip_high > 0, "--clip-high must be above 0")
     require(1e-3 <= config.temperature <= 1e3, "--temperature must lie between 0.001 and 1000")
@@ -143,7 +140,7 @@ def grpo_loss(
     old_logps: Tensor,
     ref_logps: Tensor | None,
     advantages: Tensor,
-    rows: Tensor,
+    response_index: Tensor,
     truncated: Tensor,
     totals: dict[str, float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,10 +153,10 @@ def grpo_loss(
     top of this file; for the KL estimate k3, joschu.net/blog/kl-approx.html.
     """
     log_ratio = logps - old_logps
-    lengths = rows.bincount().clamp(min=1)  # (max(rows) + 1,) tokens of each response that is here
+    lengths = response_index.bincount().clamp(min=1)  # (B,) tokens of each response that is here
     if config.ratio_of == "sequence":
-        sums = log_ratio.new_zeros(len(lengths)).index_add(0, rows, log_ratio)
-        log_ratio = (sums / lengths)[rows]
+        sums = log_ratio.new_zeros(len(lengths)).index_add(0, response_index, log_ratio)
+        log_ratio = (sums / lengths)[response_index]
     ratio = log_ratio.exp()
     if config.clip == "ratio":
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -178,7 +175,7 @@ def grpo_loss(
     if config.mask_truncated:
         per_token_loss = per_token_loss * ~truncated
     if config.normalise == "responses":
-        per_token_loss = per_token_loss / lengths[rows]
+        per_token_loss = per_token_loss / lengths[response_index]
     return per_token_loss.sum() / totals[config.normalise], per_token
 
 
@@ -200,25 +197,21 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
     model = run.master if is_fsdp(run.master) else run.policy
 
     def loss_fn(i: int, some: Tensor) -> tuple[Tensor, dict[str, float]]:
-        batch, old_logps, rows = rollout.pack(some)  # (M,) each
+        batch, old_logps, response_index = rollout.pack(some)  # (M,) each
         given = {"entropy": True, "dropout_key": dropout_key(config, step, world.rank, i)}
         logps, entropy = response_logps(model, batch, config.temperature, **given)
         ref_logps = None
         if run.reference is not None:
             with torch.no_grad():
                 ref_logps, _ = response_logps(run.reference, batch, config.temperature)
-        advantages, truncated = rollout.advantages.flatten()[rows], ~rollout.stopped[rows]  # (M,)
-        tensors = (logps, old_logps, ref_logps, advantages, rows, truncated)
+        advantages = rollout.advantages.flatten()[response_index]  # (M,)
+        truncated = ~rollout.stopped[response_index]  # (M,)
+        tensors = (logps, old_logps, ref_logps, advantages, response_index, truncated)
         loss, per_token = grpo_loss(config, *tensors, totals)
         per_token["entropy"] = entropy  # for the log: it carries no gradient (lib/packing.py)
-        metrics = {"sums": {name: values.sum().item() for name, values in per_token.items()}}
-        metrics |= {"loss": loss.item(), "trained_tokens": len(logps)}
-        metrics["logp_diff_max"] = (logps - old_logps).abs().max().item()
-        return loss, metrics
+        return loss, training.batch_metrics(loss, per_token, logps - old_logps)
 
-    keys = keys_per_token(rollout.prompt_lengths[active], lengths[active])
-    limits = micro_batch_tokens(run, world, keys), n_threads(world.device)
-    batches = micro_batches(rollout.prompt_lengths, lengths, active, *limits)
+    batches = micro_batches_that_fit(run, world, rollout.prompt_lengths, lengths, active)
     of_batches = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
     of_batches = world.all_gather(of_batches)
     loss = math.nan if n_broken else sum(of_batch["loss"] for of_batch in of_batches)
@@ -233,6 +226,22 @@ def draw_problems(config: GrpoConfig, task, update: int) -> list:
         return [task.sample(stream, "train") for _ in range(n)]
     indices = epoch_indices(seed, config.examples, update * n, n)
     return [task.sample(rng(seed, "RL data set", i), "train", i) for i in indices]
+
+
+def draw_and_score(config: GrpoConfig, task, sampler: Sampler, tokenizer, draw: int, numbers):
+    """Return a scored rollout of the problems `numbers` of a draw: those of this rank."""
+    # 1. Draw problems
+    of_all_ranks = draw_problems(config, task, draw)
+    problems = [of_all_ranks[i] for i in numbers]
+
+    # 2. Sample a group of responses to each
+    keys = [(config.seed, "sampling", draw, i) for i in numbers]
+    with user_errors():  # a prompt too long for the model
+        rollout = sampler.sample([tokenizer.prompt(problem) for problem in problems], keys)
+
+    # 3. Score them: reward, strategy, first error
+    score_rollout(rollout, problems, tokenizer)
+    return rollout
 
 
 def main(config: GrpoConfig, world: World) -> None:
@@ -250,26 +259,19 @@ def main(config: GrpoConfig, world: World) -> None:
     followed = (tokenizer, problems[: config.keep_responses], config.seed)
     if world.is_master and run.first_update == 0:
         training.keep_responses(run, 0, problems, eval.evaluate(sampler, *followed))
-    signals, bar, rollout = Signals(), training.progress_bar(run, "GRPO", world), None
+    signals, bar = Signals(), training.progress_bar(run, "GRPO", world)
+    draw_rollout = partial(draw_and_score, config, task, sampler, tokenizer)
     for update in signals.during(bar):
-        start, sampled, to_fill = time.perf_counter(), [], list(range(len(numbers)))
-        for refill in range(config.refills + 1):  # the first draws all groups
-            draw = update + refill * run.updates  # numbers the random streams
-            # 1. Draw problems: this rank takes every world_size-th of the update's
-            of_all_ranks = draw_problems(config, task, draw)
-            drawn = [of_all_ranks[numbers[i]] for i in to_fill]
-
-            # 2. Sample a group of responses to each
-            keys = [(config.seed, "sampling", draw, numbers[i]) for i in to_fill]
-            with user_errors():  # a prompt too long for the model
-                fresh = sampler.sample([tokenizer.prompt(problem) for problem in drawn], keys)
-
-            # 3. Score them: reward, strategy, first error
-            score_rollout(fresh, drawn, tokenizer)
-            sampled.append(fresh)
-            rollout = rollout.with_groups(to_fill, fresh) if refill else fresh
-            if not (to_fill := (~rollout.has_signal()).nonzero()[:, 0].tolist()):
-                break
+        # 1 to 3. Draw problems, sample a group of responses to each, score them
+        start = time.perf_counter()
+        rollout = draw_rollout(update, numbers)
+        sampled = [rollout]
+        for refill in range(1, config.refills + 1):  # groups without signal, by fresh problems
+            dull = (~rollout.has_signal()).nonzero()[:, 0].tolist()
+            if dull:
+                draw = update + refill * run.updates
+                sampled.append(draw_rollout(draw, [numbers[i] for i in dull]))
+                rollout = rollout.with_groups(dull, sampled[-1])
         seconds = [time.perf_counter() - start]
 
         # 4. Compare each reward with its group's
@@ -311,20 +313,18 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, object, list, int]:
 
     Return it, the task, its validation problems, and the longest response in tokens.
     """
-    name = f"{config.steps or config.difficulty}-gf{config.field}"
-    name = Path(config.data).stem or name + "-shown" * (config.relabel == "shown")
-    config.out = config.out or f"ckpt/grpo-{name}"
+    name = Path(config.data).stem or f"{config.steps or config.difficulty}-gf{config.field}"
+    config.out = config.out or f"ckpt/grpo-{name}" + "-shown" * (config.relabel == "shown")
     folder = Path(config.out)
     resume_from = newest_checkpoint(folder) if config.resume else None
     set_missing(config, LAPTOP if config.laptop else USUAL)  # before problems are drawn
     task, problems = load_problems(config, config.eval_problems)
     source = resume_from or train_sft.find_init(config)
     tokenizer = training.find_tokenizer(config, task, source)
-    meta = load_meta(source) if source else {}
     fill_defaults(config, tokenizer.word_level)
-    for flag in ("field", "relabel") if not config.data else ():
-        now, then = getattr(config, flag), meta.get(flag, getattr(config, flag))
-        require(then == now, f"{source} was trained with --{flag} {then}, not {now}")
+    for flag in ("field", "relabel") if source and not config.data else ():
+        then, now = load_meta(source).get(flag), getattr(config, flag)
+        require(then in (None, now), f"{source} was trained with --{flag} {then}, not {now}")
     max_new_tokens = training.validate(config, tokenizer, source, task, problems, world)
     first_update, start = open_run(folder, resume_from, config, "grpo", world)
     init = start or source or train_sft.train_start(config, world)

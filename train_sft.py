@@ -73,11 +73,11 @@ class SftConfig:
     fsdp: bool = False  # shard weights, gradients and optimizer over all processes
 
 
-TINY = {"examples": 0, "batch_size": 32, "lr": 3e-3, "position_gap": 130, "lora": 0, "keep": 0}
-TINY |= {"updates": 1600, "eval_every": 200}
-PRETRAINED = {"examples": 2048, "batch_size": 16, "lr": 2e-4, "lora": 64}  # the paper's
-PRETRAINED |= {"epochs": 20, "eval_every": 200, "position_gap": 0, "keep": 2}
-LAPTOP = {"epochs": 4, "lr": 1e-3, "eval_every": 128}  # what --laptop changes of these
+TINY = dict(updates=1600, batch_size=32, lr=3e-3, examples=0, position_gap=130, lora=0, keep=0)
+PRETRAINED = dict(epochs=20, batch_size=16, lr=2e-4, examples=2048, lora=64)  # the paper's
+PRETRAINED |= dict(position_gap=0, keep=2)
+TINY["eval_every"] = PRETRAINED["eval_every"] = 200
+LAPTOP = dict(epochs=4, lr=1e-3, eval_every=128)  # what --laptop changes of these
 
 
 def default_folder(config: SftConfig) -> Path:

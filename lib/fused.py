@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib import kernels
 from lib.flags import warn
 
 ADVICE = r"\s*(Online softmax is disabled on the fly|TensorFloat32 tensor cores .* not enabled)"
@@ -61,13 +62,17 @@ def compiled(function: Callable, every_size: bool = False) -> Callable:
     return call if every_size else with_any_first
 
 
-def fuse(function: Callable, every_size: bool = False) -> Callable:
-    """Compile a pure function of tensors, the first of which says where it runs, on a GPU."""
+def fuse(function: Callable, every_size: bool = False, kernel: Callable | None = None) -> Callable:
+    """Compile a pure function of tensors on a GPU; call `kernel` for it on the CPU.
+
+    The first tensor says where it runs.
+    """
 
     @functools.wraps(function)
     def call(x: Tensor, *others):
-        on_gpu = x.is_cuda and has_triton()
-        return (compiled(function, every_size) if on_gpu else function)(x, *others)
+        if x.is_cuda and has_triton():
+            return compiled(function, every_size)(x, *others)
+        return (kernel if kernel and kernels.apply_to(x) else function)(x, *others)
 
     return call
 
@@ -87,8 +92,8 @@ def split_heads(
     return *rotated.split((H, K), 1), v.to(dtype)
 
 
-@fuse
-def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@functools.partial(fuse, kernel=kernels.add_rms_norm)
+def add_rms_norm(added: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`."""
     x = x + added
     return x, F.rms_norm(x, weight.shape, weight, eps).to(added.dtype)
@@ -100,7 +105,7 @@ def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
-@fuse
+@functools.partial(fuse, kernel=kernels.swiglu)
 def swiglu(gate_up: Tensor) -> Tensor:
     """Return silu of the first half of gate_up (N, 2 I) times the second, (N, I)."""
     gate, up = gate_up.chunk(2, -1)
@@ -145,7 +150,7 @@ def join_softmaxes(
     return mixed.to(on_response.dtype).reshape(B, H * d)
 
 
-@fuse
+@functools.partial(fuse, kernel=kernels.block_logits)
 def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:
     """Return the logits (B, n) of blocks of `size` tokens: log-sum-exps of theirs (B, V) / T."""
     padded = F.pad(logits / temperature, (0, -logits.shape[1] % size), value=-torch.inf)

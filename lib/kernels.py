@@ -112,7 +112,7 @@ class AddRMSNorm(torch.autograd.Function):
         return d_x, d_added, d_weight, None
 
 
-def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(added: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`.
 
     Without gradients x is overwritten.

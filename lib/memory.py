@@ -10,7 +10,7 @@ from torch import Tensor
 from lib import fused
 from lib.distributed import World, is_fsdp, n_threads, processes_here
 from lib.limits import PROCESS_BYTES, memory_limit
-from lib.packing import MAX_LOGITS
+from lib.packing import MAX_LOGITS, micro_batches
 from lib.policy import trainable_parameters
 from lib.transformer import ModelConfig
 
@@ -88,6 +88,18 @@ def keys_per_token(prompt_lengths: Tensor, response_lengths: Tensor) -> float:
     prompts, responses = int(prompt_lengths.sum()), int(response_lengths.sum())
     copies = prompts * response_lengths.shape[1]  # each response has its prompt's
     return (prompts + copies + responses) / max(1, prompts + responses)
+
+
+def micro_batches_that_fit(
+    run, world: World, prompt_lengths: Tensor, response_lengths: Tensor, active: Tensor
+) -> list[Tensor]:
+    """Split the groups `active` into micro-batches as large as memory allows, for all threads.
+
+    Lengths are (P,) and (P, G), active are indices into P, as in lib.packing.micro_batches.
+    """
+    keys = keys_per_token(prompt_lengths[active], response_lengths[active])
+    limits = micro_batch_tokens(run, world, keys), n_threads(world.device)
+    return micro_batches(prompt_lengths, response_lengths, active, *limits)
 
 
 def micro_batch_tokens(run, world: World, keys_per_token: float = 1.5) -> int:

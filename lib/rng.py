@@ -1,7 +1,7 @@
 """Random streams, each made anew from its key, so that a resumed run has no RNG state to restore.
 
-Those of sampling are (seed, "sampling", update, prompt): each prompt has its own, so that its random
-numbers do not depend on its batch or process.
+Those of sampling are (seed, "sampling", update, prompt): each prompt has its own, so that its
+random numbers do not depend on its batch or process.
 """
 
 import random

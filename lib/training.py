@@ -280,6 +280,13 @@ def optimizer_step(run: Run, loss: float, lr: float, world: World) -> dict[str, 
 # Logging and saving
 
 
+def batch_metrics(loss: Tensor, per_token: dict[str, Tensor], log_ratio: Tensor) -> dict:
+    """Return what the log needs of a micro-batch of M tokens, with the sums of `per_token`."""
+    metrics = {"sums": {name: values.sum().item() for name, values in per_token.items()}}
+    metrics |= {"loss": loss.item(), "trained_tokens": len(log_ratio)}
+    return metrics | {"logp_diff_max": log_ratio.abs().max().item()}
+
+
 def mean_metrics(of_batches: list[dict]) -> dict[str, float | None]:
     """Return the means over all tokens of what grpo_loss returns for each of them.
 

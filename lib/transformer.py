@@ -67,9 +67,7 @@ class ModelConfig:
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`."""
-        if kernels.apply_to(added):
-            return kernels.add_rms_norm(x, added, self.weight, self.eps)
-        return fused.add_rms_norm(x, added, self.weight, self.eps)
+        return fused.add_rms_norm(added, x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -120,8 +118,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, dropout_key: int | None) -> Tensor:
         gate_up = self.gate_up_proj(x, dropout_key)  # (N, 2 * inner)
-        if kernels.apply_to(gate_up):
-            return self.down_proj(kernels.swiglu(gate_up), dropout_key)
         return self.down_proj(fused.swiglu(gate_up), dropout_key)
 
 
