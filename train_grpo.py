@@ -32,7 +32,7 @@ import eval
 import train_sft
 from data import load_problems
 from lib import training
-from lib.checkpoint import load_meta, newest_checkpoint
+from lib.checkpoint import newest_checkpoint
 from lib.distributed import Signals, World, distributed, is_fsdp
 from lib.flags import parse_flags, require, require_min, set_missing, user_errors
 from lib.lora import dropout_key
@@ -322,9 +322,6 @@ def set_up(config: GrpoConfig, world: World) -> tuple[Run, object, list, int]:
     source = resume_from or train_sft.find_init(config)
     tokenizer = training.find_tokenizer(config, task, source)
     fill_defaults(config, tokenizer.word_level)
-    for flag in ("field", "relabel") if source and not config.data else ():
-        then, now = load_meta(source).get(flag), getattr(config, flag)
-        require(then in (None, now), f"{source} was trained with --{flag} {then}, not {now}")
     max_new_tokens = training.validate(config, tokenizer, source, task, problems, world)
     first_update, start = open_run(folder, resume_from, config, "grpo", world)
     init = start or source or train_sft.train_start(config, world)

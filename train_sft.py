@@ -74,8 +74,7 @@ class SftConfig:
 
 
 TINY = dict(updates=1600, batch_size=32, lr=3e-3, examples=0, position_gap=130, lora=0, keep=0)
-PRETRAINED = dict(epochs=20, batch_size=16, lr=2e-4, examples=2048, lora=64)  # the paper's
-PRETRAINED |= dict(position_gap=0, keep=2)
+PRETRAINED = dict(epochs=20, batch_size=16, lr=2e-4, examples=2048, position_gap=0, lora=64, keep=2)
 TINY["eval_every"] = PRETRAINED["eval_every"] = 200
 LAPTOP = dict(epochs=4, lr=1e-3, eval_every=128)  # what --laptop changes of these
 
@@ -91,14 +90,15 @@ def fill_defaults(config: SftConfig, tiny: bool) -> SftConfig:
     """Fill in the defaults that depend on the model, and refuse impossible flags."""
     defaults = TINY if tiny else PRETRAINED | (LAPTOP if config.laptop else {})
     defaults = defaults | {"updates": 2400} if tiny and config.field > 11 else defaults
-    length = {"epochs": config.epochs, "updates": config.updates}  # either replaces both defaults
-    set_missing(config, defaults if set(length.values()) == {None} else defaults | length)
+    if (config.epochs, config.updates) != (None, None):  # either replaces both defaults
+        defaults = defaults | {"epochs": None, "updates": None}
+    set_missing(config, defaults)
     config.out = config.out or str(default_folder(config))
     require_min(config, batch_size=1, epochs=1, eval_every=1, weight_decay=0, position_gap=0)
     require(config.epochs is None or config.updates is None, "give --epochs or --updates, not both")
     require(config.epochs is None or config.examples > 0, "--epochs needs a number of --examples")
     require(tiny or config.position_gap == 0, "--position-gap needs the tiny model's tokenizer")
-    require(config.model != "tiny" or config.lora == 0, "--lora needs a trained --model")
+    require(not (tiny and config.model == "tiny" and config.lora), "--lora needs a trained --model")
     return config
 
 
@@ -208,8 +208,8 @@ def set_up(config: SftConfig, world: World) -> tuple[training.Run, object, list,
         source = find_checkpoint(config.model)
     tokenizer = training.find_tokenizer(config, task, source)
     fill_defaults(config, tokenizer.word_level)
-    max_new_tokens = training.validate(config, tokenizer, source, task, problems, world)
     first_update, start = open_run(folder, resume_from, config, "sft", world)
+    max_new_tokens = training.validate(config, tokenizer, source, task, problems, world)
     init = start if resume_from else source
     in_epochs = math.ceil((config.epochs or 0) * config.examples / config.batch_size)
     origin = (config.updates or in_epochs, first_update, init, resume_from, tokenizer, world)

@@ -45,6 +45,8 @@ def load_problems(config, n: int, field: int | None = None, relabel: str = "") -
         task = jsonl.Task(config)
         if getattr(config, "examples", 0) is None:
             config.examples = len(task.train)
+        few = f"{config.data} holds {len(task.train)} problems for training: give fewer --examples"
+        require(getattr(config, "examples", 0) <= len(task.train), few)
     else:
         from data import finite_field
 

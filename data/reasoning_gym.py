@@ -26,8 +26,8 @@ def form(row: dict, response: str) -> str:
 def main(config: GymConfig) -> None:
     try:
         how = {name: json.loads(x) for name, x in (word.split("=") for word in config.task[1:])}
-        how |= {"size": config.n, "seed": config.seed}
-        problems = import_module("reasoning_gym").create_dataset(config.task[0], **how)
+        how = {"size": config.n, "seed": config.seed} | how
+        problems = [*import_module("reasoning_gym").create_dataset(config.task[0], **how)]
     except (ImportError, IndexError, ValueError, TypeError, AssertionError) as error:
         fail(f"reasoning_gym {' '.join(config.task)}: {error}")
     for item in problems:

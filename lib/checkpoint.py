@@ -170,8 +170,10 @@ def find_weights(folder: Path) -> dict[str, Path]:
     """Return the file of each weight. Raises ValueError if one cannot be read."""
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].exists() and index.exists():
-        names = parse_json(index).get("weight_map", {}).values()  # none: all weights are missing
-        files = [folder / name for name in sorted(set(names))]
+        names = parse_json(index).get("weight_map", {})  # none: all weights are missing
+        if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
+            raise ValueError(f"cannot read {index}: its weight_map names no files")
+        files = [folder / name for name in sorted(set(names.values()))]
     weight_files: dict[str, Path] = {}
     for file in files:
         try:

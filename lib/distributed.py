@@ -77,6 +77,8 @@ def init_distributed() -> World:
     """Join the process group that torchrun describes in the environment, and pick the device."""
     rank, world_size, local = 0, 1, 0
     if not is_alone():
+        by_torchrun = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        require(by_torchrun, "WORLD_SIZE is set, but not what torchrun sets beside it: unset it")
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
@@ -108,7 +110,8 @@ def distributed() -> Iterator[World]:
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        sys.stdout.flush()  # and exit at once: destroy_process_group() would wait for other ranks
+        if sys.stdout:  # none with python ... >&-
+            sys.stdout.flush()  # and exit at once: destroy_process_group() waits for other ranks
         has_status = isinstance(error, SystemExit) and isinstance(error.code, int)
         os._exit(error.code if has_status else 1)
     if world.world_size > 1:

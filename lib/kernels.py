@@ -73,7 +73,8 @@ def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         command = ["cc", *FLAGS.split(), *options, source, "-o", f"{folder}/kernels.so"]
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            # In a group of its own: Ctrl-C, which a run survives, would end the compiler
+            subprocess.run(command, check=True, capture_output=True, text=True, process_group=0)
             kernels = ctypes.CDLL(f"{folder}/kernels.so")
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", "") or str(error)

@@ -74,7 +74,7 @@ def open_run(
             warn(f"{changed}: labels may differ from here on")
         start, done = resumed_start(run, meta, named_start(config), renamed), meta["update"]
     else:
-        evaluated = stage == "grpo" and (run / "evaluation.json").exists()  # a finished run
+        evaluated = (run / "evaluation.json").exists()  # a finished run of GRPO
         fresh = not (evaluated or checkpoints(run))
         require(fresh, f"{run} holds a run already: give --resume or another --out")
     require(len(set(world.all_gather([done]))) == 1, f"ranks see different checkpoints in {run}")

@@ -101,7 +101,8 @@ class Tokenizer:
         for problem, prompt, text in zip(problems, questions, self.decode(questions)):
             asked, at = [m["content"] for m in self.messages(problem)], in_file(problem)
             held = all(composed(x) in composed(text) for x in asked)
-            require(held, f"{at}the model's prompts do not hold the problem ({NO_TEMPLATE})")
+            advice = f" ({NO_TEMPLATE})" * (self.inner.chat_template is not None)
+            require(held, f"{at}the model's prompts do not hold the problem{advice}")
             for token in reversed(prompt):
                 ends = f"{at}the model's prompts end in a stop token, which begins no answer"
                 require(token not in self.stops, ends)
@@ -137,8 +138,10 @@ class Tokenizer:
             n = len(self.solution(problem.answer)) if at else 0
             require(n <= budget, f"{at}the answer takes {n} tokens, more than {budget}")
         own = [problem for problem in problems if "response" in getattr(problem, "row", ())]
-        solved = self.decode([self.solution(x.row["response"])[:-1] for x in own])
-        for problem, text in zip(own, solved):
+        solved = [self.solution(x.row["response"])[:-1] for x in own]
+        for problem, tokens, text in zip(own, solved, self.decode(solved)):
+            ends = f"{in_file(problem)}'response' holds a stop token, at which sampling would end"
+            require({*self.stops}.isdisjoint(tokens), ends)
             lost = f"{in_file(problem)}the model's tokenizer makes {text[:200]!r} of 'response'"
             require(problem.is_correct(text), f"{lost}, of which the answer is another")
         return budget

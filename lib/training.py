@@ -83,6 +83,10 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
     if config.fsdp:
         require(world.world_size > 1, "--fsdp needs several processes: torchrun --nproc-per-node N")
         require(not config.lora, "--fsdp shards the weights that are trained: it needs --lora 0")
+    meta = checkpoint.load_meta(source) if source and per_update == "prompts_per_update" else {}
+    for flag in ("field", "relabel") if not (config.data or meta.get("data")) else ():
+        then, now = meta.get(flag), getattr(config, flag)
+        require(then in (None, now), f"{source} was trained with --{flag} {then}, not {now}")
     if tokenizer.word_level or not config.data:  # each prompt of a file is checked by itself
         tokenizer.require_vocabulary(task.words)
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
@@ -181,7 +185,7 @@ def say_how_long(run: Run, update: int, bar: tqdm) -> None:
     left = run.updates - update - 1
     if update == run.first_update + 1 and seconds * left > LONG:
         minutes = f"{left} updates at {seconds:.1f} s: about {seconds * left / 60:.0f} minutes"
-        warn(f"{minutes}; Ctrl-C saves, --resume continues")
+        warn(f"{minutes}; Ctrl-C saves, train_{run.meta['stage']}.py --resume continues")
 
 
 def linear_decay(config, update: int, updates: int) -> float:

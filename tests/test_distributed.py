@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from lib.distributed import World, in_threads
+from lib.distributed import World, in_threads, init_distributed
 from lib.flags import parse_flags
 from lib.rng import epoch_indices, rng, torch_rng
 
@@ -50,6 +50,15 @@ def test_streams_repeat_by_key_and_differ_between_keys():
     noise = [torch.rand(3, generator=torch_rng(*key)) for key in keys]
     assert torch.equal(noise[0], torch.rand(3, generator=torch_rng(*keys[0])))
     assert not torch.equal(noise[0], noise[1])
+
+
+def test_a_world_size_that_no_torchrun_has_set_is_told(monkeypatch, capsys):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        init_distributed()
+    assert stop.value.code == 2
 
 
 def test_one_process_sums_to_itself():

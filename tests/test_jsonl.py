@@ -23,7 +23,7 @@ import train_grpo
 import train_sft
 from data import gsm8k, load_problems, reasoning_gym
 from data.jsonl import Task, find_answer, is_taken, number, same_answer
-from lib import plots
+from lib import plots, training
 from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.run_dir import read_log
@@ -748,6 +748,39 @@ def test_more_flags_are_refused_in_a_line(flags, says, pretrained, tmp_path, mon
     write_rows(Path("sums.jsonl"), GOOD)
     Path("leaves.py").write_text("import sys\nsys.exit()\n")
     assert says in refused(train_grpo, grpo_config(pretrained, **flags), capsys)
+
+
+@pytest.mark.parametrize("response", ["well<|im_end|> it is 1", "it is 1<|im_end|>"])
+def test_a_response_with_a_stop_token_is_refused(
+    response, pretrained, tmp_path, monkeypatch, capsys
+):
+    """Sampling would end there: one before the answer would be learned, and never be right."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("sums.jsonl"), [GOOD[0] | {"response": response}, GOOD[1]])
+    assert "sums.jsonl, line 1: 'response' holds a stop" in refused(
+        train_grpo, grpo_config(pretrained), capsys
+    )
+
+
+def test_more_examples_than_a_file_holds_are_refused(pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("sums.jsonl"), GOOD)
+    line = refused(train_grpo, grpo_config(pretrained, examples=2), capsys)
+    assert "sums.jsonl holds 1 problems for training: give fewer --examples" in line
+
+
+def test_a_model_of_ones_own_problems_may_go_on_with_the_papers(pretrained):
+    """Bug: GF(11), a default that stands in its training.json, was said to be what it knows."""
+    meta = {"stage": "sft", "data": "sums.jsonl", "field": 11, "relabel": "fixed"}
+    (pretrained / "training.json").write_text(json.dumps(meta))
+    config = train_grpo.GrpoConfig(init=str(pretrained), field=3, steps="1-2", lora=0)
+    config = train_grpo.fill_defaults(config, tiny=False)
+    config.prompts_per_update, config.lora_dropout = 1, 0.0
+    task, problems = load_problems(config, 2)
+    tokenizer = load_tokenizer(pretrained, chat_template=True)
+    budget = training.validate(config, tokenizer, pretrained, task, problems, ONE)
+    (pretrained / "training.json").unlink()
+    assert budget > 0
 
 
 def test_what_a_tokenizer_changes_may_lose_the_answer(tmp_path, monkeypatch, capsys):

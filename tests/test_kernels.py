@@ -194,6 +194,19 @@ def test_whatever_the_compiler_does_pytorch_serves_and_one_line_says_so(
         torch.testing.assert_close(logp, expected, atol=tolerance, rtol=0.01)
 
 
+@needs_compiler
+def test_ctrl_c_does_not_end_the_compiler(unbuilt, tmp_path, monkeypatch):
+    """A terminal sends it to a whole group of processes, and the run goes on to its save."""
+    (tmp_path / "cc").write_text(f"""#!/bin/sh
+cut -d" " -f5 /proc/$$/stat > {tmp_path}/group
+exec {shutil.which("cc")} "$@"
+""")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert kernels.build(torch.float32, 0) is not None
+    assert int((tmp_path / "group").read_text()) != os.getpgrp()
+
+
 def test_threads_that_need_a_library_at_once_build_it_once(unbuilt, monkeypatch):
     built = []
 

@@ -363,10 +363,13 @@ def test_old_checkpoints_make_room(tmp_path):
 
 
 def test_a_finished_runs_log_is_kept_though_its_checkpoints_are_gone(tmp_path, capsys):
-    """Bug: the same command without --resume emptied it."""
+    """Bugs: the same command without --resume emptied it, and so did SFT's."""
     (tmp_path / "evaluation.json").write_text("{}")
-    line = refusal(lambda: open_run(tmp_path, None, GrpoConfig(), "grpo", ONE), capsys)
-    assert "holds a run already" in line
+    for stage in ("grpo", "sft"):
+        line = refusal(
+            lambda stage=stage: open_run(tmp_path, None, GrpoConfig(), stage, ONE), capsys
+        )
+        assert "holds a run already" in line
 
 
 @pytest.mark.parametrize("flag", ["tagger", "reward"])

@@ -193,7 +193,9 @@ def test_a_laptops_run_says_what_it_does_and_resumes(tmp_path, pretrained, monke
     main(SftConfig(laptop=True, resume=True, **flags), ONE)
     assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 4
     (line,) = (x for x in capsys.readouterr().err.splitlines() if "Ctrl-C" in x)
-    assert re.search(r"0 updates at \d+\.\d s: about 0 minutes; Ctrl-C saves, --resume cont", line)
+    assert re.search(
+        r"0 updates at \d+\.\d s: about 0 minutes; Ctrl-C saves, train_sft.py --res", line
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,12 +218,14 @@ def test_an_end_that_is_no_start_for_rl_is_warned_of(given, data, warned, capsys
 
 
 def test_the_time_that_is_left_goes_by_the_second_update(capsys):
-    run, bar = SimpleNamespace(first_update=100, updates=512), SimpleNamespace()
+    about = {"first_update": 100, "updates": 512, "meta": {"stage": "sft"}}
+    run, bar = SimpleNamespace(**about), SimpleNamespace()
     for update, elapsed in ((100, 30.0), (101, 35.5), (102, 41.0)):
         bar.format_dict = {"elapsed": elapsed}
         training.say_how_long(run, update, bar)
     (line,) = capsys.readouterr().err.splitlines()
     assert "410 updates at 5.5 s: about 38 minutes;" in line
+    assert line.endswith("train_sft.py --resume continues")
 
 
 @pytest.mark.parametrize("script", ["sft", "grpo"])

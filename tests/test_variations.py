@@ -281,6 +281,8 @@ FILES = {
     "shards of other names": (lambda f: shard(f, ["a.safetensors", "ä b.safetensors"]), "equal"),
     "links": (linked, "equal"),
     "an index of nothing": (lambda f: shard(f, TWO, weight_map={}), None),
+    "an index of numbers": (lambda f: shard(f, TWO, weight_map={"a": 5}), None),
+    "an index that is a list": (lambda f: shard(f, TWO, weight_map=["a"]), None),
     "an index in UTF-16": (
         lambda f: [
             shard(f, TWO),
