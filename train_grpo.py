@@ -198,16 +198,19 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
 
     def loss_fn(i: int, some: Tensor) -> tuple[Tensor, dict[str, float]]:
         batch, old_logps, response_index = rollout.pack(some)  # (M,) each
-        given = {"entropy": True, "dropout_key": dropout_key(config, step, world.rank, i)}
-        logps, entropy = response_logps(model, batch, config.temperature, **given)
+        key = dropout_key(config, step, world.rank, i)
+        logps, entropy = response_logps(
+            model, batch, config.temperature, entropy=True, dropout_key=key
+        )
         ref_logps = None
         if run.reference is not None:
             with torch.no_grad():
                 ref_logps, _ = response_logps(run.reference, batch, config.temperature)
         advantages = rollout.advantages.flatten()[response_index]  # (M,)
         truncated = ~rollout.stopped[response_index]  # (M,)
-        tensors = (logps, old_logps, ref_logps, advantages, response_index, truncated)
-        loss, per_token = grpo_loss(config, *tensors, totals)
+        loss, per_token = grpo_loss(
+            config, logps, old_logps, ref_logps, advantages, response_index, truncated, totals
+        )
         per_token["entropy"] = entropy  # for the log: it carries no gradient (lib/packing.py)
         return loss, training.batch_metrics(loss, per_token, logps - old_logps)
 

@@ -86,9 +86,15 @@ def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
     return kernels
 
 
-def pointers(*tensors: Tensor) -> list[int]:
-    """Addresses of tensors that the caller keeps alive."""
-    assert all(x.is_contiguous() for x in tensors)
+def pointers(kinds: str, *tensors: Tensor) -> list[int]:
+    """Return the addresses of contiguous tensors, which the caller keeps alive.
+
+    kinds: a letter for each as in kernels.c, f for float, l for long, r for real; C takes any bytes
+    """
+    dtypes = {"f": torch.float32, "l": torch.int64}
+    for kind, x in zip(kinds, tensors, strict=True):
+        fits = x.is_contiguous() and x.dtype == dtypes.setdefault(kind, x.dtype)
+        assert fits, f"kernels.c takes no {x.dtype} here, or it is not contiguous"
     return [x.data_ptr() for x in tensors]
 
 
@@ -96,7 +102,8 @@ class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total, out = torch.empty_like(x), torch.empty_like(added)
-        library(added.dtype).add_rms_norm(*x.shape, eps, *pointers(x, added, weight, total, out))
+        tensors = x, added, weight, total, out
+        library(added.dtype).add_rms_norm(*x.shape, eps, *pointers("frffr", *tensors))
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         return total, out
@@ -109,7 +116,7 @@ class AddRMSNorm(torch.autograd.Function):
         d_weight = torch.zeros_like(weight)
         given = total, weight, d_total, d_out
         function = library(d_out.dtype).add_rms_norm_backward
-        function(*total.shape, ctx.eps, *pointers(*given, d_x, d_added, d_weight))
+        function(*total.shape, ctx.eps, *pointers("fffrfrf", *given, d_x, d_added, d_weight))
         return d_x, d_added, d_weight, None
 
 
@@ -121,7 +128,7 @@ def add_rms_norm(added: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[
     if torch.is_grad_enabled():
         return AddRMSNorm.apply(x, added, weight, eps)
     out = torch.empty_like(added)
-    library(added.dtype).add_rms_norm(*x.shape, eps, *pointers(x, added, weight, x, out))
+    library(added.dtype).add_rms_norm(*x.shape, eps, *pointers("frffr", x, added, weight, x, out))
     return x, out
 
 
@@ -129,7 +136,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(gate_up: Tensor) -> Tensor:
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        library(gate_up.dtype).swiglu(*out.shape, *pointers(gate_up, out))
+        library(gate_up.dtype).swiglu(*out.shape, *pointers("rr", gate_up, out))
         return out
 
     @staticmethod
@@ -140,7 +147,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, d_out: Tensor) -> Tensor:
         (gate_up,), d_out = ctx.saved_tensors, d_out.contiguous()
         d_gate_up = torch.empty_like(gate_up)
-        library(gate_up.dtype).swiglu_backward(*d_out.shape, *pointers(gate_up, d_out, d_gate_up))
+        addresses = pointers("rrr", gate_up, d_out, d_gate_up)
+        library(gate_up.dtype).swiglu_backward(*d_out.shape, *addresses)
         return d_gate_up
 
 
@@ -181,7 +189,7 @@ def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:
     """Return what fused.block_logits does."""
     (n, V), logits = logits.shape, logits.contiguous()
     out = torch.empty(n, -(-V // size))
-    library(logits.dtype).block_logits(n, V, size, temperature, *pointers(logits, out))
+    library(logits.dtype).block_logits(n, V, size, temperature, *pointers("rf", logits, out))
     return out
 
 
@@ -192,7 +200,8 @@ class TokenLogps(torch.autograd.Function):
         logits, targets = logits.contiguous(), targets.contiguous()
         logps, entropies, tops, norms = (torch.empty(len(logits)) for _ in range(4))
         tensors = logits, targets, logps, entropies, tops, norms
-        library(logits.dtype).token_logps(*logits.shape, temperature, *pointers(*tensors))
+        addresses = pointers("rlffff", *tensors)
+        library(logits.dtype).token_logps(*logits.shape, temperature, *addresses)
         ctx.save_for_backward(logits, targets, tops, norms)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies)
@@ -204,7 +213,7 @@ class TokenLogps(torch.autograd.Function):
         d_logits = torch.empty_like(logits)
         tensors = logits, *others, d_logps.contiguous(), d_logits
         function = library(logits.dtype).token_logps_backward
-        function(*logits.shape, ctx.temperature, *pointers(*tensors))
+        function(*logits.shape, ctx.temperature, *pointers("rlfffr", *tensors))
         return d_logits, None, None
 
 
@@ -225,7 +234,7 @@ def attend(
     H = heads - 2 * K
     out = qkv.new_empty(rows, H * d)
     tensors = (qkv, *rope, prompt_lengths, *cached, out)
-    library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *pointers(*tensors))
+    library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *pointers("rfflrrrrr", *tensors))
     return out
 
 
@@ -236,7 +245,7 @@ class PackedAttention(torch.autograd.Function):
         H = heads - 2 * K
         out, top, total = qkv.new_empty(N, H * d), cos.new_empty(N, H), cos.new_empty(N, H)
         tensors = segments, qkv, cos, sin, out, top, total
-        library(qkv.dtype, d).packed(len(segments), H, K, max_keys, *pointers(*tensors))
+        library(qkv.dtype, d).packed(len(segments), H, K, max_keys, *pointers("lrffrff", *tensors))
         ctx.save_for_backward(segments, qkv, cos, sin, top, total)
         ctx.sizes = N, len(segments), H, K, max_keys
         return out
@@ -246,7 +255,7 @@ class PackedAttention(torch.autograd.Function):
         segments, qkv, *others = ctx.saved_tensors
         d_qkv, d_out = torch.empty_like(qkv), d_out.contiguous()
         function = library(qkv.dtype, qkv.shape[2]).packed_backward
-        function(*ctx.sizes, *pointers(segments, qkv, *others, d_out, d_qkv))
+        function(*ctx.sizes, *pointers("lrffffrr", segments, qkv, *others, d_out, d_qkv))
         return d_qkv, *[None] * 5
 
 

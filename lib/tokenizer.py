@@ -119,20 +119,27 @@ class Tokenizer:
     def max_response_tokens(
         self, task, max_positions: int, wanted: int = 0, problems: Sequence = ()
     ) -> int:
-        """Return `wanted`, or where that is 0 the tokens of the longest solution and a line more.
+        """Return how many tokens a response may take: `wanted`, or if 0 what solutions need.
 
-        Without solutions: DEFAULT_RESPONSE. Refuses a model whose `max_positions` are too few for
-        prompts and responses, and prompts of task or `problems` that do not hold the problem.
+        Refuses a model whose `max_positions` are too few for prompts and responses, and prompts of
+        task or `problems` that do not hold the problem.
         """
         examples, solutions = task.examples(rng("token budget"))
-        problems = [*examples, *problems]
-        lengths = [*map(len, self.checked_prompts(problems))]
-        budget = wanted or DEFAULT_RESPONSE
-        if solutions and not wanted:
-            lines = [line for solution in solutions[:2] for line in solution.split("\n")]
-            budget = sum(max(len(self.solution(x)) - 1 for x in xs) for xs in (lines, solutions))
-        for problem, length in zip(problems, lengths):
-            at, n = in_file(problem), length + budget
+        budget = wanted or self.budget_for(solutions)
+        self.require_fit([*examples, *problems], budget, max_positions)
+        return budget
+
+    def budget_for(self, solutions: list[str]) -> int:
+        """Return the tokens of the longest solution and a line more; of none, DEFAULT_RESPONSE."""
+        if not solutions:
+            return DEFAULT_RESPONSE
+        lines = [line for solution in solutions[:2] for line in solution.split("\n")]
+        return sum(max(len(self.solution(x)) - 1 for x in texts) for texts in (lines, solutions))
+
+    def require_fit(self, problems: list, budget: int, max_positions: int) -> None:
+        """Refuse problems whose prompt, answer or own response the model cannot hold or write."""
+        for problem, prompt in zip(problems, self.checked_prompts(problems)):
+            at, n = in_file(problem), len(prompt) + budget
             fits = n <= max_positions
             require(fits, f"{at}prompt and response take {n} of {max_positions} positions")
             n = len(self.solution(problem.answer)) if at else 0
@@ -144,7 +151,6 @@ class Tokenizer:
             require({*self.stops}.isdisjoint(tokens), ends)
             lost = f"{in_file(problem)}the model's tokenizer makes {text[:200]!r} of 'response'"
             require(problem.is_correct(text), f"{lost}, of which the answer is another")
-        return budget
 
 
 def in_file(problem) -> str:

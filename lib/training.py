@@ -140,8 +140,20 @@ def load_run(
         if stage == "grpo":
             responses = run_dir.JsonLines(folder / RESPONSES)
             responses.rewind(first_update)
-    about = (config, folder, updates, first_update, init, meta, tokenizer)
-    return Run(*about, master, policy, optimizer, log, responses)
+    return Run(
+        config=config,
+        folder=folder,
+        updates=updates,
+        first_update=first_update,
+        init=init,
+        meta=meta,
+        tokenizer=tokenizer,
+        master=master,
+        policy=policy,
+        optimizer=optimizer,
+        log=log,
+        responses=responses,
+    )
 
 
 def print_laptop(config, defaults: dict, world: World) -> None:

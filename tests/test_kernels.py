@@ -195,6 +195,19 @@ def test_whatever_the_compiler_does_pytorch_serves_and_one_line_says_so(
 
 
 @needs_compiler
+def test_tensors_of_another_type_end_in_an_error_and_not_in_a_crash():
+    """C would read bytes as it was told, and beyond their end: of a bf16 residual stream, say."""
+    x, weight = torch.ones(3, 40), torch.ones(40)
+    with pytest.raises(AssertionError, match=r"no torch\.bfloat16 here"):
+        kernels.add_rms_norm(x, x.bfloat16(), weight, 1e-6)
+    with pytest.raises(AssertionError, match="not contiguous"):
+        kernels.add_rms_norm(x, torch.ones(40, 3).t(), weight, 1e-6)
+    with pytest.raises(AssertionError, match=r"no torch\.int32 here"):
+        kernels.token_logps(x, torch.zeros(3, dtype=torch.int32), 1.0)
+    kernels.add_rms_norm(x, x.clone(), weight, 1e-6)
+
+
+@needs_compiler
 def test_ctrl_c_does_not_end_the_compiler(unbuilt, tmp_path, monkeypatch):
     """A terminal sends it to a whole group of processes, and the run goes on to its save."""
     (tmp_path / "cc").write_text(f"""#!/bin/sh
