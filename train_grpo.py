@@ -215,10 +215,10 @@ def grpo_backward(run: Run, rollout: Rollout, groups: Tensor, step: int, world: 
         return loss, training.batch_metrics(loss, per_token, logps - old_logps)
 
     batches = micro_batches_that_fit(run, world, rollout.prompt_lengths, lengths, active)
-    of_batches = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
-    of_batches = world.all_gather(of_batches)
-    loss = math.nan if n_broken else sum(of_batch["loss"] for of_batch in of_batches)
-    return {"loss": loss, "batches": of_batches}
+    metrics = training.accumulate_gradients(run.master, run.policy, loss_fn, batches, world)
+    metrics = world.all_gather(metrics)  # of all ranks' micro-batches
+    loss = math.nan if n_broken else sum(of_batch["loss"] for of_batch in metrics)
+    return {"loss": loss, "batches": metrics}
 
 
 def draw_problems(config: GrpoConfig, task, update: int) -> list:
