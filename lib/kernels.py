@@ -7,6 +7,7 @@ operations; tests compare the two.
 """
 
 import ctypes
+import os
 import subprocess
 import tempfile
 import threading
@@ -71,14 +72,15 @@ def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
     options = ["-DBF16"] * (dtype == torch.bfloat16) + [f"-DHEAD_DIM={head_dim}"] * (head_dim > 0)
     source = str(Path(__file__).with_name("kernels.c"))
     with tempfile.TemporaryDirectory() as folder:
-        command = ["cc", *FLAGS.split(), *options, source, "-o", f"{folder}/kernels.so"]
+        compiler, file = os.environ.get("CC") or "cc", f"{folder}/kernels.so"
+        command = [*compiler.split(), *FLAGS.split(), *options, source, "-o", file]
         try:
             # In a group of its own: Ctrl-C, which a run survives, would end the compiler
             subprocess.run(command, check=True, capture_output=True, text=True, process_group=0)
-            kernels = ctypes.CDLL(f"{folder}/kernels.so")
+            kernels = ctypes.CDLL(file)
         except (OSError, subprocess.CalledProcessError) as error:
             why = getattr(error, "stderr", "") or str(error)
-            warn(f"cc cannot build the CPU's kernels, PyTorch serves, slower: {why[:300]}")
+            warn(f"{compiler} cannot build the CPU's kernels, PyTorch serves, slower: {why[:300]}")
             return None
     for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)

@@ -195,6 +195,16 @@ def test_whatever_the_compiler_does_pytorch_serves_and_one_line_says_so(
 
 
 @needs_compiler
+def test_the_compiler_is_that_of_the_environment(unbuilt, monkeypatch, capsys):
+    """So CC=false does without kernels, for one who suspects them."""
+    monkeypatch.setenv("CC", "cc -O1")
+    assert kernels.build(torch.float32, 0) is not None
+    monkeypatch.setenv("CC", "false")
+    assert not kernels.apply_to(torch.ones(3))
+    assert "false cannot build the CPU's kernels" in capsys.readouterr().err
+
+
+@needs_compiler
 def test_tensors_of_another_type_end_in_an_error_and_not_in_a_crash():
     """C would read bytes as it was told, and beyond their end: of a bf16 residual stream, say."""
     x, weight = torch.ones(3, 40), torch.ones(40)
