@@ -145,24 +145,22 @@ def evaluate_policies(
     free, evaluations = {}, {}
     for i, (name, load) in enumerate(policies.items()):  # of each its own: lib/gain.py says why
         free[name] = evaluate(*load(), problems, seed, bar, f"evaluation sampling{' again' * i}")
-    for (name, mine), theirs in zip(free.items(), reversed(free.values())):  # the other's
-        numbers = {s: lacking(problems, mine, theirs, s) for s in WRITTEN}
-        wanted = numbers | dict.fromkeys(strategies, range(len(problems)))
-        forced: Scored = [[] for _ in problems]
-        by_strategy, measured, sampler = {}, None, None  # frees the other policy first
-        if any(wanted.values()):
+    for name, mine in free.items():
+        theirs = next((scored for other, scored in free.items() if other != name), mine)
+        missing = {s: lacking(problems, mine, theirs, s) for s in WRITTEN}  # numbers of problems
+        to_force = missing | dict.fromkeys(strategies, range(len(problems)))
+        forced: Scored = [[] for _ in problems]  # responses in the strategies that are missing
+        answers, sampler = {}, None  # the latter frees the other policy first
+        if any(to_force.values()):
             sampler, tokenizer = policies[name]()  # again: one at a time is in memory
-            for s, chosen in wanted.items():
-                some = {i: problems[i] for i in chosen}
+            for s, numbers in to_force.items():
+                some = {i: problems[i] for i in numbers}
                 counted = bar if s in strategies else None
-                by_strategy[s] = force(sampler, tokenizer, some, seed, s, given, counted)
-                for i in numbers[s]:
-                    forced[i] += [r for r in by_strategy[s][i] if r.strategy == s]
-        if strategies:
-            pairs = zip(problems, mine, strict=True)
-            opened = [[x.opening_strategy(r.response, given) for r in group] for x, group in pairs]
-            of_all = {s: [*by_strategy[s].values()] for s in strategies}
-            measured = openings.measure([x.parts[given].kind for x in problems], opened, of_all)
+                answers[s] = force(sampler, tokenizer, some, seed, s, given, counted)
+                for i in missing[s]:
+                    forced[i] += [r for r in answers[s][i] if r.strategy == s]
+        of_all = {s: [*answers[s].values()] for s in strategies}
+        measured = openings.measure(problems, mine, of_all, given) if strategies else None
         evaluations[name] = Evaluation(mine, forced, measured)
     return evaluations
 

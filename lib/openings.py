@@ -42,10 +42,10 @@ class Openings:
     faultless: np.ndarray  # (X, S)
 
 
-def measure(kinds: list[str], opened: list, forced: dict[str, Scored]) -> Openings:
-    """Return the openings of a policy.
+def measure(problems: list, free: Scored, forced: dict[str, Scored], given: int = 0) -> Openings:
+    """Return a policy's openings of the part behind the `given` ones of each problem.
 
-    opened: for each problem the strategy with which each of its free responses opens, or ""
+    free: for each problem the responses to it
     forced: by strategy, for each problem the responses that had to open with it
     """
 
@@ -56,7 +56,10 @@ def measure(kinds: list[str], opened: list, forced: dict[str, Scored]) -> Openin
             columns.append([np.mean([getattr(r, what) for r in group]) for group in scored])
         return np.stack(columns, 1)
 
-    access = [[words.count(strategy) / len(words) for strategy in forced] for words in opened]
+    kinds, access = [problem.parts[given].kind for problem in problems], []
+    for problem, group in zip(problems, free, strict=True):
+        opened = [problem.opening_strategy(r.response, given) for r in group]  # "" for neither
+        access.append([opened.count(strategy) / len(opened) for strategy in forced])
     return Openings([*forced], kinds, np.array(access), rates("correct"), rates("faultless"))
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import response, small_model, word_tokenizer
 
 import eval
-from data.finite_field import BACKWARD, EVALUATION, FORWARD, MATCHING_STRATEGY, Task
+from data.finite_field import BACKWARD, EVALUATION, FORWARD, INVERSION, MATCHING_STRATEGY, Task
 from lib.checkpoint import load_model
 from lib.distributed import World
 from lib.gain import decompose_gain
@@ -198,7 +198,7 @@ def test_measure_counts_what_a_hand_counts():
         s: [[score_response(p, p.solution(s, [wrong]))] for p in (one, other)]
         for s in (FORWARD, BACKWARD)
     }
-    found = measure([one.kind, other.kind], opened, forced)
+    found = measure([one, other], free, forced)
     i, j = (found.strategies.index(s) for s in (matching, way))
     assert found.access[0, i] == 1 and found.access[1].sum() == 0.5
     assert found.execution[0, i] == found.execution[1, j] == 1
@@ -448,16 +448,18 @@ def test_the_part_behind_the_given_ones_is_measured(checkpoints, monkeypatch):
         ways = [[MATCHING_STRATEGY[part.kind] for part in x.parts] for x in problems]
         rollout.scored = [[score_response(x, x.solution(way))] for x, way in zip(problems, ways)]
 
-    def measure(kinds, opened, forced):
-        seen.append((kinds, opened))
-        return real(kinds, opened, forced)
+    def measure(*args):
+        seen.append(real(*args))
+        return seen[-1]
 
     monkeypatch.setattr(eval, "score_rollout", solve)
     monkeypatch.setattr(eval.openings, "measure", measure)
     few = FEW | {"parts": "2-3", "given": 1, "samples": 1}
     eval.main(eval.EvalConfig(checkpoints[:1], force=FORWARD, **few), ONE)
     kinds = [problem.parts[1].kind for problem in problems(10, steps=(1, 2), parts=(2, 3))]
-    assert seen == [(kinds, [[MATCHING_STRATEGY[kind]] for kind in kinds])]
+    (found,) = seen
+    assert found.kinds == kinds and {*kinds} == {EVALUATION, INVERSION}
+    assert found.access[:, 0].tolist() == [MATCHING_STRATEGY[kind] == FORWARD for kind in kinds]
 
 
 def test_a_change_is_what_was_gained_since_the_first():
