@@ -89,7 +89,7 @@ def experiments(rollout: Rollout, lr: float) -> list[tuple]:
          "return float('guess' not in response)", other_reward, lr),
         ("train_grpo.py, grpo_backward", "response_logps(model, batch, config.temperature, ...)",
          "response_logps(model, batch, 2.0, ...)", rollout, lr, 2.0),
-        ("train_grpo.py, TINY", '"lr": 3e-4', '"lr": 3e-2', rollout, 100 * lr),
+        ("train_grpo.py, TINY", "lr=3e-4", "lr=3e-2", rollout, 100 * lr),
     ]  # fmt: skip
 
 

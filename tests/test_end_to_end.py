@@ -26,6 +26,7 @@ from lib.distributed import World
 from lib.run_dir import read_log
 from lib.transformer import ModelConfig
 from paper import tour
+from rollout import Rollout
 
 ONE = World(0, 1, torch.device("cpu"))
 HERE = Path(train_grpo.__file__).parent
@@ -412,6 +413,17 @@ def test_the_tour_needs_its_start(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     line = refusal(lambda: tour.main(tour.TourConfig(), ONE), capsys)
     assert "there is no folder ckpt/sft-mixed-gf11" in line
+
+
+def test_the_tour_names_lines_of_the_code():
+    """So that a reader finds what it changes."""
+    rewards = torch.tensor([[0.0, 1.0]])
+    rollout = Rollout(*[torch.zeros(1)] * 6, scored=[[]], rewards=rewards, advantages=rewards)
+    for where, line, *_ in tour.experiments(rollout, 1.0):
+        file, name = where.split(", ")
+        code = "".join((HERE / file).read_text().split())
+        assert name.split(".")[-1] in code
+        assert all("".join(piece.split()) in code for piece in line.split("...")), line
 
 
 def test_the_tour_shows_a_step_that_helps_and_five_changes(sft, capsys):
