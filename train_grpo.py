@@ -153,7 +153,7 @@ def grpo_loss(
     top of this file; for the KL estimate k3, joschu.net/blog/kl-approx.html.
     """
     log_ratio = logps - old_logps
-    lengths = response_index.bincount().clamp(min=1)  # (B,) tokens of each response that is here
+    lengths = response_index.bincount().clamp(min=1)  # (max + 1,) tokens of each response here
     if config.ratio_of == "sequence":
         sums = log_ratio.new_zeros(len(lengths)).index_add(0, response_index, log_ratio)
         log_ratio = (sums / lengths)[response_index]
@@ -231,8 +231,8 @@ def draw_problems(config: GrpoConfig, task, update: int) -> list:
     return [task.sample(rng(seed, "RL data set", i), "train", i) for i in indices]
 
 
-def draw_and_score(config: GrpoConfig, task, sampler: Sampler, tokenizer, draw: int, numbers):
-    """Return a scored rollout of the problems `numbers` of a draw: those of this rank."""
+def draw_and_score(config, task, sampler: Sampler, tokenizer, draw: int, numbers) -> Rollout:
+    """Return scored responses to this rank's problems, `numbers`; `draw` keys the random streams."""
     # 1. Draw problems
     of_all_ranks = draw_problems(config, task, draw)
     problems = [of_all_ranks[i] for i in numbers]
