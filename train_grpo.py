@@ -232,7 +232,7 @@ def draw_problems(config: GrpoConfig, task, update: int) -> list:
 
 
 def draw_and_score(config, task, sampler: Sampler, tokenizer, draw: int, numbers) -> Rollout:
-    """Return scored responses to this rank's problems, `numbers`; `draw` keys the random streams."""
+    """Return scored responses to the problems `numbers` of a draw, which keys random streams."""
     # 1. Draw problems
     of_all_ranks = draw_problems(config, task, draw)
     problems = [of_all_ranks[i] for i in numbers]
