@@ -45,8 +45,9 @@ def load_problems(config, n: int, field: int | None = None, relabel: str = "") -
         task = jsonl.Task(config)
         if getattr(config, "examples", 0) is None:
             config.examples = len(task.train)
-        few = f"{config.data} holds {len(task.train)} problems for training: give fewer --examples"
-        require(getattr(config, "examples", 0) <= len(task.train), few)
+        fewer = f"{config.data} holds {len(task.train)} training problems: give fewer --examples"
+        enough = getattr(config, "examples", 0) <= len(task.train)
+        require(enough or config.resume, fewer)  # a run that is resumed keeps its flags
     else:
         from data import finite_field
 

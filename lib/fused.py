@@ -94,7 +94,10 @@ def split_heads(
 
 @functools.partial(fuse, kernel=kernels.add_rms_norm)
 def add_rms_norm(added: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`."""
+    """Return x + added (N, D) in fp32, and that normalised, in the dtype of `added`.
+
+    On the CPU x may be overwritten where there are no gradients.
+    """
     x = x + added
     return x, F.rms_norm(x, weight.shape, weight, eps).to(added.dtype)
 

@@ -46,7 +46,8 @@ ATTENTION["packed_backward"] = Int * 5 + Pointer * 8
 
 def apply_to(x: Tensor, head_dim: int = 0) -> bool:
     """Whether the kernels replace PyTorch's operations on x: with `head_dim` those of attention."""
-    return x.device.type == "cpu" and available() and library(x.dtype, head_dim) is not None
+    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return known and available() and library(x.dtype, head_dim) is not None
 
 
 def available() -> bool:

@@ -30,7 +30,7 @@ def calls(n: int, dtype: torch.dtype) -> dict:
     scores = random(n, K, G * R, Tp), random(n * G, K, R, W), random(n, 1, 1, Tp), random(W)
     attentions = random(n, G, 4, D, dtype=dtype), random(n, 4, G)
     attentions += random(n * G, 1, 4, D, dtype=dtype), random(n * G, 4, 1)
-    norm = random(n, D), random(n, D, dtype=dtype), random(D), 1e-6
+    norm = random(n, D, dtype=dtype), random(n, D), random(D), 1e-6
     return {
         "rope_table": (transformer.rope_table, torch.arange(n), ModelConfig(5)),
         "split_heads": (fused.split_heads, x, *table, 1, 1, dtype),

@@ -766,7 +766,7 @@ def test_more_examples_than_a_file_holds_are_refused(pretrained, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     write_rows(Path("sums.jsonl"), GOOD)
     line = refused(train_grpo, grpo_config(pretrained, examples=2), capsys)
-    assert "sums.jsonl holds 1 problems for training: give fewer --examples" in line
+    assert "sums.jsonl holds 1 training problems: give fewer --examples" in line
 
 
 def test_a_model_of_ones_own_problems_may_go_on_with_the_papers(pretrained):

@@ -96,7 +96,8 @@ def test_token_logps(temperature, dtype):
 @pytest.mark.parametrize("V", [512, 513, 1300])
 def test_block_logits(V):
     logits = 9 * torch.randn(5, V, generator=torch.Generator().manual_seed(0))
-    ours, expected = (module.block_logits(logits, 0.7, 512) for module in (kernels, fused))
+    ours = kernels.block_logits(logits, 0.7, 512)
+    expected = fused.block_logits.__wrapped__(logits, 0.7, 512)  # PyTorch's operations
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-6)
 
 
@@ -171,6 +172,7 @@ COMPILERS = {  # cc as a shell script, with REAL for the real one; what the line
 def unbuilt(monkeypatch):
     """Forget the kernels that were built, and afterwards those that were not."""
     monkeypatch.setattr(kernels, "libraries", {})
+    monkeypatch.delenv("CC", raising=False)
 
 
 @needs_compiler
@@ -215,6 +217,12 @@ def test_tensors_of_another_type_end_in_an_error_and_not_in_a_crash():
     with pytest.raises(AssertionError, match=r"no torch\.int32 here"):
         kernels.token_logps(x, torch.zeros(3, dtype=torch.int32), 1.0)
     kernels.add_rms_norm(x, x.clone(), weight, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_types_are_left_to_pytorch(dtype):
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(fused.swiglu(x), fused.swiglu.__wrapped__(x))
 
 
 @needs_compiler
