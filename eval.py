@@ -316,7 +316,8 @@ def main(config: EvalConfig, world: World) -> None:
             warn(f"trained with --tagger {last['tagger']}: without it all responses are alike")
         config.answer_pattern = config.answer_pattern or last.get("answer_pattern", "")
         wanted = wanted or last.get("max_new_tokens") or 0
-    require(bool(config.data) or fields[0] == fields[-1], "the checkpoints' fields or names differ")
+    alike = bool(config.data) or fields[0] == fields[-1]
+    require(alike, "the two checkpoints were trained on different fields or namings")
     task, problems = load_problems(config, config.problems, *fields[0])
     if trained_on and config.data == trained_on and "--data" in changed_inputs(last, config):
         warn(f"{trained_on} has changed: training may have seen what is validation now")

@@ -31,17 +31,17 @@ PACKS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PACKS = PACKS and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not by a CPU without AVX512
 packed_weights = WeakIdKeyDictionary()  # of oneDNN, by the weight that they are made of
 Int, Float, Pointer = [ctypes.c_long], [ctypes.c_float], [ctypes.c_void_p]
-ELEMENTWISE = {
-    "add_rms_norm": Int * 2 + Float + Pointer * 5,
-    "add_rms_norm_backward": Int * 2 + Float + Pointer * 7,
-    "swiglu": Int * 2 + Pointer * 2,
-    "swiglu_backward": Int * 2 + Pointer * 3,
-    "block_logits": Int * 3 + Float + Pointer * 2,
-    "token_logps": Int * 2 + Float + Pointer * 6,
-    "token_logps_backward": Int * 2 + Float + Pointer * 6,
+ELEMENTWISE = {  # numbers, then a letter for each tensor: f for float, l for long, r for real
+    "add_rms_norm": (Int * 2 + Float, "frffr"),
+    "add_rms_norm_backward": (Int * 2 + Float, "fffrfrf"),
+    "swiglu": (Int * 2, "rr"),
+    "swiglu_backward": (Int * 2, "rrr"),
+    "block_logits": (Int * 3 + Float, "rf"),
+    "token_logps": (Int * 2 + Float, "rlffff"),
+    "token_logps_backward": (Int * 2 + Float, "rlfffr"),
 }
-ATTENTION = {"attend": Int * 7 + Pointer * 9, "packed": Int * 4 + Pointer * 7}
-ATTENTION["packed_backward"] = Int * 5 + Pointer * 8
+ATTENTION = {"attend": (Int * 7, "rfflrrrrr"), "packed": (Int * 4, "lrffrff")}
+ATTENTION["packed_backward"] = (Int * 5, "lrffffrr")
 
 
 def apply_to(x: Tensor, head_dim: int = 0) -> bool:
@@ -83,30 +83,31 @@ def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
             why = getattr(error, "stderr", "") or str(error)
             warn(f"{compiler} cannot build the CPU's kernels, PyTorch serves, slower: {why[:300]}")
             return None
-    for name, kinds in (ATTENTION if head_dim else ELEMENTWISE).items():
+    for name, (numbers, kinds) in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)
-        function.argtypes, function.restype = kinds, None
+        function.argtypes, function.restype = numbers + Pointer * len(kinds), None
     return kernels
 
 
-def pointers(kinds: str, *tensors: Tensor) -> list[int]:
-    """Return the addresses of contiguous tensors, which the caller keeps alive.
+def call(function, numbers: tuple, *tensors: Tensor) -> None:
+    """Call a function of kernels.c.
 
-    kinds: a letter for each as in kernels.c, f for float, l for long, r for real; C takes any bytes
+    C takes any bytes, so tensors have to be contiguous and of the types that its signature says.
     """
-    dtypes = {"f": torch.float32, "l": torch.int64}
+    name, dtypes = function.__name__, {"f": torch.float32, "l": torch.int64}
+    _, kinds = ELEMENTWISE.get(name) or ATTENTION[name]
     for kind, x in zip(kinds, tensors, strict=True):
         fits = x.is_contiguous() and x.dtype == dtypes.setdefault(kind, x.dtype)
-        assert fits, f"kernels.c takes no {x.dtype} here, or it is not contiguous"
-    return [x.data_ptr() for x in tensors]
+        assert fits, f"{name} of kernels.c takes no {x.dtype} here, or it is not contiguous"
+    function(*numbers, *(x.data_ptr() for x in tensors))
 
 
 class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total, out = torch.empty_like(x), torch.empty_like(added)
-        tensors = x, added, weight, total, out
-        library(added.dtype).add_rms_norm(*x.shape, eps, *pointers("frffr", *tensors))
+        function = library(added.dtype).add_rms_norm
+        call(function, (*x.shape, eps), x, added, weight, total, out)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         return total, out
@@ -117,9 +118,8 @@ class AddRMSNorm(torch.autograd.Function):
         d_total, d_out = d_total.contiguous(), d_out.contiguous()
         d_x, d_added = torch.empty_like(total), torch.empty_like(d_out)
         d_weight = torch.zeros_like(weight)
-        given = total, weight, d_total, d_out
-        function = library(d_out.dtype).add_rms_norm_backward
-        function(*total.shape, ctx.eps, *pointers("fffrfrf", *given, d_x, d_added, d_weight))
+        tensors = total, weight, d_total, d_out, d_x, d_added, d_weight
+        call(library(d_out.dtype).add_rms_norm_backward, (*total.shape, ctx.eps), *tensors)
         return d_x, d_added, d_weight, None
 
 
@@ -131,7 +131,7 @@ def add_rms_norm(added: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[
     if torch.is_grad_enabled():
         return AddRMSNorm.apply(x, added, weight, eps)
     out = torch.empty_like(added)
-    library(added.dtype).add_rms_norm(*x.shape, eps, *pointers("frffr", x, added, weight, x, out))
+    call(library(added.dtype).add_rms_norm, (*x.shape, eps), x, added, weight, x, out)
     return x, out
 
 
@@ -139,7 +139,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(gate_up: Tensor) -> Tensor:
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        library(gate_up.dtype).swiglu(*out.shape, *pointers("rr", gate_up, out))
+        call(library(gate_up.dtype).swiglu, out.shape, gate_up, out)
         return out
 
     @staticmethod
@@ -150,8 +150,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, d_out: Tensor) -> Tensor:
         (gate_up,), d_out = ctx.saved_tensors, d_out.contiguous()
         d_gate_up = torch.empty_like(gate_up)
-        addresses = pointers("rrr", gate_up, d_out, d_gate_up)
-        library(gate_up.dtype).swiglu_backward(*d_out.shape, *addresses)
+        function = library(gate_up.dtype).swiglu_backward
+        call(function, d_out.shape, gate_up, d_out, d_gate_up)
         return d_gate_up
 
 
@@ -192,7 +192,7 @@ def block_logits(logits: Tensor, temperature: float, size: int) -> Tensor:
     """Return what fused.block_logits does."""
     (n, V), logits = logits.shape, logits.contiguous()
     out = torch.empty(n, -(-V // size))
-    library(logits.dtype).block_logits(n, V, size, temperature, *pointers("rf", logits, out))
+    call(library(logits.dtype).block_logits, (n, V, size, temperature), logits, out)
     return out
 
 
@@ -203,8 +203,7 @@ class TokenLogps(torch.autograd.Function):
         logits, targets = logits.contiguous(), targets.contiguous()
         logps, entropies, tops, norms = (torch.empty(len(logits)) for _ in range(4))
         tensors = logits, targets, logps, entropies, tops, norms
-        addresses = pointers("rlffff", *tensors)
-        library(logits.dtype).token_logps(*logits.shape, temperature, *addresses)
+        call(library(logits.dtype).token_logps, (*logits.shape, temperature), *tensors)
         ctx.save_for_backward(logits, targets, tops, norms)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies)
@@ -216,7 +215,7 @@ class TokenLogps(torch.autograd.Function):
         d_logits = torch.empty_like(logits)
         tensors = logits, *others, d_logps.contiguous(), d_logits
         function = library(logits.dtype).token_logps_backward
-        function(*logits.shape, ctx.temperature, *pointers("rlfffr", *tensors))
+        call(function, (*logits.shape, ctx.temperature), *tensors)
         return d_logits, None, None
 
 
@@ -237,7 +236,7 @@ def attend(
     H = heads - 2 * K
     out = qkv.new_empty(rows, H * d)
     tensors = (qkv, *rope, prompt_lengths, *cached, out)
-    library(qkv.dtype, d).attend(P, rows // P, H, K, Tp, T, t, *pointers("rfflrrrrr", *tensors))
+    call(library(qkv.dtype, d).attend, (P, rows // P, H, K, Tp, T, t), *tensors)
     return out
 
 
@@ -248,7 +247,7 @@ class PackedAttention(torch.autograd.Function):
         H = heads - 2 * K
         out, top, total = qkv.new_empty(N, H * d), cos.new_empty(N, H), cos.new_empty(N, H)
         tensors = segments, qkv, cos, sin, out, top, total
-        library(qkv.dtype, d).packed(len(segments), H, K, max_keys, *pointers("lrffrff", *tensors))
+        call(library(qkv.dtype, d).packed, (len(segments), H, K, max_keys), *tensors)
         ctx.save_for_backward(segments, qkv, cos, sin, top, total)
         ctx.sizes = N, len(segments), H, K, max_keys
         return out
@@ -258,7 +257,7 @@ class PackedAttention(torch.autograd.Function):
         segments, qkv, *others = ctx.saved_tensors
         d_qkv, d_out = torch.empty_like(qkv), d_out.contiguous()
         function = library(qkv.dtype, qkv.shape[2]).packed_backward
-        function(*ctx.sizes, *pointers("lrffffrr", segments, qkv, *others, d_out, d_qkv))
+        call(function, ctx.sizes, segments, qkv, *others, d_out, d_qkv)
         return d_qkv, *[None] * 5
 
 

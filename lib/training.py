@@ -75,7 +75,8 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
     require(config.max_grad_norm > 0, "--max-grad-norm must be above 0")
     require_min(config, lora=0, lora_alpha=1)
     require(0 <= config.lora_dropout < 1, "--lora-dropout must lie between 0 and 1")
-    per_update = "batch_size" if hasattr(config, "batch_size") else "prompts_per_update"
+    is_sft = hasattr(config, "batch_size")
+    per_update = "batch_size" if is_sft else "prompts_per_update"
     what, n = "the number of processes", world.world_size
     if getattr(config, "minibatches", 1) > 1:
         what, n = f"{what} times --minibatches", n * config.minibatches
@@ -83,7 +84,7 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
     if config.fsdp:
         require(world.world_size > 1, "--fsdp needs several processes: torchrun --nproc-per-node N")
         require(not config.lora, "--fsdp shards the weights that are trained: it needs --lora 0")
-    meta = checkpoint.load_meta(source) if source and per_update == "prompts_per_update" else {}
+    meta = checkpoint.load_meta(source) if source and not is_sft else {}
     for flag in ("field", "relabel") if not (config.data or meta.get("data")) else ():
         then, now = meta.get(flag), getattr(config, flag)
         require(then in (None, now), f"{source} was trained with --{flag} {then}, not {now}")
@@ -91,7 +92,7 @@ def validate(config, tokenizer: Tokenizer, source, task, problems: list, world: 
         tokenizer.require_vocabulary(task.words)
     shape = checkpoint.read_config(source) if source else checkpoint.TINY
     limits, given = (task, shape.max_position_embeddings), config.max_new_tokens
-    if given and per_update == "batch_size":  # SFT reads whole solutions, however short these are
+    if given and is_sft:  # which reads whole solutions, however short these are
         tokenizer.max_response_tokens(*limits, 0, problems)
     return tokenizer.max_response_tokens(*limits, given, problems)
 

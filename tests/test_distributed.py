@@ -58,7 +58,8 @@ def test_a_world_size_that_no_torchrun_has_set_is_told(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stop:
         init_distributed()
-    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "WORLD_SIZE is set" in line
 
 
 def test_one_process_sums_to_itself():

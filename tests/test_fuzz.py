@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 many = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-fewer = settings(many, max_examples=100)  # of JSON, which takes long to draw
+fewer = settings(many, max_examples=150)  # of JSON, which takes long to draw
 words = st.lists(
     st.sampled_from([*vocabulary(13), "e٣", "xanswer", "912:", "\n", "e99999", "e12345678901"])
 )
