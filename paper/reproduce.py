@@ -9,7 +9,8 @@
 Every number comes from a command that is printed below the table. Finished commands are not run
 again, and one that Ctrl-C has interrupted resumes. Commands of the tiny model run side by side on
 the CPU, one thread each; those of another have all cores, one after the other. Runs lie in
-ckpt/reproduce, results in paper/results/NAME or NAME-MODEL (.json, .md and .png).
+ckpt/reproduce, results in paper/results/NAME or NAME-MODEL (.json, .md and .png), written when the
+commands of all experiments that were named have ended.
 
 The experiments are in paper/plans.py, what they consist of in paper/experiment.py.
 """
@@ -20,9 +21,9 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ from lib.flags import (
 from lib.limits import core_limit
 from lib.plots import save
 from lib.run_dir import changed_flags, read_log
-from paper.experiment import MODELS, verdict_table
+from paper.experiment import MODELS, Cell, Plan, verdict_table
 from paper.plans import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent  # where the scripts lie
@@ -126,11 +127,17 @@ def name_of(what: str, flags: dict) -> str:
 
 @dataclass
 class Experiment:
-    """The runs of an experiment: `add` all that it needs, `run` them, then read their results."""
+    """The runs of an experiment: add all that it needs, have them run, then report on them."""
 
     name: str
     config: ReproduceConfig
     runs: dict[Path, Run] = field(default_factory=dict)
+    planned: list[tuple[Cell, int, Run, Run]] = field(default_factory=list)  # seed, RL, evaluation
+
+    @property
+    def plan(self) -> Plan:
+        plan, only = EXPERIMENTS[self.name], self.config.only
+        return replace(plan, cells=[cell for cell in plan.cells if only in ("", cell.model)])
 
     @property
     def folder(self) -> Path:
@@ -171,27 +178,27 @@ class Experiment:
         flags["json"] = out
         return self.add("eval.py", out, str(before.output), str(after.output), **flags)
 
-    def run(self) -> None:
-        """Say what has not been done, and do it: all SFT, then all RL, then all evaluations."""
-        n_cores = core_limit()
-        large = self.config.model or torch.cuda.is_available()
-        jobs = self.config.jobs or (1 if large else n_cores)
-        threads = str(max(1, n_cores // jobs))
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-        runs = sorted(self.runs.values(), key=lambda run: run.turn)
-        left = [run for run in runs if not run.finished()]
-        heading = f"{self.name}: {len(left)} of {len(runs)} commands are left"
-        print(heading, *left, sep="\n", flush=True)
-        try:
-            for _, side_by_side in groupby(left, key=lambda run: run.turn):
-                with ThreadPoolExecutor(jobs) as pool:
-                    list(pool.map(lambda run: execute(run, environment, jobs == 1), side_by_side))
-        except KeyboardInterrupt:  # a terminal sends it to the commands, too, which have saved now
-            warn("stopped; the same command goes on from here")
-            raise
+    def add_cells(self) -> None:
+        """Add all runs of the plan's cells, for each seed."""
+        for cell, seed in product(self.plan.cells, range(self.config.seeds)):
+            sft = self.sft(cell.model, seed, **cell.sft)
+            start = self.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
+            rl = self.rl(start, seed, **cell.rl)
+            evaluation = self.compare(sft, rl, seed, **cell.evaluation)
+            self.planned.append((cell, seed, rl, evaluation))
 
-    def report(self, rows: list[dict], table: str, verdicts: list[list], figure) -> None:
+    def report(self) -> None:
         """Print the table and the verdicts, and write them with the rows and the figure."""
+        if not self.planned:
+            return print(f"{self.name} trains no model {self.config.only}")
+        plan, rows, drawn = self.plan, [], []
+        for cell, seed, rl, evaluation in self.planned:
+            row = cell.row(seed, read_json(evaluation.output))
+            log = read_log(rl.output / "metrics.jsonl")
+            rows.append(row | (plan.measure(cell, log) if plan.measure else {}))
+            drawn.append(rows[-1] | {"log": log})
+        claims = [claim for claim in plan.claims if claim.has_rows(rows, self.config.seeds)]
+        verdicts = [claim.verdict(rows) for claim in claims]
         minutes_files = [run.minutes_file for run in self.runs.values()]
         minutes = None  # known if all commands were run here
         if all(file.exists() for file in minutes_files):
@@ -200,22 +207,47 @@ class Experiment:
         commands = "\n".join(map(str, self.runs.values()))
         details = f"<details><summary>The commands{took}</summary>"
         details += f"\n\n```\n{commands}\n```\n\n</details>\n"
-        text = "\n\n".join([table, verdict_table(verdicts), details])
+        text = "\n\n".join([plan.table(rows), verdict_table(verdicts), details])
         result = {"seeds": self.config.seeds, "minutes": minutes}
         result |= {"rows": rows, "claims": verdicts}
         with user_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / f"{self.name}.json", result)
             (self.folder / f"{self.name}.md").write_text(text)
-        save(figure, self.folder / f"{self.name}.png")
+        save(plan.draw(drawn), self.folder / f"{self.name}.png")
         print(f"\n{text}\n{self.folder}")
 
 
-def execute(run: Run, environment: dict[str, str], alone: bool) -> None:
-    """Run a command to its end, from its newest checkpoint if it was interrupted.
+def run_commands(runs: list[Run], config: ReproduceConfig) -> None:
+    """Say what has not been done, and do it: all SFT, then all RL, then all evaluations."""
+    n_cores = core_limit()
+    large = config.model or torch.cuda.is_available()
+    jobs = config.jobs or (1 if large else n_cores)
+    threads = str(max(1, n_cores // jobs))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
+    left = [run for run in sorted(runs, key=lambda run: run.turn) if not run.finished()]
+    print(f"{len(left)} of {len(runs)} commands are left", *left, sep="\n", flush=True)
+    pool, started = ThreadPoolExecutor(jobs), {}
+    for run in left:
+        inputs = [started[path] for path in map(Path, run.command()) if path in started]
+        started[run.output] = pool.submit(execute, run, inputs, environment, jobs == 1)
+    try:
+        for done in as_completed(started.values()):
+            done.result()
+    except KeyboardInterrupt:  # a terminal sends it to the commands, too
+        warn("stopping, once what runs has saved; the same command goes on from here")
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def execute(run: Run, inputs: list[Future], environment: dict[str, str], alone: bool) -> None:
+    """Run a command to its end, once its inputs are there; from its newest checkpoint, if any.
 
     One that runs alone shows its progress. Raises KeyboardInterrupt if Ctrl-C has ended it.
     """
+    for command in inputs:  # begun before, so it never waits for one that waits in the queue
+        command.result()
     resumed = run.output.suffix != ".json" and newest_checkpoint(run.output) is not None
     script, *rest = run.command()
     command = [sys.executable, ROOT / script, *rest, *(["--resume"] if resumed else [])]
@@ -232,29 +264,6 @@ def execute(run: Run, environment: dict[str, str], alone: bool) -> None:
     reason = "" if alone else f": {process.stderr.strip()[-400:]}"
     require(process.returncode == 0, f"{run} failed{reason}")
     print(f"{minutes:5.1f} min  {run}", flush=True)
-
-
-def reproduce(name: str, config: ReproduceConfig) -> None:
-    """Run an experiment's commands, read their rows and report."""
-    plan, experiment = EXPERIMENTS[name], Experiment(name, config)
-    plan = replace(plan, cells=[x for x in plan.cells if config.only in ("", x.model)])
-    if not plan.cells:
-        return print(f"{name} trains no model {config.only}")
-    planned, rows, drawn = [], [], []
-    for cell, seed in product(plan.cells, range(config.seeds)):
-        sft = experiment.sft(cell.model, seed, **cell.sft)
-        start = experiment.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
-        rl = experiment.rl(start, seed, **cell.rl)
-        planned.append((cell, seed, rl, experiment.compare(sft, rl, seed, **cell.evaluation)))
-    experiment.run()
-    for cell, seed, rl, evaluation in planned:
-        row = cell.row(seed, read_json(evaluation.output))
-        log = read_log(rl.output / "metrics.jsonl")
-        rows.append(row | (plan.measure(cell, log) if plan.measure else {}))
-        drawn.append(rows[-1] | {"log": log})
-    claims = [claim for claim in plan.claims if claim.has_rows(rows, config.seeds)]
-    verdicts = [claim.verdict(rows) for claim in claims]
-    experiment.report(rows, plan.table(rows), verdicts, plan.draw(drawn))
 
 
 def list_experiments(config: ReproduceConfig) -> None:
@@ -278,8 +287,13 @@ def main(config: ReproduceConfig) -> None:
     for name in names:
         known = f"there are {', '.join(EXPERIMENTS)} and all"
         require(name in EXPERIMENTS, f"there is no experiment {name!r}; {known}")
-    for name in names:
-        reproduce(name, config)
+    experiments = [Experiment(name, config) for name in names]
+    for experiment in experiments:
+        experiment.add_cells()
+    runs = {output: run for experiment in experiments for output, run in experiment.runs.items()}
+    run_commands([*runs.values()], config)
+    for experiment in experiments:
+        experiment.report()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from lib.flags import parse_flags, read_json, write_json
 from paper import plans, reproduce
 from paper.experiment import verdict_table
 from paper.plans import EXPERIMENTS
-from paper.reproduce import Experiment, ReproduceConfig, main
+from paper.reproduce import Experiment, ReproduceConfig, Run, main, run_commands
 
 OTHER = {"forward": "backward", "backward": "forward"}
 
@@ -73,41 +73,39 @@ def made_by(run, **changes) -> str:
     return json.dumps(asdict(run.settings()) | {"update": 3, "total": 3} | changes)
 
 
-class FakeExperiment(Experiment):
-    """Instead of running commands, writes what they would leave where the paper's claims hold."""
-
-    def run(self) -> None:
-        for run in self.runs.values():
-            name = str(run.output)
-            strategies = ("forward", "backward")
-            shown = next((s for s in strategies if f"-{s[0].upper()}-" in name), "mixed")
-            harder = "-rl-difficulty-easy" not in name or "parts-3-5" in name
-            seeded = "window" in name or "parts" not in name
-            run.output.parent.mkdir(parents=True, exist_ok=True)
-            run.minutes_file.write_text("3.0")
-            if run.script != "eval.py":
-                (run.output / "step-3").mkdir(parents=True, exist_ok=True)
-                (run.output / "step-3" / "training.json").write_text(made_by(run))
-            if run.script == "train_grpo.py":
-                n = round(20 * float(run.flags.get("evaluation_share", 0.5)))
-                after = responses(shown, 1.0, 1.0, [EVALUATION] * n + [INVERSION] * (20 - n))
-                metrics = rollout_metrics(after) | {"reward": 0.9, "clip_ratio": 0.1}
-                write_log(run.output, [{"update": u} | metrics for u in range(1, 31)])
-            elif run.script == "eval.py":
-                before = responses(shown, 0.5, 0.6 if seeded else 0.0)
-                after = responses(shown, 1.0, (1.0 if harder else 0.6) if seeded else 0.0)
-                if "samples" in run.flags and "force" not in run.flags:
-                    before, after = unsolved(before), after if harder else unsolved(after)
-                    before, after = ([26 * group for group in x] for x in (before, after))
-                found = {"before": summarise(before), "after": summarise(after)}
-                found["difference"] = compare(before, after)
-                if "force" in run.flags:
-                    of_start = openings(0.5, 0.6, 0.5)
-                    if "parts" in name and "window" not in name:
-                        of_start = openings(0.0, 0.6, 0.5, neither=1.0)
-                    of_end = openings(1.0, *((1.0, 0.9) if harder else (0.6, 0.5)))
-                    found["openings"] = {"before": of_start, "after": of_end}
-                write_json(run.output, found)
+def leave_results(runs: list[Run], config: ReproduceConfig) -> None:
+    """Instead of running commands, write what they leave where the paper's claims hold."""
+    for run in runs:
+        name = str(run.output)
+        strategies = ("forward", "backward")
+        shown = next((s for s in strategies if f"-{s[0].upper()}-" in name), "mixed")
+        harder = "-rl-difficulty-easy" not in name or "parts-3-5" in name
+        seeded = "window" in name or "parts" not in name
+        run.output.parent.mkdir(parents=True, exist_ok=True)
+        run.minutes_file.write_text("3.0")
+        if run.script != "eval.py":
+            (run.output / "step-3").mkdir(parents=True, exist_ok=True)
+            (run.output / "step-3" / "training.json").write_text(made_by(run))
+        if run.script == "train_grpo.py":
+            n = round(20 * float(run.flags.get("evaluation_share", 0.5)))
+            after = responses(shown, 1.0, 1.0, [EVALUATION] * n + [INVERSION] * (20 - n))
+            metrics = rollout_metrics(after) | {"reward": 0.9, "clip_ratio": 0.1}
+            write_log(run.output, [{"update": u} | metrics for u in range(1, 31)])
+        elif run.script == "eval.py":
+            before = responses(shown, 0.5, 0.6 if seeded else 0.0)
+            after = responses(shown, 1.0, (1.0 if harder else 0.6) if seeded else 0.0)
+            if "samples" in run.flags and "force" not in run.flags:
+                before, after = unsolved(before), after if harder else unsolved(after)
+                before, after = ([26 * group for group in x] for x in (before, after))
+            found = {"before": summarise(before), "after": summarise(after)}
+            found["difference"] = compare(before, after)
+            if "force" in run.flags:
+                of_start = openings(0.5, 0.6, 0.5)
+                if "parts" in name and "window" not in name:
+                    of_start = openings(0.0, 0.6, 0.5, neither=1.0)
+                of_end = openings(1.0, *((1.0, 0.9) if harder else (0.6, 0.5)))
+                found["openings"] = {"before": of_start, "after": of_end}
+            write_json(run.output, found)
 
 
 NOT_IN_THIS_WORLD = ("on balanced validation data", "at least on the way", "70-80%", "alike")
@@ -117,7 +115,7 @@ NOT_IN_THIS_WORLD += ("matches alone",)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    monkeypatch.setattr(reproduce, "run_commands", leave_results)
     main(ReproduceConfig([name], seeds=2, jobs=2))
     result = json.loads((tmp_path / "paper/results" / name / f"{name}.json").read_text())
     text = (tmp_path / "paper/results" / name / f"{name}.md").read_text()
@@ -133,7 +131,7 @@ def test_every_experiment_reports_what_its_commands_left(name, tmp_path, monkeyp
 
 def test_table1_has_the_rows_that_others_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    monkeypatch.setattr(reproduce, "run_commands", leave_results)
     main(ReproduceConfig(["table1"], seeds=1))
     rows = json.loads(Path("paper/results/table1/table1.json").read_text())["rows"]
     assert len(rows) == 9
@@ -148,7 +146,7 @@ def test_table1_has_the_rows_that_others_read(tmp_path, monkeypatch):
 
 def test_amplification_reads_the_stream_as_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    monkeypatch.setattr(reproduce, "run_commands", leave_results)
     main(ReproduceConfig(["amplification"]))
     rows = json.loads(Path("paper/results/amplification/amplification.json").read_text())["rows"]
     found = [(row["evaluation_share"], row["stream"], row["learning"]) for row in rows]
@@ -365,10 +363,10 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     interrupted = runs[1].output / "step-1"
     interrupted.mkdir(parents=True)
     (interrupted / "training.json").write_text(made_by(runs[1], update=1))
-    lab.run()
+    run_commands([*lab.runs.values()], lab.config)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sorted("--resume" in call for call in calls) == [False, True]
-    lab.run()
+    run_commands([*lab.runs.values()], lab.config)
     assert len((tmp_path / "calls").read_text().splitlines()) == 2, "nothing is done twice"
     assert str(runs[0]) in capsys.readouterr().out
     assert 0 <= float(runs[0].minutes_file.read_text()) < 1
@@ -390,7 +388,7 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     lab = Experiment("x", ReproduceConfig())
     lab.sft("F", 7)
     with pytest.raises(SystemExit) as stop:
-        lab.run()
+        run_commands([*lab.runs.values()], lab.config)
     assert stop.value.code == 2 and "out of luck" in capsys.readouterr().err
 
 
@@ -407,7 +405,7 @@ def test_rl_waits_for_the_rl_that_it_goes_on_from(tmp_path, monkeypatch):
 def test_one_model_alone_and_then_the_others(tmp_path, monkeypatch, capsys):
     """Claims without their rows are left out; without --only all is there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    monkeypatch.setattr(reproduce, "run_commands", leave_results)
     for only, models in (("FB", ["FB"]), ("F", ["F"]), ("", ["FB", "F", "B"])):
         main(ReproduceConfig(["table1"], model="some/model", laptop=True, only=only))
         folder = Path("paper/results/table1-model")
@@ -465,7 +463,7 @@ def test_a_run_by_other_defaults_or_without_its_start_is_another(tmp_path, monke
 def test_every_experiment_also_trains_a_pretrained_model_on_a_laptop(tmp_path, monkeypatch):
     """Bug: SFT with a number of updates of its own was given epochs, too, and refused."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    monkeypatch.setattr(reproduce, "run_commands", leave_results)
     for cell in (cell for plan in EXPERIMENTS.values() for cell in plan.cells):
         lab = Experiment("x", ReproduceConfig(model="some/model", laptop=True))
         sft = lab.sft(cell.model, 0, **cell.sft)
@@ -476,7 +474,7 @@ def test_every_experiment_also_trains_a_pretrained_model_on_a_laptop(tmp_path, m
 
 def test_all_leaves_out_what_does_not_train_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "Experiment", FakeExperiment)
+    monkeypatch.setattr(reproduce, "run_commands", leave_results)
     main(ReproduceConfig(["all"], only="F"))
     names = {"table1", "dynamics", "gf13", "robustness"}
     assert {folder.name for folder in Path("paper/results").iterdir()} == names
@@ -502,7 +500,7 @@ reproduce.ROOT = Path.cwd() / "scripts"
 lab = reproduce.Experiment("x", reproduce.ReproduceConfig(model="some/model"))
 lab.sft("F", 0), lab.sft("B", 0)
 with quiet_pipes():
-    lab.run()
+    reproduce.run_commands([*lab.runs.values()], lab.config)
 """
 
 
