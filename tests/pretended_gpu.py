@@ -177,11 +177,10 @@ def kept_per_token(case: str, layers: int) -> tuple[float, int]:
         rows = prompts, lengths[0], responses, lengths[1]
         batch = pack(*rows, torch.arange(8, device=GPU) // 4)
         response_logps(policy, batch, dropout_key=0)  # so that what it caches is there
-        gc.collect()
-        before = sum(pretend.MEMORY.values())
+        before = set(pretend.MEMORY)
         logps, _ = response_logps(policy, batch, dropout_key=0)
         gc.collect()
-        kept = sum(pretend.MEMORY.values()) - before
+        kept = sum(n for storage, n in pretend.MEMORY.items() if storage not in before)
         del logps  # with what its backward pass needs
         keys = keys_per_token(lengths[0], lengths[1].view(2, 4))
     planned = activation_bytes(policy.config, lora, lora > 0, again, keys)
