@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -50,7 +50,6 @@ from paper.experiment import MODELS, Cell, Plan, verdict_table
 from paper.plans import EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent  # where the scripts lie
-SCRIPTS = ("train_sft.py", "train_grpo.py", "eval.py")  # each needs what those before it wrote
 
 
 @dataclass
@@ -83,9 +82,9 @@ class Run:
         return shlex.join(["python", *self.command()])
 
     @property
-    def turn(self) -> tuple[int, int]:
-        """When it can run: after the scripts before, and after RL that it goes on from."""
-        return SCRIPTS.index(self.script), self.output.name.count("-rl-")
+    def reads(self) -> set[Path]:
+        """What other commands write for it: the start of RL, the checkpoints of an evaluation."""
+        return {Path(x) for x in (*self.arguments, self.flags.get("init", "")) if x}
 
     def settings(self) -> train_sft.SftConfig | train_grpo.GrpoConfig:
         """Return all flags of a training command, its defaults included."""
@@ -219,21 +218,24 @@ class Experiment:
 
 
 def run_commands(runs: list[Run], config: ReproduceConfig) -> None:
-    """Say what has not been done, and do it: all SFT, then all RL, then all evaluations."""
+    """Say what has not been done, and do it: each command once what it reads is there."""
     n_cores = core_limit()
     large = config.model or torch.cuda.is_available()
     jobs = config.jobs or (1 if large else n_cores)
     threads = str(max(1, n_cores // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-    left = [run for run in sorted(runs, key=lambda run: run.turn) if not run.finished()]
+    left = [run for run in runs if not run.finished()]
     print(f"{len(left)} of {len(runs)} commands are left", *left, sep="\n", flush=True)
-    pool, started = ThreadPoolExecutor(jobs), {}
-    for run in left:
-        inputs = [started[path] for path in map(Path, run.command()) if path in started]
-        started[run.output] = pool.submit(execute, run, inputs, environment, jobs == 1)
+    to_come, running = {run.output for run in left}, {}
+    pool = ThreadPoolExecutor(jobs)
     try:
-        for done in as_completed(started.values()):
-            done.result()
+        while to_come:
+            for run in [run for run in left if not to_come & run.reads]:
+                running[pool.submit(execute, run, environment, jobs == 1)] = run
+                left.remove(run)
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                done.result()
+                to_come.remove(running.pop(done).output)
     except KeyboardInterrupt:  # a terminal sends it to the commands, too
         warn("stopping, once what runs has saved; the same command goes on from here")
         raise
@@ -241,13 +243,11 @@ def run_commands(runs: list[Run], config: ReproduceConfig) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def execute(run: Run, inputs: list[Future], environment: dict[str, str], alone: bool) -> None:
-    """Run a command to its end, once its inputs are there; from its newest checkpoint, if any.
+def execute(run: Run, environment: dict[str, str], alone: bool) -> None:
+    """Run a command to its end, from its newest checkpoint if it was interrupted.
 
     One that runs alone shows its progress. Raises KeyboardInterrupt if Ctrl-C has ended it.
     """
-    for command in inputs:  # begun before, so it never waits for one that waits in the queue
-        command.result()
     resumed = run.output.suffix != ".json" and newest_checkpoint(run.output) is not None
     script, *rest = run.command()
     command = [sys.executable, ROOT / script, *rest, *(["--resume"] if resumed else [])]

@@ -392,14 +392,41 @@ def test_what_is_finished_stays_and_what_is_not_goes_on(tmp_path, monkeypatch, c
     assert stop.value.code == 2 and "out of luck" in capsys.readouterr().err
 
 
-def test_rl_waits_for_the_rl_that_it_goes_on_from(tmp_path, monkeypatch):
+PATIENT = """
+import sys, time
+from pathlib import Path
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+begun = lambda: Path("calls").read_text().split() if Path("calls").exists() else []
+Path("calls").open("a").write(Path(flags["--out"]).name + "\\n")
+if "--init" in flags and not Path(flags["--init"], "done").exists(): sys.exit("no start yet")
+if flags["--out"].endswith("sft-B-0"): sys.exit("out of luck")
+for _ in range(200 if flags["--out"].endswith("sft-F-0") else 0):
+    if "sft-FB-0-rl" in begun(): break
+    time.sleep(0.05)
+else:
+    if flags["--out"].endswith("sft-F-0"): sys.exit("RL of FB waits for SFT of F")
+Path(flags["--out"]).mkdir(parents=True)
+Path(flags["--out"], "done").touch()
+"""
+
+
+def test_rl_begins_once_its_own_sft_has_ended(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    lab = Experiment("x", ReproduceConfig())
-    sft = lab.sft("FB", 0)
-    first = lab.rl(sft, 0, parts="2-3")
-    second = lab.rl(first, 0, parts="3-5")
-    other, comparison = lab.rl(sft, 0, parts="4"), lab.compare(sft, second, 0)
-    assert sft.turn < first.turn == other.turn < second.turn < comparison.turn
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    for script in ("train_sft.py", "train_grpo.py"):
+        (tmp_path / script).write_text(PATIENT)
+    lab = Experiment("x", ReproduceConfig(jobs=2))
+    for model in ("F", "FB"):
+        lab.rl(lab.sft(model, 0), 0)
+    run_commands([*lab.runs.values()], lab.config)
+    begun = (tmp_path / "calls").read_text().split()
+    assert sorted(begun[:2]) == ["sft-F-0", "sft-FB-0"]
+    assert begun[2:] == ["sft-FB-0-rl", "sft-F-0-rl"]
+
+    lab = Experiment("x", ReproduceConfig(jobs=2))
+    lab.rl(lab.sft("B", 0), 0)
+    assert "out of luck" in refusal(lambda: run_commands([*lab.runs.values()], lab.config), capsys)
+    assert "sft-B-0-rl" not in (tmp_path / "calls").read_text()
 
 
 def test_one_model_alone_and_then_the_others(tmp_path, monkeypatch, capsys):
