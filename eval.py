@@ -32,13 +32,12 @@ from lib.flags import (
     require_min,
     require_writable,
     user_errors,
-    warn,
     write_json,
 )
 from lib.gain import compare, decompose_gain, right_counts
 from lib.policy import DTYPES
 from lib.responses import NONE, Response, Scored, accuracy, group_by, response_rows, show
-from lib.run_dir import changed_inputs, choose_checkpoints
+from lib.run_dir import choose_checkpoints, inherit_flags
 from lib.stats import pass_at_k, wilson
 from lib.tables import comparison_table, openings_table, table
 from lib.tokenizer import Tokenizer
@@ -305,22 +304,10 @@ def main(config: EvalConfig, world: World) -> None:
     paths = choose_checkpoints(config.checkpoints)
     metas = [meta for meta in map(load_meta, paths) if "field" in meta]  # of those made here
     fields = [(meta["field"], meta.get("relabel", "fixed")) for meta in metas] or [(11, "fixed")]
-    last, wanted = metas[-1] if metas else {}, config.max_new_tokens
-    template = not (config.no_chat_template or last.get("no_chat_template"))
-    trained_on = last.get("data", "")
-    if not config.data and trained_on:
-        require(Path(trained_on).exists(), f"{trained_on}, its problems, is gone: say --data")
-    config.data = config.data or trained_on
-    if config.data:
-        if last.get("tagger") and not config.tagger:
-            warn(f"trained with --tagger {last['tagger']}: without it all responses are alike")
-        config.answer_pattern = config.answer_pattern or last.get("answer_pattern", "")
-        wanted = wanted or last.get("max_new_tokens") or 0
+    inherit_flags(config, metas[-1] if metas else {})
     alike = bool(config.data) or fields[0] == fields[-1]
     require(alike, "the two checkpoints were trained on different fields or namings")
     task, problems = load_problems(config, config.problems, *fields[0])
-    if trained_on and config.data == trained_on and "--data" in changed_inputs(last, config):
-        warn(f"{trained_on} has changed: training may have seen what is validation now")
     strategies = {"none": [], "both": WRITTEN}.get(config.force, [config.force])
     if given := config.given:
         enough = all(given < len(problem.parts) for problem in problems)
@@ -332,11 +319,12 @@ def main(config: EvalConfig, world: World) -> None:
     precisions = {x: choose_dtype(config.precision, read_config(x), x, one) for x in paths}
 
     def load(path: Path) -> Policy:
-        model, tokenizer = load_model(path, world.device, DTYPES[precisions[path]], template)
+        how = DTYPES[precisions[path]], not config.no_chat_template
+        model, tokenizer = load_model(path, world.device, *how)
         if tokenizer.word_level or not config.data:
             tokenizer.require_vocabulary(task.words)
         model.requires_grad_(False)  # so that the CPU keeps its weights in oneDNN's layout
-        limits = (model.config.max_position_embeddings, wanted)
+        limits = (model.config.max_position_embeddings, config.max_new_tokens)
         budget = tokenizer.max_response_tokens(task, *limits, problems)
         return Sampler(model, tokenizer.stops, samples, budget, temperature), tokenizer
 

@@ -141,6 +141,23 @@ def changed_inputs(meta: dict, config) -> list[str]:
     return [flag for flag, digest in hash_inputs(config).items() if then.get(flag) != digest]
 
 
+def inherit_flags(config, meta: dict) -> None:
+    """Where eval.py is not given a flag, take the one that a checkpoint was trained with."""
+    if (data := meta.get("data", "")) and not config.data:
+        require(Path(data).exists(), f"{data}, its problems, is gone: say --data")
+        config.data = data
+    config.no_chat_template |= meta.get("no_chat_template", False)
+    if config.data:
+        if meta.get("tagger") and not config.tagger:
+            warn(f"trained with --tagger {meta['tagger']}: without it all responses are alike")
+        config.answer_pattern = config.answer_pattern or meta.get("answer_pattern", "")
+        config.max_new_tokens = config.max_new_tokens or meta.get("max_new_tokens") or 0
+    digest = meta.get("inputs", {}).get("--data")
+    its_own = bool(data) and config.data == data and Path(data).is_file()
+    if its_own and sha256(Path(data)) != digest:
+        warn(f"{data} has changed: training may have seen what is validation now")
+
+
 def save_checkpoint(
     run: Path, update: int, model, tokenizer, optimizer, meta: dict, is_master: bool = True
 ) -> Future | None:

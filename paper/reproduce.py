@@ -230,9 +230,9 @@ def run_commands(runs: list[Run], config: ReproduceConfig) -> None:
     pool = ThreadPoolExecutor(jobs)
     try:
         while to_come:
-            for run in [run for run in left if not to_come & run.reads]:
-                running[pool.submit(execute, run, environment, jobs == 1)] = run
-                left.remove(run)
+            ready = [run for run in left if not to_come & run.reads]
+            left = [run for run in left if run not in ready]
+            running |= {pool.submit(execute, run, environment, jobs == 1): run for run in ready}
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 done.result()
                 to_come.remove(running.pop(done).output)
