@@ -50,7 +50,7 @@ from strategies import score_rollout
 class GrpoConfig:
     # Run
     init: str = ""  # SFT checkpoint or run [ckpt/sft-mixed-gfFIELD, trained first if it is missing]
-    out: str = ""  # run folder [ckpt/grpo-DIFFICULTY-gfFIELD; with --data ckpt/grpo-FILE]
+    out: str = ""  # run folder [such as ckpt/grpo-hard-gf11; with --data ckpt/grpo-FILE]
     seed: int = 0  # of problems, sampling and everything else
     resume: bool = False  # continue the newest checkpoint of the run folder
     save_every: int = 25  # updates between checkpoints

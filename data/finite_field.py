@@ -199,7 +199,7 @@ class Problem:
         """Return the beginning of a solution: its first parts, and the next one's first words.
 
         given: how many parts, without a fault or a guess
-        strategy: whose words open the next part: `start`, `end` or `guess end`; "" for none
+        strategy: whose words open the next part, such as `start` or `guess end`; "" for none
         """
         lines, carried = [], self.parts[0].given
         for i, part in enumerate(self.parts[:given]):

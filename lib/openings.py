@@ -1,7 +1,8 @@
 """Forced openings: what a policy could do with each strategy, whatever it prefers.
 
-A solution's first words say its strategy ("start", "end", "guess end"). A policy writes from left
-to right, so to put these words before its response is to ask what it does after saying them:
+A solution's first words say its strategy ("start", "end", "guess start", "guess end"). A policy
+writes from left to right, so to put these words before its response is to ask what it does after
+saying them:
 
     access     the share of free responses that open with a strategy
     execution  the accuracy of responses that must open with it

@@ -142,7 +142,7 @@ def changed_inputs(meta: dict, config) -> list[str]:
 
 
 def inherit_flags(config, meta: dict) -> None:
-    """Where eval.py is not given a flag, take the one that a checkpoint was trained with."""
+    """Take a checkpoint's problems where eval.py is given none, and its flags for reading them."""
     if (data := meta.get("data", "")) and not config.data:
         require(Path(data).exists(), f"{data}, its problems, is gone: say --data")
         config.data = data
