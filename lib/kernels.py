@@ -83,9 +83,11 @@ def build(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
             why = getattr(error, "stderr", "") or str(error)
             warn(f"{compiler} cannot build the CPU's kernels, PyTorch serves, slower: {why[:300]}")
             return None
+    types = {"f": torch.float32, "l": torch.int64, "r": dtype}
     for name, (numbers, kinds) in (ATTENTION if head_dim else ELEMENTWISE).items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = numbers + Pointer * len(kinds), None
+        function.dtypes = [types[kind] for kind in kinds]
     return kernels
 
 
@@ -94,12 +96,9 @@ def call(function, numbers: tuple, *tensors: Tensor) -> None:
 
     C takes any bytes, so tensors have to be contiguous and of the types that its signature says.
     """
-    name, dtypes = function.__name__, {"f": torch.float32, "l": torch.int64}
-    _, kinds = ELEMENTWISE.get(name) or ATTENTION[name]
-    for kind, x in zip(kinds, tensors, strict=True):
-        fits = x.is_contiguous() and x.dtype == dtypes.setdefault(kind, x.dtype)
-        assert fits, f"{name} of kernels.c takes no {x.dtype} here, or it is not contiguous"
-    function(*numbers, *(x.data_ptr() for x in tensors))
+    given = [x.dtype if x.is_contiguous() else "not contiguous" for x in tensors]
+    assert given == function.dtypes, f"{function.__name__} takes {function.dtypes}, not {given}"
+    function(*numbers, *[x.data_ptr() for x in tensors])
 
 
 class AddRMSNorm(torch.autograd.Function):
