@@ -9,8 +9,8 @@
 pass@1 is the share of responses that are right, averaged over problems; pass@k is the unbiased
 estimate of Chen et al. (arXiv 2107.03374, equation 1); verified@k counts the right ones without a
 wrong line or a guess. Intervals are 95%, over problems: Wilson's for a pass rate, conservative for
-several samples a problem; Bonett and Price's (2012) for a paired difference; others: lib/gain.py,
-and of --force lib/openings.py.
+several samples a problem; Bonett and Price's (2012) for a paired difference; those of the
+reasons for a gain: lib/gain.py, and of --force: lib/openings.py.
 """
 
 from collections import Counter

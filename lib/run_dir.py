@@ -141,6 +141,7 @@ def changed_inputs(meta: dict, config) -> list[str]:
     return [flag for flag, digest in hash_inputs(config).items() if then.get(flag) != digest]
 
 
+@user_errors()
 def inherit_flags(config, meta: dict) -> None:
     """Take a checkpoint's problems where eval.py is given none, and its flags for reading them."""
     if (data := meta.get("data", "")) and not config.data:

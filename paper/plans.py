@@ -352,7 +352,7 @@ EXPERIMENTS["extreme"] = Plan(
     lines="steps",
 )  # fmt: skip
 
-GROUP_16 = {"group_size": 16, "updates": 150}  # as many responses as 300 updates of groups of 8
+GROUP_16 = {"group_size": 16, "updates": 150}  # the tiny model's: as many responses as the default
 SETTINGS = {  # flags, and the paper's final accuracy of B, F and FB
     "default": ({}, (53, 60, 97)),
     "beta 0.1": ({"beta": 0.1}, (53, 58, 96)),

@@ -9,8 +9,8 @@
 Every number comes from a command that is printed below the table. Finished commands are not run
 again, and one that Ctrl-C has interrupted resumes. Commands of the tiny model run side by side on
 the CPU, one thread each; those of another have all cores, one after the other. Runs lie in
-ckpt/reproduce, results in paper/results/NAME or NAME-MODEL (.json, .md and .png), written when the
-commands of all experiments that were named have ended.
+ckpt/reproduce, results in paper/results/NAME or NAME-MODEL (.json, .md and .png), which are written
+at the end, for each experiment whose commands have all finished.
 
 The experiments are in paper/plans.py, what they consist of in paper/experiment.py.
 """
@@ -179,6 +179,8 @@ class Experiment:
 
     def add_cells(self) -> None:
         """Add all runs of the plan's cells, for each seed."""
+        if not self.plan.cells:
+            print(f"{self.name} trains no model {self.config.only}")
         for cell, seed in product(self.plan.cells, range(self.config.seeds)):
             sft = self.sft(cell.model, seed, **cell.sft)
             start = self.rl(sft, seed, **cell.rl_first) if cell.rl_first else sft
@@ -188,8 +190,6 @@ class Experiment:
 
     def report(self) -> None:
         """Print the table and the verdicts, and write them with the rows and the figure."""
-        if not self.planned:
-            return print(f"{self.name} trains no model {self.config.only}")
         plan, rows, drawn = self.plan, [], []
         for cell, seed, rl, evaluation in self.planned:
             row = cell.row(seed, read_json(evaluation.output))
@@ -231,8 +231,10 @@ def run_commands(runs: list[Run], config: ReproduceConfig) -> None:
     try:
         while to_come:
             ready = [run for run in left if not to_come & run.reads]
-            left = [run for run in left if run not in ready]
-            running |= {pool.submit(execute, run, environment, jobs == 1): run for run in ready}
+            free = jobs - len(running)
+            for run in ready[:free]:  # no more, so that nothing begins after a failure
+                running[pool.submit(execute, run, environment, jobs == 1)] = run
+                left.remove(run)
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 done.result()
                 to_come.remove(running.pop(done).output)
@@ -240,7 +242,7 @@ def run_commands(runs: list[Run], config: ReproduceConfig) -> None:
         warn("stopping, once what runs has saved; the same command goes on from here")
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def execute(run: Run, environment: dict[str, str], alone: bool) -> None:
@@ -291,9 +293,12 @@ def main(config: ReproduceConfig) -> None:
     for experiment in experiments:
         experiment.add_cells()
     runs = {output: run for experiment in experiments for output, run in experiment.runs.items()}
-    run_commands([*runs.values()], config)
-    for experiment in experiments:
-        experiment.report()
+    try:
+        run_commands([*runs.values()], config)
+    finally:
+        for experiment in experiments:
+            if experiment.runs and all(run.finished() for run in experiment.runs.values()):
+                experiment.report()
 
 
 if __name__ == "__main__":

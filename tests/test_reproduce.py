@@ -399,12 +399,13 @@ flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 begun = lambda: Path("calls").read_text().split() if Path("calls").exists() else []
 Path("calls").open("a").write(Path(flags["--out"]).name + "\\n")
 if "--init" in flags and not Path(flags["--init"], "done").exists(): sys.exit("no start yet")
-if flags["--out"].endswith("sft-B-0"): sys.exit("out of luck")
-for _ in range(200 if flags["--out"].endswith("sft-F-0") else 0):
-    if "sft-FB-0-rl" in begun(): break
+name = Path(flags["--out"]).name
+if name == "sft-B-0": sys.exit("out of luck")
+awaited = {"sft-F-0": "sft-FB-0-rl", "sft-FB-0": "sft-F-0"}.get(name)
+deadline = time.time() + 20
+while awaited and awaited not in begun():
+    if time.time() > deadline: sys.exit(f"{name} waits for {awaited}")
     time.sleep(0.05)
-else:
-    if flags["--out"].endswith("sft-F-0"): sys.exit("RL of FB waits for SFT of F")
 Path(flags["--out"]).mkdir(parents=True)
 Path(flags["--out"], "done").touch()
 """
@@ -423,10 +424,16 @@ def test_rl_begins_once_its_own_sft_has_ended(tmp_path, monkeypatch, capsys):
     assert sorted(begun[:2]) == ["sft-F-0", "sft-FB-0"]
     assert begun[2:] == ["sft-FB-0-rl", "sft-F-0-rl"]
 
-    lab = Experiment("x", ReproduceConfig(jobs=2))
-    lab.rl(lab.sft("B", 0), 0)
-    assert "out of luck" in refusal(lambda: run_commands([*lab.runs.values()], lab.config), capsys)
-    assert "sft-B-0-rl" not in (tmp_path / "calls").read_text()
+    lab = Experiment("x", ReproduceConfig(jobs=1))
+    start = lab.sft("B", 0)
+    first = lab.rl(start, 0, parts="2-3")
+    second = lab.rl(first, 0, parts="3-5")
+    assert second.reads == {first.output}
+    assert lab.compare(start, second, 0).reads == {start.output, second.output}
+    lab.sft("FB", 1)
+    line = refusal(lambda: run_commands([*lab.runs.values()], lab.config), capsys)
+    assert "sft-B-0 failed" in line
+    assert (tmp_path / "calls").read_text().split()[4:] == ["sft-B-0"], "nothing more is begun"
 
 
 def test_one_model_alone_and_then_the_others(tmp_path, monkeypatch, capsys):
