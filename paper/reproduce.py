@@ -217,16 +217,15 @@ class Experiment:
         print(f"\n{text}\n{self.folder}")
 
 
-def run_commands(runs: list[Run], config: ReproduceConfig) -> None:
-    """Say what has not been done, and do it: each command once what it reads is there."""
+def run_commands(left: list[Run], config: ReproduceConfig) -> None:
+    """Say which commands are left, and run each of them once what it reads is there."""
     n_cores = core_limit()
     large = config.model or torch.cuda.is_available()
     jobs = config.jobs or (1 if large else n_cores)
     threads = str(max(1, n_cores // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-    left = [run for run in runs if not run.finished()]
-    print(f"{len(left)} of {len(runs)} commands are left", *left, sep="\n", flush=True)
-    to_come, running = {run.output for run in left}, {}
+    print(f"{len(left)} commands are left", *left, sep="\n", flush=True)
+    left, to_come, running = [*left], {run.output for run in left}, {}
     pool = ThreadPoolExecutor(jobs)
     try:
         while to_come:
@@ -293,8 +292,9 @@ def main(config: ReproduceConfig) -> None:
     for experiment in experiments:
         experiment.add_cells()
     runs = {output: run for experiment in experiments for output, run in experiment.runs.items()}
+    left = [run for run in runs.values() if not run.finished()]
     try:
-        run_commands([*runs.values()], config)
+        run_commands(left, config)
     finally:
         for experiment in experiments:
             if experiment.runs and all(run.finished() for run in experiment.runs.values()):
