@@ -225,18 +225,19 @@ def run_commands(left: list[Run], config: ReproduceConfig) -> None:
     threads = str(max(1, n_cores // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     print(f"{len(left)} commands are left", *left, sep="\n", flush=True)
-    left, to_come, running = [*left], {run.output for run in left}, {}
+    waiting, running = [*left], {}
     pool = ThreadPoolExecutor(jobs)
     try:
-        while to_come:
-            ready = [run for run in left if not to_come & run.reads]
+        while waiting or running:
+            to_come = {run.output for run in (*waiting, *running.values())}
+            ready = [run for run in waiting if not to_come & run.reads]
             free = jobs - len(running)
             for run in ready[:free]:  # no more, so that nothing begins after a failure
                 running[pool.submit(execute, run, environment, jobs == 1)] = run
-                left.remove(run)
+                waiting.remove(run)
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 done.result()
-                to_come.remove(running.pop(done).output)
+                del running[done]
     except KeyboardInterrupt:  # a terminal sends it to the commands, too
         warn("stopping, once what runs has saved; the same command goes on from here")
         raise
@@ -296,8 +297,9 @@ def main(config: ReproduceConfig) -> None:
     try:
         run_commands(left, config)
     finally:
+        unfinished = {run.output for run in left if not run.finished()}
         for experiment in experiments:
-            if experiment.runs and all(run.finished() for run in experiment.runs.values()):
+            if experiment.runs and not unfinished & experiment.runs.keys():
                 experiment.report()
 
 
